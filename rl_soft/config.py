@@ -1,0 +1,345 @@
+"""Every recipe field, its help text and its validation; a recipe is flat YAML whose keys are the fields of the dataclasses below.
+
+An unknown key is an error that names the nearest valid one. The command line beats the file. Keys of the trainers'
+own configurations (transformers' TrainingArguments, TRL's GRPOConfig) are valid too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rl_soft.layout import Thinking
+
+METHODS = ("codi", "grpo")
+
+
+@dataclass
+class ModelArguments:
+    """Which weights a run starts from: warm_start, model_name_or_path, or random weights from model_config."""
+
+    warm_start: str | None = field(
+        default=None, metadata={"help": "A recipe whose result this run starts from; trained first if missing."}
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model folder or hub id."})
+    model_config: dict[str, Any] | None = field(
+        default=None, metadata={"help": "transformers config of a model with random weights, e.g. {model_type: llama}."}
+    )
+    vocabulary: str | None = field(
+        default=None, metadata={"help": "The characters of the character tokenizer that goes with model_config."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha; the update is scaled by alpha / r."})
+    lora_target_modules: str | list[str] = field(
+        default="all-linear", metadata={"help": "Modules that get an adapter: names, or all-linear."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Training and evaluation problems (see docs/data.md)."""
+
+    dataset: str = field(default="", metadata={"help": "Generator name, known data set, local file, or hub id."})
+    dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the generator or loader."})
+    dataset_columns: dict[str, str] | None = field(
+        default=None, metadata={"help": "Names of a file's columns: {question: ..., answer: ..., steps: ...}."}
+    )
+    train_size: int | None = field(default=None, metadata={"help": "Number of training problems; all if absent."})
+    data_seed_train: int = field(default=1, metadata={"help": "Seed of generated training problems."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation source; the training source if absent."})
+    eval_dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of eval_dataset."})
+    eval_problems: int = field(default=256, metadata={"help": "Number of held-out problems; 0 skips the evaluation."})
+    data_seed_eval: int = field(default=2, metadata={"help": "Seed of generated evaluation problems."})
+
+
+@dataclass
+class EvalArguments:
+    """Pass@k before and after a run."""
+
+    eval_samples: int = field(default=32, metadata={"help": "n, sampled completions a problem, besides the greedy one."})
+    eval_k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "The k of Pass@k."})
+    eval_batch_size: int = field(default=512, metadata={"help": "Completions decoded together on a process."})
+    eval_seed: int = field(default=7, metadata={"help": "Seed of the evaluation's noise; the same before and after."})
+    answer_type: str | None = field(default=None, metadata={"help": "Overrides the rows' answer type."})
+
+
+@dataclass
+class CodiArguments:
+    """L = alpha L_student + beta L_KD + gamma L_teacher (CODI, arXiv 2502.21074, Eq. 5)."""
+
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the student's cross-entropy on the answer."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the distillation loss on the hidden states."})
+    gamma: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy on steps and answer."})
+    drop_last_step: bool = field(default=False, metadata={"help": "Leave the last step out of the teacher's solution."})
+    train_noise: bool = field(default=True, metadata={"help": "Draw Gumbel noise on the student's thoughts (gumbel)."})
+    stop_at_accuracy: float | None = field(
+        default=None, metadata={"help": "Stop once sampled validation accuracy reaches this; None trains max_steps."}
+    )
+    validation_problems: int = field(default=256, metadata={"help": "Training-side problems held out for validation."})
+    validation_every: int = field(default=50, metadata={"help": "Steps between validations."})
+
+
+@dataclass
+class RLArguments:
+    """What our trainers add to TRL's GRPOConfig."""
+
+    prompts_per_step: int = field(default=32, metadata={"help": "Prompts of one rollout, over all processes."})
+    updates_per_rollout: int = field(
+        default=1, metadata={"help": "Optimizer steps that split one rollout (mini-batches); times num_iterations."}
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["math_accuracy"], metadata={"help": "Reward functions: names, or dotted paths."}
+    )
+    chunk_size: int = field(default=1024, metadata={"help": "Positions whose (chunk, V) logits are alive at once."})
+
+
+GROUPS: dict[str, tuple[type, ...]] = {
+    "codi": (Thinking, ModelArguments, DataArguments, EvalArguments, CodiArguments),
+    "grpo": (Thinking, ModelArguments, DataArguments, EvalArguments, RLArguments),
+}
+# Set by us from other fields; a recipe that names one of these would contradict itself.
+DERIVED = {
+    "generation_batch_size": "prompts_per_step",
+    "steps_per_generation": "prompts_per_step and updates_per_rollout",
+    "gradient_accumulation_steps": "prompts_per_step and updates_per_rollout",
+    "max_completion_length": "num_thoughts and max_answer_tokens",
+}
+REFUSED = {
+    "use_vllm": "vLLM takes embeddings for prompts only, so soft thoughts cannot be decoded by it",
+    "use_liger_kernel": "the exact density runs through this package's own chunked head",
+    "use_transformers_continuous_batching": "continuous batching takes token ids only",
+    "rollout_func": "the soft rollout is this package's own",
+    "environment_factory": "soft rollouts have a single turn",
+    "auto_find_batch_size": "a rollout must hold whole groups; lower per_device_train_batch_size instead",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-4 read as a number (YAML 1.1 asks for a dot) and duplicate keys refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise ValueError(f"key {key_node.value!r} appears twice (line {key_node.start_mark.line + 1})")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclass
+class Recipe:
+    """A validated recipe. `training` holds the keys of the trainer's own configuration, built late by the method."""
+
+    path: Path
+    method: str
+    thinking: Thinking
+    model: ModelArguments
+    data: DataArguments
+    eval: EvalArguments
+    extra: Any  # CodiArguments or RLArguments
+    training: dict[str, Any]
+    values: dict[str, Any]  # flat, as resolved: what config.yaml stores
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values["output_dir"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.values.get("seed", 42))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe's keys. Raises ValueError naming the file when it is missing or not a mapping."""
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ValueError(f"recipe {path} does not exist{hint}")
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must hold `key: value` lines")
+    values.pop("_", None)  # the line that makes a recipe a Python program too
+    return values
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`--key value` or `--key=value` pairs; values are read as YAML."""
+    values: dict[str, Any] = {}
+    i = 0
+    while i < len(arguments):
+        word = arguments[i]
+        if not word.startswith("--"):
+            raise ValueError(f"expected --key value after the recipe, got {word!r}")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if i + 1 == len(arguments) or (arguments[i + 1].startswith("--") and len(arguments[i + 1]) > 2):
+                text = "true"  # a bare flag
+            else:
+                i += 1
+                text = arguments[i]
+        values[key.replace("-", "_")] = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        i += 1
+    return values
+
+
+def trainer_class(method: str) -> type:
+    """The configuration dataclass of the host trainer (imported late: it is slow)."""
+    if method == "codi":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    from trl import GRPOConfig
+
+    return GRPOConfig
+
+
+def _check_type(f: dataclasses.Field, value: Any) -> Any:
+    """Refuse a value of the wrong kind for our own fields; int is accepted for float."""
+    annotation = str(f.type)
+    allowed: tuple[type, ...] = ()
+    for name, kinds in {
+        "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "list": (list,), "dict": (dict,),
+    }.items():  # fmt: skip
+        if re.search(rf"\b{name}\b", annotation):
+            allowed += kinds
+    if value is None:
+        if "None" in annotation:
+            return value
+    elif isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed):
+        return float(value) if "float" in annotation and isinstance(value, int) else value
+    raise ValueError(f"{f.name} must be {annotation}, got {value!r}")
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        ValueError: an unknown key (with the nearest valid one), a value of the wrong type or out of range, a key that
+            we derive from others, or a feature that soft rollouts cannot have.
+    """
+    path = Path(path)
+    values = {**read_yaml(path), **(overrides or {})}
+    method = values.get("method")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r} ({path})")
+    groups = GROUPS[method]
+    trainer_fields = {f.name for f in dataclasses.fields(trainer_class(method)) if f.init}
+    own_fields = {f.name: f for group in groups for f in dataclasses.fields(group)}
+    known = trainer_fields | own_fields.keys() | {"method"}
+    for key, value in values.items():
+        if key in REFUSED and value:
+            raise ValueError(f"{key} is not available: {REFUSED[key]}")
+        if method == "grpo" and key in DERIVED:
+            raise ValueError(f"{key} is derived from {DERIVED[key]}; remove it from {path}")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown key {key!r} in {path}{hint}")
+    parts = []
+    for group in groups:
+        names = {f.name for f in dataclasses.fields(group)}
+        parts.append(group(**{k: _check_type(own_fields[k], v) for k, v in values.items() if k in names}))
+    thinking, model, data, evaluation, extra = parts
+    if not values.get("output_dir"):
+        raise ValueError(f"output_dir is missing in {path}")
+    values["output_dir"] = str(values["output_dir"]).replace("{seed}", str(values.get("seed", 42)))
+    if not data.dataset:
+        raise ValueError(f"dataset is missing in {path}")
+    sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
+    if len(sources) != 1:
+        raise ValueError(
+            f"{path} must name one of warm_start, model_name_or_path and model_config, not "
+            f"{' and '.join(sources) or 'none of them'}"
+        )
+    if model.model_config and not model.vocabulary:
+        raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
+    if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
+        raise ValueError(f"eval_k must be at most eval_samples ({evaluation.eval_samples}), got {evaluation.eval_k}")
+    if method == "grpo" and thinking.thought == "soft":
+        raise ValueError("thought soft has no density (it is a point mass), so RL cannot train it; use gumbel or token")
+    training = {k: v for k, v in values.items() if k in trainer_fields and k != "temperature"}
+    return Recipe(path, method, thinking, model, data, evaluation, extra, training, values)
+
+
+def device_defaults() -> dict[str, Any]:
+    """Precision and device by what is there. On CPU `use_cpu` must be an argument of the trainer: as an accelerate
+    setting or in the environment it turns DeepSpeed or the second process off without a word."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"use_cpu": False, "bf16": torch.cuda.is_bf16_supported()}
+    return {"use_cpu": True, "bf16": False}
+
+
+def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:
+    """TRL's batch fields from `prompts_per_step`, `num_generations`, `per_device_train_batch_size`, `updates_per_rollout`.
+
+    Raises:
+        ValueError: a rollout that does not divide, with the nearest valid value.
+    """
+    G = int(recipe.training.get("num_generations", 8))
+    per_device = int(recipe.training.get("per_device_train_batch_size", 8))
+    P, updates = recipe.extra.prompts_per_step, recipe.extra.updates_per_rollout
+    rows, slice_rows = P * G, per_device * world_size * updates
+    if min(G, per_device, P, updates) < 1 or rows % slice_rows:
+        valid = [b for b in range(1, rows + 1) if rows % (b * world_size * updates) == 0]
+        if not valid:
+            raise ValueError(
+                f"prompts_per_step x num_generations = {P} x {G} = {rows} completions do not divide over "
+                f"{world_size} processes and {updates} updates_per_rollout"
+            )
+        near = min(valid, key=lambda b: (abs(b - per_device), -b))
+        raise ValueError(
+            f"per_device_train_batch_size must divide prompts_per_step x num_generations / processes / "
+            f"updates_per_rollout = {P} x {G} / {world_size} / {updates}; got {per_device}, nearest valid {near}"
+        )
+    steps = rows // (per_device * world_size)
+    return {"steps_per_generation": steps, "gradient_accumulation_steps": steps // updates}
+
+
+def write_config(recipe: Recipe) -> None:
+    """Store the resolved recipe in its run directory (temporary name, then rename)."""
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    target = recipe.output_dir / "config.yaml"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(recipe.values, sort_keys=True, allow_unicode=True))
+    os.replace(temporary, target)
+
+
+def check_output_dir(recipe: Recipe) -> bool:
+    """Whether the run directory already holds this run (to be resumed).
+
+    Raises:
+        ValueError: it holds another run, with the first key that differs. Nothing is ever overwritten.
+    """
+    stored = recipe.output_dir / "config.yaml"
+    if not stored.exists():
+        if recipe.output_dir.exists() and any(recipe.output_dir.iterdir()):
+            raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
+        return False
+    before = yaml.load(stored.read_text(), Loader=_Loader)
+    for key in sorted(before.keys() | recipe.values.keys()):
+        if before.get(key) != recipe.values.get(key):
+            raise ValueError(
+                f"output_dir {recipe.output_dir} holds a run with {key} = {before.get(key)!r}, this one has "
+                f"{recipe.values.get(key)!r}; choose another output_dir to keep both"
+            )
+    return True

@@ -1,0 +1,2 @@
+def page(report, evaluations, curves) -> str:
+    return ""

@@ -1,0 +1,157 @@
+"""How a row becomes token ids: question, <bot>, thoughts, <eot>, answer prompt, answer.
+
+Every part is tokenised on its own and the ids are joined, so that positions are lengths and never the result of a
+search (CODI's released code finds the distilled position by matching strings; see docs/codi.md).
+
+    latent    student   question <bot> z_1 .. z_n <eot> answer_prompt answer <eos>
+              teacher   question steps answer_prompt answer <eos>
+    explicit  prompt    chat template (system, question); thoughts until `end_of_thinking`, then the answer tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rl_soft.data import Row
+
+BOT, EOT, PAD = "<bot>", "<eot>", "<pad>"
+PHASES = ("latent", "explicit")
+THOUGHTS = ("token", "soft", "gumbel")
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What a thought is and where it stands; saved beside the weights, since a checkpoint is trained for one of these."""
+
+    thought: str = field(
+        default="gumbel",
+        metadata={"help": "Thought kind: gumbel (Gumbel-Softmax mixture, random), soft (softmax mixture) or token."},
+    )
+    phase: str = field(
+        default="latent",
+        metadata={"help": "latent: exactly num_thoughts between <bot> and <eot>; explicit: until end_of_thinking."},
+    )
+    num_thoughts: int = field(
+        default=6, metadata={"help": "Number of thoughts (latent) or the most thoughts before the answer (explicit)."}
+    )
+    thought_k: int = field(default=4, metadata={"help": "K, the number of token ids that a thought mixes; 0 = all."})
+    thought_tau: float = field(default=0.5, metadata={"help": "Gumbel-Softmax temperature of the mixing weights."})
+    thought_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T that divides the logits before a thought is drawn."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the answer tokens."})
+    max_answer_tokens: int = field(
+        default=16, metadata={"help": "The most answer tokens, <eos> included, before a completion counts as truncated."}
+    )
+    answer_prompt: str = field(
+        default="", metadata={"help": "Text fed before the answer, after the thoughts (not sampled, not trained)."}
+    )
+    step_separator: str = field(default="\n", metadata={"help": "Text between and after the steps of a worked solution."})
+    end_of_thinking: str = field(
+        default="", metadata={"help": "explicit: the text that ends the thinking when the strongest ids spell it."}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System message (models with a chat template)."})
+    question_template: str = field(
+        default="{question}", metadata={"help": "Text of the question; must contain {question}."}
+    )
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, allowed: str) -> None:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+        if self.thought not in THOUGHTS:
+            refuse("thought", f"one of {', '.join(THOUGHTS)}")
+        if self.phase not in PHASES:
+            refuse("phase", f"one of {', '.join(PHASES)}")
+        if self.num_thoughts < 0 or (self.phase == "explicit" and self.num_thoughts < 1):
+            refuse("num_thoughts", "at least 1 (explicit) or 0 (latent)")
+        if self.thought_k < 0:
+            refuse("thought_k", "0 (the whole vocabulary) or at least 1")
+        for name in ("thought_tau", "thought_temperature", "temperature"):
+            if not getattr(self, name) > 0:
+                refuse(name, "above 0")
+        if self.max_answer_tokens < 1:
+            refuse("max_answer_tokens", "at least 1")
+        if self.phase == "explicit" and not self.end_of_thinking:
+            refuse("end_of_thinking", "a text when phase is explicit")
+        if "{question}" not in self.question_template:
+            refuse("question_template", "a text that contains {question}")
+
+    def support_size(self, vocab_size: int) -> int:
+        """K for a model of `vocab_size` tokens. Raises ValueError when thought_k exceeds the vocabulary."""
+        if self.thought_k > vocab_size:
+            raise ValueError(f"thought_k must be at most the vocabulary size {vocab_size}, got {self.thought_k}")
+        if self.thought == "token":
+            return 1
+        return self.thought_k or vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Thinking:
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+
+class Layout:
+    """Token ids of prompts and training rows for one tokenizer and one `Thinking`.
+
+    Raises:
+        ValueError: latent phase with a tokenizer that lacks <bot> or <eot>; explicit phase with an end of thinking
+            that encodes to no token.
+    """
+
+    def __init__(self, thinking: Thinking, tokenizer: PreTrainedTokenizerBase):
+        self.thinking, self.tokenizer = thinking, tokenizer
+        self.answer_prompt_ids = self.encode(thinking.answer_prompt)
+        if thinking.phase == "latent":
+            vocabulary = tokenizer.get_vocab()
+            for token in (BOT, EOT):
+                if token not in vocabulary:
+                    raise ValueError(f"phase latent needs the token {token} in the tokenizer; use a CODI warm start")
+            self.bot_id, self.eot_id = vocabulary[BOT], vocabulary[EOT]
+            self.end_ids: list[int] = []
+            self.forced_after_cap = [self.eot_id, *self.answer_prompt_ids]
+            self.forced_after_end = self.forced_after_cap
+        else:
+            self.end_ids = self.encode(thinking.end_of_thinking)
+            if not self.end_ids:
+                raise ValueError(f"end_of_thinking {thinking.end_of_thinking!r} encodes to no token")
+            self.forced_after_cap = [*self.end_ids, *self.answer_prompt_ids]
+            self.forced_after_end = self.answer_prompt_ids
+
+    @property
+    def max_completion_length(self) -> int:
+        return self.thinking.num_thoughts + len(self.forced_after_cap) + self.thinking.max_answer_tokens
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def question_ids(self, question: str) -> list[int]:
+        """Ids of the question alone, with the chat template where the thinking is explicit and the model has one."""
+        text = self.thinking.question_template.format(question=question)
+        if self.thinking.phase == "explicit" and self.tokenizer.chat_template:
+            system = self.thinking.system_prompt
+            messages = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": text})
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+            return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+        bos = self.tokenizer.bos_token_id
+        return ([bos] if bos is not None else []) + self.encode(text)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Everything before the first thought."""
+        ids = self.question_ids(question)
+        return [*ids, self.bot_id] if self.thinking.phase == "latent" else ids
+
+    def answer_ids(self, answer: str) -> list[int]:
+        return [*self.encode(answer), self.tokenizer.eos_token_id]
+
+    def steps_ids(self, row: Row, drop_last_step: bool) -> list[int]:
+        steps = row.steps[:-1] if drop_last_step else row.steps
+        return self.encode("".join(step + self.thinking.step_separator for step in steps))

@@ -1,0 +1,239 @@
+"""Pass@k, maj@k and their intervals. Numpy only.
+
+Shapes: P problems, n samples of each, F families of problems, R resamples.
+
+`pass_at_k` is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374). Intervals resample problems, not draws:
+samples of one problem are not independent evidence about the data set (Miller 2024, arXiv 2411.00640).
+
+Where we differ: binomials are exact integers, so equal rates are equal floats; maj@k is the mean over all subsets of
+size k, where others vote once on the first k samples.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over problems, its percentile interval, and its standard error (the sd of the resampled means)."""
+
+    mean: float
+    low: float
+    high: float
+    se: float
+
+
+@dataclass(frozen=True)
+class PairedInterval(Interval):
+    """The mean of b - a over the same problems.
+
+    share_not_positive: share of the resampled differences that are <= 0.
+    gained, lost, tied: problems whose value rose, fell, stayed.
+    """
+
+    share_not_positive: float
+    gained: int
+    lost: int
+    tied: int
+
+
+def pass_at_k(num_samples: ArrayLike, num_correct: ArrayLike, k: int) -> float | Floats:
+    """The chance that at least one of k samples, drawn without replacement, is correct: 1 - C(n-c, k) / C(n, k).
+
+    Args:
+        num_samples: n, an integer or (P,) integers.
+        num_correct: c, an integer or (P,) integers, 0 <= c <= n.
+        k: the number of tries, 1 <= k <= every n.
+
+    Returns:
+        A float for two integers, else (P,) float64, one estimate for each problem; unbiased for every n >= k.
+
+    Raises:
+        ValueError: k > n, k < 1, or c outside 0..n.
+
+    Warns:
+        UserWarning: n < 2k for some problem. The estimate is still unbiased, but near k = n it rests on few subsets.
+    """
+    n, c = np.broadcast_arrays(np.asarray(num_samples), np.asarray(num_correct))
+    if n.dtype.kind not in "iu" or c.dtype.kind not in "iu":
+        raise ValueError(f"num_samples and num_correct must be integers, not {n.dtype} and {c.dtype}")
+    if n.size == 0:
+        raise ValueError("pass@k of no problems")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    if k > n.min():
+        raise ValueError(f"pass@{k} needs {k} samples of every problem; one has {n.min()}. Choose k <= {n.min()}")
+    if (c < 0).any() or (c > n).any():
+        raise ValueError("num_correct must lie between 0 and num_samples")
+    if n.min() < 2 * k:
+        warnings.warn(f"pass@{k} from n = {n.min()} samples: draw n >= {2 * k} for a steady estimate", stacklevel=2)
+    estimate = np.array([_pass_at_k(*pair, k) for pair in zip(n.flat, c.flat, strict=True)]).reshape(n.shape)
+    return estimate if n.ndim else float(estimate)
+
+
+@lru_cache(maxsize=1 << 16)
+def _pass_at_k(n: int, c: int, k: int) -> float:
+    n, c = int(n), int(c)
+    subsets = math.comb(n, k)
+    return (subsets - math.comb(n - c, k)) / subsets
+
+
+def maj_at_k(num_samples: int, num_correct: int, wrong_votes: Sequence[int], k: int) -> float:
+    """The chance that the plurality of k samples, drawn without replacement from n, is the right answer.
+
+    Ties are broken by a fair draw among the leaders. Samples without an answer, n - c - sum(wrong_votes), abstain; if
+    all k abstain the vote is lost. Exact over all subsets: with j votes for the right answer, the ways in which no
+    other answer has more are a coefficient of a product of truncated binomials, and a tie with t rivals weighs
+    1 / (1 + t) = integral of y^t over [0, 1], which Gauss-Legendre nodes give without error.
+
+    Args:
+        num_samples: n, at most 1000 (binomials beyond do not fit a float).
+        num_correct: c, samples with the right answer.
+        wrong_votes: how many samples gave each distinct wrong answer.
+        k: voters, 1 <= k <= n.
+
+    Raises:
+        ValueError: k outside 1..n, n > 1000, or more votes than samples.
+    """
+    abstained = num_samples - num_correct - sum(wrong_votes)
+    if not 1 <= k <= num_samples <= 1000:
+        raise ValueError(f"maj@k needs 1 <= k <= n <= 1000, not k = {k}, n = {num_samples}")
+    if abstained < 0 or num_correct < 0 or min(wrong_votes, default=1) < 1:
+        raise ValueError(f"{num_correct} right and {list(wrong_votes)} wrong votes do not fit {num_samples} samples")
+    if k == num_samples:  # one subset
+        tied = sum(votes == num_correct for votes in wrong_votes)
+        return 1 / (1 + tied) if num_correct and num_correct >= max(wrong_votes, default=0) else 0.0
+    nodes, weights = np.polynomial.legendre.leggauss(k // 2 + 1)
+    y, weights = (nodes + 1) / 2, weights / 2
+
+    ways = 0.0
+    for j in range(1, min(num_correct, k) + 1):
+        rivals = [votes for votes in wrong_votes if votes >= j]
+        free = num_samples - num_correct - sum(rivals)  # cannot reach j votes, whatever is drawn
+        others = np.zeros((len(y), k - j + 1))  # others[:, m]: ways to fill m of the remaining k - j places
+        others[:] = [math.comb(free, m) for m in range(k - j + 1)]
+        for votes in rivals:
+            drawn = np.zeros_like(others)
+            for i in range(min(j, k - j) + 1):
+                ways_i = math.comb(votes, i) * (y if i == j else np.ones_like(y))
+                drawn[:, i:] += ways_i[:, None] * others[:, : k - j + 1 - i]
+            others = drawn
+        ways += math.comb(num_correct, j) * float(weights @ others[:, -1])
+    return ways / math.comb(num_samples, k)
+
+
+def bootstrap(
+    values: ArrayLike,
+    families: Sequence[object] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of one value a problem, with its percentile bootstrap interval.
+
+    Args:
+        values: (P,) one number for each problem, such as `pass_at_k`.
+        families: (P,) labels of groups of dependent problems; whole families are resampled. None: each problem alone.
+        level: coverage of the interval, 0 < level < 1.
+        num_resamples: R.
+        seed: the interval is a function of the arguments alone.
+
+    Values that are all equal give an interval without width: the bootstrap cannot see what did not happen.
+
+    Raises:
+        ValueError: no values, a value that is not finite, families of another length, or level outside (0, 1).
+    """
+    values_P = _per_problem(values)
+    means_R = _resampled_means(values_P, families, num_resamples, seed)
+    return Interval(float(values_P.mean()), *_spread(means_R, level))
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    families: Sequence[object] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    *,
+    hashes_a: Sequence[str] | None = None,
+    hashes_b: Sequence[str] | None = None,
+) -> PairedInterval:
+    """The mean of b - a over the same problems in the same order, resampling problems (or families).
+
+    Args:
+        a, b: (P,) one number for each problem.
+        hashes_a, hashes_b: (P,) question hashes; pairing is refused where they differ.
+        families, level, num_resamples, seed: as in `bootstrap`.
+
+    Raises:
+        ValueError: different lengths or questions, or what `bootstrap` refuses.
+    """
+    a_P, b_P = _per_problem(a), _per_problem(b)
+    if len(a_P) != len(b_P):
+        raise ValueError(f"cannot pair {len(a_P)} problems with {len(b_P)}")
+    if (hashes_a is None) != (hashes_b is None):
+        raise ValueError("give the question hashes of both sides, or of neither")
+    if hashes_a is not None and hashes_b is not None:
+        if not len(hashes_a) == len(hashes_b) == len(a_P):
+            raise ValueError(f"{len(hashes_a)} and {len(hashes_b)} question hashes for {len(a_P)} problems")
+        differ = [i for i, (x, y) in enumerate(zip(hashes_a, hashes_b, strict=True)) if x != y]
+        if differ:
+            raise ValueError(
+                f"cannot pair different problems: {len(differ)} questions differ, the first at {differ[0]}"
+            )
+    delta_P = b_P - a_P
+    means_R = _resampled_means(delta_P, families, num_resamples, seed)
+    return PairedInterval(
+        float(delta_P.mean()),
+        *_spread(means_R, level),
+        share_not_positive=float((means_R <= 1e-12).mean()),  # a sum of floats that should be 0 may not be
+        gained=int((delta_P > 0).sum()),
+        lost=int((delta_P < 0).sum()),
+        tied=int((delta_P == 0).sum()),
+    )
+
+
+def _per_problem(values: ArrayLike) -> Floats:
+    values_P = np.asarray(values, dtype=np.float64)
+    if values_P.ndim != 1 or values_P.size == 0:
+        raise ValueError(f"need one value for each problem, shape (P,), not {values_P.shape}")
+    if not np.isfinite(values_P).all():
+        raise ValueError(f"values must be finite; number {np.flatnonzero(~np.isfinite(values_P))[0]} is not")
+    return values_P
+
+
+def _resampled_means(values_P: Floats, families: Sequence[object] | None, num_resamples: int, seed: int) -> Floats:
+    """(R,) means over problems, each of F families drawn with replacement; without families F = P."""
+    sums_F: Floats = values_P
+    sizes_F: Floats | None = None
+    if families is not None:
+        if len(families) != len(values_P):
+            raise ValueError(f"{len(families)} families for {len(values_P)} values")
+        index = {family: i for i, family in enumerate(dict.fromkeys(families))}
+        family_P = np.array([index[family] for family in families])
+        sums_F, sizes_F = np.bincount(family_P, weights=values_P), np.bincount(family_P).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    means_R = np.empty(num_resamples)
+    rows = max(1, (1 << 20) // len(sums_F))  # bounds the memory, not the result
+    for start in range(0, num_resamples, rows):
+        drawn = rng.integers(len(sums_F), size=(min(rows, num_resamples - start), len(sums_F)))
+        sizes = len(sums_F) if sizes_F is None else sizes_F[drawn].sum(axis=1)
+        means_R[start : start + rows] = sums_F[drawn].sum(axis=1) / sizes
+    return means_R
+
+
+def _spread(means_R: Floats, level: float) -> tuple[float, float, float]:
+    """(low, high, se) of the resampled means."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, not {level}")
+    low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high), float(means_R.std())

@@ -1,0 +1,279 @@
+"""The policy: a causal LM, its tokenizer and its `Thinking`; one think step; the scored forward pass; load and save.
+
+The model stays a plain transformers model. `add_soft_forward` gives its forward one more keyword, `soft=`, which feeds
+mixtures of embeddings instead of ids and returns log-densities instead of logits. It is a method on the model itself
+(under any LoRA adapter), so that DDP, DeepSpeed and gradient-checkpointing hooks see an ordinary forward call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import ModelOutput
+
+from rl_soft.densities import SoftToken
+from rl_soft.head import soft_log_prob
+from rl_soft.layout import BOT, EOT, PAD, Thinking
+from rl_soft.noise import gumbel
+
+SIDE_FILE = "rl_soft.json"
+
+
+@dataclass
+class Policy:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    thinking: Thinking | None  # None: a plain language model, not trained to think by this package
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One think step
+
+
+def next_thought(logits: Tensor, thinking: Thinking, seeds: Tensor | None = None, step: int = 0) -> SoftToken:
+    """The thought that follows `logits` (B, V); differentiable with respect to them.
+
+    Args:
+        logits: raw logits, any float dtype.
+        seeds: (B,) int64 row seeds of the Gumbel noise; None draws no noise (greedy decoding).
+        step: position in the completion, the second coordinate of the noise.
+
+    Returns:
+        SoftToken of support (B, K) int64 and log-weights (B, K) float32, strongest first. Without noise, a gumbel
+        thought has the weights softmax_S(phi / tau) of the K most probable ids; a soft thought softmax_S(phi).
+    """
+    k = thinking.support_size(logits.shape[-1])
+    z = torch.log_softmax(logits.float() / thinking.thought_temperature, dim=-1)  # (B, V)
+    if seeds is not None and thinking.thought != "soft":
+        z = z + gumbel(seeds.to(z.device), step, z.shape[-1])
+    values, support = z.topk(k, dim=-1)  # (B, K)
+    tau = thinking.thought_tau if thinking.thought == "gumbel" else 1.0
+    return SoftToken(support, torch.log_softmax(values / tau, dim=-1))
+
+
+def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -> Tensor:
+    """Weighted sum of K embeddings a position: (..., K), (..., K) -> (..., H).
+
+    The ids go through the embedding *module*, one slot at a time: its hooks (ZeRO-3 gathering, PEFT's input-gradient
+    hook, Gemma's scaling) fire, and backward keeps indices rather than K copies of (..., H).
+    """
+    weights = log_weights.exp()
+    mixture: Tensor | None = None
+    for j in range(support.shape[-1]):
+        row = embedding(support[..., j])  # (..., H)
+        row = row * weights[..., j, None].to(row.dtype)
+        mixture = row if mixture is None else mixture + row
+    assert mixture is not None
+    return mixture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scored forward pass
+
+
+@dataclass
+class SoftInputs:
+    """A batch of prompts (left-padded) and soft completions (right-padded), as the rollout recorded them."""
+
+    prompt_ids: Tensor  # (B, P) int64
+    support: Tensor  # (B, C, K) int64
+    log_weights: Tensor  # (B, C, K) float32; a token is [0, -inf, ...]
+    action_mask: Tensor  # (B, C) bool: positions that were sampled, and so have a density
+    thought_mask: Tensor  # (B, C) bool: of those, the thoughts
+    tau: float
+    thought_temperature: float
+    temperature: float
+
+
+@dataclass
+class SoftOutput(ModelOutput):
+    log_probs: Tensor | None = None  # (B, C) float32, 0 where action_mask is off
+    entropy: Tensor | None = None  # (B, C) float32, nats, of the categorical at temperature T
+    hidden: Tensor | None = None  # (B, C, H), the state that predicts each position
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def add_soft_forward(model: PreTrainedModel, chunk_size: int = 1024) -> None:
+    """Let `model.forward(attention_mask=..., soft=SoftInputs)` return a `SoftOutput`; other calls are unchanged.
+
+    Args:
+        model: a causal LM of transformers, without its PEFT wrapper.
+        chunk_size: positions whose (chunk, V) logits are alive at once.
+    """
+    inner = model.forward
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, soft: SoftInputs | None = None, **kwargs: Any) -> Any:
+        if soft is None:
+            return inner(*args, **kwargs)
+        embedding, attention_mask = self.get_input_embeddings(), kwargs["attention_mask"]
+        embeds = torch.cat(
+            [embedding(soft.prompt_ids), mix_embeddings(embedding, soft.support, soft.log_weights)], dim=1
+        )  # (B, P+C, H)
+        states = self.base_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        C = soft.support.shape[1]
+        hidden = states[:, -C - 1 : -1]  # (B, C, H)
+        on = soft.action_mask
+        temperature = torch.where(soft.thought_mask[on], soft.thought_temperature, soft.temperature).float()
+        log_probs, entropy = soft_log_prob(
+            hidden[on],
+            self.get_output_embeddings(),
+            soft.support[on],
+            soft.log_weights[on],
+            soft.tau,
+            temperature,
+            chunk_size=chunk_size,
+            softcap=softcap,
+        )  # (N,), (N,)
+        empty = torch.zeros(on.shape, dtype=torch.float32, device=on.device)
+        return SoftOutput(
+            log_probs=empty.masked_scatter(on, log_probs),
+            entropy=empty.masked_scatter(on, entropy.detach() if not entropy.requires_grad else entropy),
+            hidden=hidden,
+        )
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load, make, save
+
+
+def character_tokenizer(vocabulary: str) -> PreTrainedTokenizerFast:
+    """One token a character, with <pad>, <eos>, <bot> and <eot> in the vocabulary from the start."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = list(dict.fromkeys(vocabulary))
+    tokens = [PAD, "<unk>", "<eos>", BOT, EOT, *characters]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        additional_special_tokens=[BOT, EOT],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make(model_config: dict[str, Any], vocabulary: str, seed: int, dtype: str = "float32") -> Policy:
+    """A model with random weights and a character tokenizer, from a recipe's `model_config` and `vocabulary`."""
+    tokenizer = character_tokenizer(vocabulary)
+    values = dict(model_config)
+    if "model_type" not in values:
+        raise ValueError("model_config needs model_type, for example llama")
+    config = AutoConfig.for_model(
+        values.pop("model_type"),
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **values,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return Policy(model, tokenizer, None)
+
+
+def load(name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None) -> Policy:
+    """A policy from a folder of ours, a plain transformers folder, a PEFT adapter folder, or a hub id.
+
+    Raises:
+        ValueError: the path looks like a folder and does not exist.
+    """
+    path = Path(name_or_path)
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "models/", "runs/"))
+    if looks_local and not path.exists():
+        hint = "; run `rl-soft fetch smollm2` first" if "smollm2" in name_or_path else ""
+        raise ValueError(f"model folder {name_or_path} does not exist{hint}")
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if attn_implementation:
+        kwargs["attn_implementation"] = attn_implementation
+    if (path / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Policy(model, tokenizer, read_thinking(path))
+
+
+def read_thinking(path: Path) -> Thinking | None:
+    """The `Thinking` that a folder was trained for; None when it is not one of ours."""
+    file = path / SIDE_FILE
+    return Thinking.from_dict(json.loads(file.read_text())["thinking"]) if file.exists() else None
+
+
+def add_thought_tokens(policy: Policy) -> None:
+    """Put <bot> and <eot> into a pretrained tokenizer and model; their rows start as copies of <eos> plus noise."""
+    missing = [t for t in (BOT, EOT) if t not in policy.tokenizer.get_vocab()]
+    if not missing:
+        return
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    embedding = policy.model.get_input_embeddings()
+    if len(policy.tokenizer) > embedding.weight.shape[0]:
+        policy.model.resize_token_embeddings(len(policy.tokenizer), mean_resizing=False)
+        embedding = policy.model.get_input_embeddings()
+    weight = embedding.weight.data
+    noise = torch.Generator().manual_seed(0)
+    for token in missing:
+        row = weight[policy.tokenizer.eos_token_id]
+        jitter = torch.randn(row.shape, generator=noise) * row.float().std().cpu()
+        weight[policy.tokenizer.convert_tokens_to_ids(token)] = row + 0.5 * jitter.to(row)
+
+
+def write_side_file(folder: Path, thinking: Thinking) -> None:
+    temporary = folder / (SIDE_FILE + ".tmp")
+    temporary.write_text(json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n")
+    temporary.replace(folder / SIDE_FILE)
+
+
+def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thinking: Thinking, main: bool) -> None:
+    """Write a complete model folder under a temporary name, then rename it, so that a folder is whole or absent.
+
+    Args:
+        save_model: called with the temporary folder on every rank (ZeRO needs all of them), e.g. `trainer.save_model`.
+        main: whether this process writes the side files and renames.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    if main and temporary.exists():
+        shutil.rmtree(temporary)
+    save_model(str(temporary))
+    if main:
+        tokenizer.save_pretrained(temporary)
+        write_side_file(temporary, thinking)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)

@@ -1,0 +1,187 @@
+"""The files of an evaluation: `eval.json`, its header, and `records.jsonl`, a line for each (problem, sample).
+
+`records.jsonl` is append-only and the ground truth: every report is rebuilt from it. A process that is killed can
+leave at most its last line unfinished; `read` cuts that line off, and `Writer` goes on from what is there. Standard
+library only.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from types import NoneType
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+SCHEMA = 1
+GREEDY = -1  # the sample number of the greedy answer
+OUTCOMES = ("correct", "wrong", "unparsed")
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "problem_id": (str,),
+    "sample": (int,),
+    "question_hash": (str,),
+    "question": (str,),
+    "gold": (str,),
+    "family": (str, NoneType),
+    "outcome": (str,),
+    "prediction": (str, NoneType),
+    "text": (str,),
+    "thoughts": (int,),
+    "answer_tokens": (int,),
+    "truncated": (bool,),
+    "seed": (int,),
+}
+_HEADER: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "model": (str,),
+    "dataset": (str,),
+    "split": (str,),
+    "decoder": (dict,),
+    "n": (int,),
+    "seed": (int,),
+    "num_problems": (int,),
+}
+
+
+class Writer:
+    """Appends records and knows which are there already.
+
+    `done` holds every (problem_id, sample) in the file, so that a resumed evaluation skips them. A context manager.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        existing = read(self.path) if self.path.exists() else []
+        self.done: set[tuple[str, int]] = {(record["problem_id"], record["sample"]) for record in existing}
+        self._file = self.path.open("ab")
+
+    def append(self, *records: Record) -> None:
+        """Append records and return when they are on the disk; a batch costs one fsync.
+
+        Raises:
+            ValueError: a record lacks a field, has one of the wrong type, or is there already; nothing is written.
+        """
+        keys = [(record.get("problem_id"), record.get("sample")) for record in records]
+        for record in records:
+            _check(record, _FIELDS, "record")
+        again = [key for key, count in Counter(keys).items() if count > 1 or key in self.done]
+        if again:
+            raise ValueError(f"{self.path} holds {_name(again)} already")
+        self._file.write(b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done.update(keys)  # type: ignore[arg-type]  # _check has seen to the types
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(path: str | Path) -> list[Record]:
+    """All records of a file, in its order.
+
+    A last line that is not JSON is cut off the file, with a warning: its writer was interrupted.
+
+    Raises:
+        ValueError: any other line that is not a valid record (names the line), or a (problem, sample) found twice.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    elif _parse(lines[-1]) is not None:
+        with path.open("ab") as file:  # only the line end is missing
+            file.write(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None and number == len(lines):
+            logger.warning("%s: line %d is unfinished; cutting it off", path, number)
+            os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
+            break
+        if record is None:
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        _check(record, _FIELDS, f"{path}, line {number}")
+        records.append(record)
+    counts = Counter((record["problem_id"], record["sample"]) for record in records)
+    again = [key for key, count in counts.items() if count > 1]
+    if again:
+        raise ValueError(f"{path} holds {_name(again)} more than once")
+    return records
+
+
+def read_header(eval_dir: str | Path) -> dict[str, Any]:
+    """The header of an evaluation directory.
+
+    Raises:
+        FileNotFoundError: there is no eval.json.
+        ValueError: it is not JSON, of another schema, or lacks a field.
+    """
+    path = Path(eval_dir) / "eval.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{eval_dir} is not an evaluation: it has no eval.json")
+    header = _parse(path.read_bytes())
+    if header is None:
+        raise ValueError(f"{path}: not a JSON object")
+    if header.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {header.get('schema')!r}, but this version reads schema {SCHEMA}")
+    _check(header, _HEADER, str(path))
+    return header
+
+
+def write_header(eval_dir: str | Path, header: dict[str, Any]) -> None:
+    """Write eval.json, whole or not at all; `schema` is filled in.
+
+    Raises:
+        ValueError: the header lacks a field or has one of the wrong type.
+    """
+    path = Path(eval_dir) / "eval.json"
+    _check(header, _HEADER, str(path))
+    write_atomic(path, json.dumps({"schema": SCHEMA, **header}, indent=2) + "\n")
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file under a temporary name and rename it: a reader sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+def _parse(line: bytes) -> Record | None:
+    """The JSON object in a line, or None."""
+    try:
+        value = json.loads(line)
+    except ValueError:  # JSON and Unicode errors alike
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _check(value: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str) -> None:
+    for field, types in fields.items():
+        if field not in value:
+            raise ValueError(f"{where}: no field {field!r}")
+        if type(value[field]) not in types:  # isinstance would take True for an int
+            expected = " or ".join("null" if t is NoneType else t.__name__ for t in types)
+            raise ValueError(f"{where}: {field} must be {expected}, not {value[field]!r:.80}")
+    if value.get("outcome", "wrong") not in OUTCOMES:
+        raise ValueError(f"{where}: outcome must be one of {', '.join(OUTCOMES)}, not {value['outcome']!r}")
+    if value.get("sample", GREEDY) < GREEDY:
+        raise ValueError(f"{where}: sample must be {GREEDY} (greedy) or more, not {value['sample']}")
+
+
+def _name(keys: list[Any]) -> str:
+    """Names for an error: 'problem p1 sample 3, problem p2 sample 0 and 5 more'."""
+    names = ", ".join(f"problem {problem} sample {sample}" for problem, sample in keys[:5])
+    return names + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

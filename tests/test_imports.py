@@ -1,0 +1,65 @@
+"""Imports go one way: see docs/architecture.md.
+
+    pytest tests/test_imports.py
+"""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+ALLOWED = {  # module -> modules of ours that it may import
+    "passk": set(),
+    "records": set(),
+    "noise": set(),
+    "data": set(),
+    "densities": {"noise"},
+    "head": {"densities"},
+    "layout": {"data"},
+    "policy": {"densities", "head", "layout", "noise"},
+    "rollout": {"densities", "layout", "policy"},
+    "config": {"layout"},
+    "codi": {"config", "data", "layout", "noise", "policy"},
+    "rl": {"layout", "noise", "policy", "rollout"},
+    "evaluate": {"data", "layout", "noise", "records", "rollout"},
+    "html": {"passk", "records"},
+    "report": {"html", "passk", "records"},
+    "fetch": set(),
+}
+
+
+def imported(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rl_soft").glob("*.py")), ids=lambda p: p.stem)
+def test_direction(path):
+    names = imported(path)
+    ours = {n.split(".")[1] for n in names if n.startswith("rl_soft.")}
+    if path.stem in ALLOWED:
+        assert ours <= ALLOWED[path.stem]
+    if path.stem not in ("cli", "__main__"):
+        assert "cli" not in ours
+    if path.stem not in ("rl", "ppo", "sft", "config", "train"):
+        assert not any(n.split(".")[0] == "trl" for n in names)
+    if path.stem not in ("report", "analysis"):
+        assert not any(n.split(".")[0] == "matplotlib" for n in names)
+
+
+@pytest.mark.parametrize("module", ["rl_soft.passk", "rl_soft.records", "rl_soft.report", "rewards.answers", "rewards.accuracy"])
+def test_reports_and_rewards_work_without_torch(module):
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+def test_telemetry_is_off():
+    code = "import os, rl_soft.cli as c; c.main(['--help']); assert os.environ['HF_HUB_DISABLE_TELEMETRY'] == '1'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, capture_output=True)

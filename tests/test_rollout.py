@@ -1,0 +1,144 @@
+"""Rollouts: a sample does not depend on its batch, and what was recorded is what was fed and what has the density.
+
+    pytest tests/test_rollout.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import rows, tiny_policy
+
+from rl_soft.densities import GumbelTopK, SoftToken
+from rl_soft.layout import Layout, Thinking
+from rl_soft.noise import address
+from rl_soft.policy import SoftInputs, add_soft_forward, mix_embeddings
+from rl_soft.rollout import rollout
+
+EXPLICIT = Thinking(
+    phase="explicit", end_of_thinking="=", num_thoughts=9, thought_k=3, answer_prompt="", max_answer_tokens=5
+)
+
+
+def make(model_type="llama", thinking=None, tied=True):
+    made = tiny_policy(model_type, tied)
+    thinking = thinking or Thinking(thought_k=3, num_thoughts=3, answer_prompt="#", max_answer_tokens=5)
+    return made, Layout(thinking, made.tokenizer)
+
+
+def run(made, layout, problems, samples=1, **kwargs):
+    prompts = [layout.prompt_ids(r.question) for r in problems for _ in range(samples)]
+    seeds = torch.tensor([address(0, r.id, s) for r in problems for s in range(samples)])
+    return rollout(made.model, layout, prompts, seeds, [made.tokenizer.eos_token_id], **kwargs)
+
+
+@pytest.mark.parametrize("thinking", [None, EXPLICIT], ids=["latent", "explicit"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
+def test_a_sample_does_not_depend_on_its_batch(model_type, thinking):
+    made, layout = make(model_type, thinking)
+    together = run(made, layout, rows(8), samples=3, compact_every=1)
+    for i in range(8):
+        alone = run(made, layout, rows(8)[i : i + 1], samples=3)
+        for j in range(3):
+            n = int(alone.lengths[j])
+            assert int(together.lengths[3 * i + j]) == n
+            assert torch.equal(together.support[3 * i + j, :n], alone.support[j, :n])
+            assert torch.equal(together.completion_ids[3 * i + j, :n], alone.completion_ids[j, :n])
+            torch.testing.assert_close(
+                together.log_probs[3 * i + j, :n], alone.log_probs[j, :n], atol=2e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("thinking", [None, EXPLICIT], ids=["latent", "explicit"])
+@pytest.mark.parametrize("model_type,tied", [("llama", True), ("llama", False), ("gpt2", True), ("qwen3", True)])
+def test_training_pass_recomputes_the_rollouts_density(model_type, tied, thinking):
+    made, layout = make(model_type, thinking, tied)
+    out = run(made, layout, rows(8), samples=2)
+    add_soft_forward(made.model, chunk_size=7)
+    P = max(map(len, out.prompt_ids))
+    pad_id = made.tokenizer.pad_token_id
+    prompt_ids = torch.tensor([[pad_id] * (P - len(p)) + p for p in out.prompt_ids])
+    prompt_mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in out.prompt_ids])
+    t = layout.thinking
+    scored = made.model(
+        attention_mask=torch.cat([prompt_mask, out.mask.long()], dim=1),
+        soft=SoftInputs(
+            prompt_ids, out.support, out.log_weights, out.action_mask, out.thought_mask,
+            t.thought_tau, t.thought_temperature, t.temperature,
+        ),
+    )  # fmt: skip
+    assert out.action_mask.any()
+    assert (out.log_probs[out.action_mask] != 0).all()
+    torch.testing.assert_close(scored.log_probs, out.log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scored.entropy, out.entropy, atol=1e-4, rtol=0)
+
+
+def test_the_recorded_density_is_the_distributions(tiny):
+    """Replay one row by hand, one position at a time, without a cache."""
+    made, layout = tiny
+    t = replace(layout.thinking, thought_temperature=0.8, temperature=1.3)
+    layout = Layout(t, made.tokenizer)
+    out = run(made, layout, rows(1))
+    embedding = made.model.get_input_embeddings()
+    embeds = embedding(torch.tensor(out.prompt_ids[:1]))
+    for i in range(int(out.lengths[0])):
+        logits = made.model(inputs_embeds=embeds).logits[:, -1]
+        if out.thought_mask[0, i]:
+            d = GumbelTopK(logits, 3, t.thought_tau, t.thought_temperature)
+            expected = d.log_prob(SoftToken(out.support[:1, i], out.log_weights[:1, i]))
+            torch.testing.assert_close(out.log_probs[:1, i], expected, atol=1e-4, rtol=0)
+        elif out.action_mask[0, i]:
+            expected = torch.log_softmax(logits / t.temperature, -1)[0, out.completion_ids[0, i]]
+            torch.testing.assert_close(out.log_probs[0, i], expected, atol=1e-4, rtol=0)
+        embeds = torch.cat([embeds, mix_embeddings(embedding, out.support[:1, i], out.log_weights[:1, i])[:, None]], 1)
+
+
+def test_latent_layout_is_thoughts_then_what_is_fed_then_answer(tiny):
+    made, layout = tiny
+    out = run(made, layout, rows(4), samples=2)
+    n = layout.thinking.num_thoughts
+    fed = [layout.eot_id, *layout.answer_prompt_ids]
+    assert out.thought_mask[:, :n].all() and not out.thought_mask[:, n:].any()
+    assert out.completion_ids[:, n : n + len(fed)].tolist() == [fed] * 8
+    assert not out.action_mask[:, n : n + len(fed)].any()
+    assert (out.log_weights[out.thought_mask].logsumexp(-1).abs() < 1e-5).all()
+    assert (out.completion_ids[:, :n] == layout.bot_id).all()
+    answer_ends = out.lengths - 1
+    last = out.completion_ids.gather(1, answer_ends[:, None])[:, 0]
+    assert torch.equal(last == made.tokenizer.eos_token_id, out.finished)
+
+
+def test_explicit_thinking_ends_by_its_text_or_its_cap():
+    made, layout = make(thinking=replace(EXPLICIT, thought_temperature=3.0))
+    out = run(made, layout, rows(8), samples=8)
+    end = layout.end_ids[0]
+    kinds = set()
+    for i in range(64):
+        ids, thought = out.completion_ids[i].tolist(), out.thought_mask[i].tolist()
+        n = sum(thought)
+        assert thought[:n] == [True] * n, "thoughts come first"
+        if n < 9:
+            assert ids[n - 1] in (end, made.tokenizer.eos_token_id)
+            kinds.add("end" if ids[n - 1] == end else "eos")
+        elif ids[n - 1] != end and ids[n - 1] != made.tokenizer.eos_token_id:
+            assert ids[n] == end and not out.action_mask[i, n], "the end text is fed after the cap"
+            kinds.add("cap")
+    assert {"end", "cap"} <= kinds
+
+
+def test_greedy_is_the_limit_of_low_temperature_and_repeats():
+    made, layout = make()
+    prompts = [layout.prompt_ids(r.question) for r in rows(6)]
+    eos = [made.tokenizer.eos_token_id]
+    first, second = (rollout(made.model, layout, prompts, None, eos) for _ in range(2))
+    assert torch.equal(first.support, second.support)
+    cold_thinking = replace(layout.thinking, temperature=1e-4)
+    greedy_answers = rollout(made.model, Layout(cold_thinking, made.tokenizer), prompts, None, eos)
+    assert torch.equal(first.completion_ids, greedy_answers.completion_ids)
+
+
+def test_more_slots_than_the_vocabulary_are_refused(tiny):
+    made, layout = tiny
+    wide = Layout(replace(layout.thinking, thought_k=99), made.tokenizer)
+    with pytest.raises(ValueError, match="thought_k must be at most the vocabulary size 20, got 99"):
+        run(made, wide, rows(1))
