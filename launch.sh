@@ -108,7 +108,10 @@ fi
 command=("$venv/bin/accelerate" launch --config_file "$config" --num_processes "$nproc")
 [[ $zero == 0 && $nproc == 1 ]] && command=("$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 [[ -n ${RL_SOFT_PORT:-} ]] && command+=(--main_process_port "$RL_SOFT_PORT")
-command+=(--num_cpu_threads_per_process "$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // $nproc))")")
+if [[ ${devices:-0} == 0 ]]; then # processes on a CPU share its cores
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // $nproc))")}
+  export DS_ACCELERATOR=cpu
+fi
 command+=(-m rl_soft "$recipe" ${rest[@]+"${rest[@]}"})
 say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
 say "$(printf '%q ' "${command[@]}")"

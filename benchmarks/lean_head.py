@@ -2,11 +2,13 @@
 
     python benchmarks/lean_head.py [--n 4096 --v 49152 --h 576 --k 8 --rounds 3 --threads 2]
 
-Each measurement is a process of its own, plain and lean in turn. It builds the inputs, runs a small warm-up, and then a forward and
-a backward: extra memory is the high-water mark of the resident set less what was resident before, time the shortest of the rounds.
-Both sides return the log-density and the entropy of `GumbelTopK`, and are timed with the entropy detached (a metric) and with
-its gradient (a bonus). The plain side is the usual one: logits, log_softmax, gather, and a logsumexp over the complement.
-Gradients are compared in one more process. Ratios, lean / plain, stand last.
+Each measurement is a process of its own, plain and lean in turn. It builds the inputs, runs a small warm-up, and then
+a forward and
+a backward: extra memory is the high-water mark of the resident set less what was resident before, time the shortest of
+    the rounds.
+Both sides return the log-density and the entropy of `GumbelTopK`, and are timed with the entropy detached (a metric)
+and with its gradient (a bonus). The plain side is the usual one: logits, log_softmax, gather, and a logsumexp over the
+complement. Gradients are compared in one more process. Ratios, lean / plain, stand last.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ def main() -> None:
         command = [sys.executable, *sys.argv, "--child", json.dumps(variant)]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    print(f"N {args.n}, V {args.v}, H {args.h}, K {args.k}, float32, {args.threads} threads, torch {torch.__version__}")
+    print(
+        f"N {args.n}, V {args.v}, H {args.h}, K {args.k}, float32, {args.threads} threads, torch {torch.__version__}"
+    )
     ratios = []
     for trained, entropy_grad in itertools.product((True, False), (False, True)):
         name = f"{'trained' if trained else 'frozen'} head, entropy {'with gradient' if entropy_grad else 'detached'}"
@@ -109,7 +113,9 @@ def main() -> None:
             print(f"{name}: {side} {b['seconds']:.2f} s, {b['bytes'] / 2**20:.0f} MiB")
         error = measure("compare", trained, entropy_grad)
         ratio = {key: best["lean"][key] / best["plain"][key] for key in ("seconds", "bytes")}
-        ratios.append(f"{name}: time {ratio['seconds']:.2f}, memory 1/{1 / ratio['bytes']:.1f}, largest error {error:.1e}")
+        ratios.append(
+            f"{name}: time {ratio['seconds']:.2f}, memory 1/{1 / ratio['bytes']:.1f}, largest error {error:.1e}"
+        )
     print("\n".join(["", *ratios]))
 
 

@@ -33,8 +33,8 @@ def math_accuracy(
 ) -> list[float | None]:
     """1 for a correct answer, 0 for a wrong or an unparsed one, None where the gold answer is missing or unreadable.
 
-    An answer on which the symbolic grader gives up (time, memory, a crash) scores 0 and is counted. For each batch
-    `log_metric`, which TRL passes, receives `unparsed_rate` (no answer was found) and the counts `grader_failures` and
+    For each batch `log_metric`, which TRL passes, receives `unparsed_rate` (no answer was found, or none that can be
+    read) and two counts: `grader_failures` (the worker ran out of time or memory, or crashed; the answer scores 0) and
     `unreadable_golds`.
 
     Args:
@@ -49,7 +49,10 @@ def math_accuracy(
     judgements = judge_many(texts, golds, answer_type or ["number"] * len(texts), strict)
     applies = [gold != "" and judgement.failure != "gold" for gold, judgement in zip(golds, judgements, strict=True)]
     if log_metric is not None and texts:
-        log_metric("math_accuracy/unparsed_rate", sum(j.prediction is None for j in judgements) / len(texts))
-        log_metric("math_accuracy/grader_failures", sum(j.failure not in (None, "gold") for j in judgements))
+        log_metric("math_accuracy/unparsed_rate", sum(j.outcome == "unparsed" for j in judgements) / len(texts))
+        failures = [judgement.failure for judgement in judgements]
+        log_metric(
+            "math_accuracy/grader_failures", sum(failures.count(kind) for kind in ("timeout", "memory", "crash"))
+        )
         log_metric("math_accuracy/unreadable_golds", applies.count(False))
     return [float(j.outcome == "correct") if applied else None for j, applied in zip(judgements, applies, strict=True)]

@@ -57,7 +57,7 @@ _POWER = r"10\s?\^\s?\{?-?[0-9]{1,9}\}?"
 _NUMBER = re.compile(
     r"(?:(?<![A-Za-z0-9_)\]}])-\s?(?=\\?[$€£¥₹]|\\[dtc]?frac|[.0-9]))?(?:\\?[$€£¥₹]-?)?(?<![A-Za-z0-9_])(?:"
     rf"\\[dtc]?frac\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])|{_POWER}|{DECIMAL}(?:"
-    rf"[eE][-+]?[0-9]{{1,9}}(?![0-9A-Za-z])|\s?(?:\\times|\*|x)\s?{_POWER}|\s?\\[dtc]?frac\{{{_SMALL}\}}\{{{_SMALL}\}}"
+    rf"[eE][-+]?[0-9]{{1,9}}(?![0-9A-Za-z])|\s{{0,3}}(?:\\times|\*|x)\s{{0,3}}{_POWER}|\s?\\[dtc]?frac\{{{_SMALL}\}}\{{{_SMALL}\}}"
     rf"|\ {{1,3}}{_SMALL}/{_SMALL}(?![0-9])|\s?/\s?{DECIMAL})?"
     r")(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?\\?%|\spercent\b)?"
 )
@@ -112,7 +112,7 @@ def _first_run(text: str, spans: Sequence[Span]) -> Span:
 
 def _find(pattern: re.Pattern[str], text: str, start: int = 0, stop: int | None = None) -> list[Span]:
     matches = pattern.finditer(text, start, len(text) if stop is None else stop)
-    return [Span(match.start(), match.end(), match.group().strip()) for match in matches]
+    return [Span(m.start(), m.end(), m.group().replace("\\$", "").replace("$", "").strip()) for m in matches]
 
 
 _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s?(?:(\{)|([^\s{}\\$]{1,50}))|\\.|[{}]", re.DOTALL)
@@ -211,13 +211,14 @@ def _hashed(text: str, answer_type: str) -> list[Span]:
     """The answers after `####`; for a number without the words that may follow it on the line."""
     spans = hashes(text)
     if answer_type == "number":
-        read = [_sentence_number(text, text.index(span.content, span.start), span.end) for span in spans[-20:]]
-        spans = [found._replace(start=span.start) if found else span for span, found in zip(spans[-20:], read, strict=True)]
+        last = spans[-20:]
+        read = [_sentence_number(text, text.index(span.content, span.start), span.end) for span in last]
+        spans = [found._replace(start=span.start) if found else span for span, found in zip(last, read, strict=True)]
     return spans
 
 
 def _with_neighbours(text: str, answer: Span, answer_type: str) -> Span:
-    r"""A marked answer with the bare candidates that an "or" ties to it: "either 3 or \boxed{4}", "#### 3, or maybe 4"."""
+    r"""A marked answer with the bare candidates that an "or" ties to it: `3 or \boxed{4}`, `#### 3, maybe 4`."""
     if answer_type == "free":
         return answer
     pattern = {"number": _NUMBER, "choice": CHOICE, "bool": BOOL}[answer_type]
@@ -240,7 +241,7 @@ _FORMULA = re.compile(r"\$\$?([^$]{1,500})\$\$?(?![0-9])|\\\(([^$]{1,500}?)\\\)|
 
 
 def _last_formula(text: str) -> Span | None:
-    """The last formula of a text. Prose between two dollar signs is none, unless the whole text stands between them."""
+    """The last formula of a text; prose between two dollar signs is none, unless it is the whole text."""
     for match in reversed(list(_FORMULA.finditer(text, max(0, len(text) - 3 * MAX_ANSWER)))):
         formula = next(filter(None, match.groups())).strip()
         if formula and (not _PROSE.search(formula) or match.group() == text.strip()):
@@ -261,9 +262,10 @@ def _flexible(text: str, answer_type: str) -> str | None:
             return formula.content
         return _last_run(text, spans).content if spans else None
     if answer_type == "choice":
-        if opening := re.match(r"\s*+\(?([A-Ja-j])\)?(?:[.):]|\s*+\Z|\n)", text):
-            return opening[1]
-        return _last_run(text, spans).content if (spans := _find(CHOICE, text)) else None
+        spans = _find(CHOICE, text)
+        if opening := re.match(r"\s*+\(?([A-Ja-j])\)?(?:[.):]|\s*+\Z|\n)", text):  # "(B) because A is wrong"
+            return _first_run(text, spans).content if spans and spans[0].end <= opening.end() else opening[1]
+        return _last_run(text, spans).content if spans else None
     spans = _find(BOOL, text)
     first = len(spans) - 1
     while first > 0 and not _STOP.search(text, spans[first - 1].end, spans[first].start):

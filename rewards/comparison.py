@@ -52,8 +52,10 @@ def plain(text: str) -> str:
 _UNWRAP = re.compile(
     r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|emph|operatorname|boxed|fbox)\s?\{([^{}]*)\}"
 )
-_NOISE = re.compile(r"\\(?:left|right|displaystyle|textstyle|big|Big|bigl|bigr)(?![A-Za-z])|\\[!()\[\]]|[$€£¥₹]")
-_SPACE = re.compile(r"\\[,;:> ]|~|\\q?quad(?![A-Za-z])")
+_NOISE = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|big|Big|bigl|bigr)(?![A-Za-z])|(?<!\\)\\[!()\[\]]|[$€£¥₹]"
+)
+_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])")
 _FRAC_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _THIN_COMMA = re.compile(r"(?<=[0-9]),\s?\\!\s?(?=[0-9])")
 _DEGREES = re.compile(r"\^\s?(?:\\circ|\{\s?\\circ\s?\})")
@@ -79,7 +81,7 @@ def clean(answer: str) -> str:
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
 DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{2,3}){0,8},[0-9]{3}(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
-_TIMES_TEN = r"\s?(?:\\times|\\cdot|\*|x)\s?10\s?(?:\^|\*\*)\s?\{?\s?(?P<power>[-+]?[0-9]{1,9})\s?\}?"
+_TIMES_TEN = r"\s*+(?:\\times|\\cdot|\*|x)\s*+10\s?(?:\^|\*\*)\s?\{?\s?(?P<power>[-+]?[0-9]{1,9})\s?\}?"
 _FRAC = re.compile(rf"\\frac\s?(?:\{{\s?(-?{DECIMAL})\s?\}}|([0-9]))\s?(?:\{{\s?(-?{DECIMAL})\s?\}}|([0-9]))")
 _LITERAL = re.compile(
     r"(?P<sign>[-+]?)\s*+(?:"
@@ -142,7 +144,7 @@ def _decimal(digits: str) -> Fraction:
 def _agree(prediction: Number, gold: Number) -> bool:
     """Exact equality, after a percent sign on one side only was read both ways: 50% is 0.5, and 50 with its unit.
 
-    A gold that is no short decimal (1/3, 1.6666666666666667) cannot be written out, so agreement to six places is enough there.
+    A gold that is no short decimal (1/3, 1.6666666666666667) cannot be written out: agreement to six places will do.
     """
     value, target = prediction.value, gold.value
     values = {value}
@@ -163,15 +165,18 @@ _SEPARATOR = re.compile(
 _EQUALS = re.compile(r"(?<![<>!:=])=(?![=<>])")
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 _FUNCTIONS = frozenset(
-    "pi|sqrt|frac|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|infty|inf|cup|cap|mod".split("|")
+    {"pi", "sqrt", "frac", "log", "ln", "exp", "inf", "infty", "cup", "cap", "mod", "cot", "sec", "csc"}
 )
+_FUNCTIONS |= {prefix + name for prefix in ("", "arc") for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")}
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]{1,12}\*?\}(?:\{[lcr|]{1,20}\})?")
 _ASSIGNMENT = re.compile(
     r"(?:[A-Za-z]{1,2}(?:_\{?[A-Za-z0-9]{1,4}\}?)?(?:\([A-Za-z]\))?|\([A-Za-z](?:,\s?[A-Za-z]){1,5}\))\s?=(?![^=]*=)"
 )
+_SPACING = re.compile(r"(?<![0-9])\s+|\s+(?![0-9\s])")
 _TEXT = re.compile(r"[A-Za-z][A-Za-z' .-]*+")
 CHOICE = re.compile(
-    r"(?<![\w'])(A(?!\s(?!is\b|or\b|and\b|as\b|because\b|since\b|was\b)[a-z])|[B-HJ]|I(?=[).:]|\Z)|(?<=\()[a-j](?=\)))(?![\w'])"
+    r"(?<![\w'])(A(?!\s(?!is\b|or\b|and\b|as\b|because\b|since\b|was\b)[a-z])|[B-HJ]|I(?=[).:]|\Z)"  # no article
+    r"|(?<=\()[a-j](?=\)))(?![\w'])"
 )
 BOOL = re.compile(r"\b(?:yes|no|true|false)\b", re.IGNORECASE)
 
@@ -223,9 +228,14 @@ def _is_text(answer: str) -> bool:
     return bool(words) and _TEXT.fullmatch(answer) is not None and _FUNCTIONS.isdisjoint(words)
 
 
+def _squeeze(answer: str) -> str:
+    """The answer without white space, except between digits: 2 1/2 is not 21/2."""
+    return _SPACING.sub("", answer)
+
+
 def _same_expression(prediction: str, gold: str) -> bool | None:
     """Whether two cleaned answers agree; None if it takes mathematics to tell."""
-    if "".join(prediction.split()) == "".join(gold.split()):
+    if _squeeze(prediction) == _squeeze(gold):
         return True
     if (target := read_number(_value(gold))) is not None:
         # Every candidate has to be right, and a number.
@@ -266,7 +276,7 @@ def _any(verdicts: Iterable[bool | None]) -> bool | None:
 def same(prediction: str, gold: str, answer_type: str) -> bool | None:
     """Whether an extracted answer is the gold one; None if it takes mathematics to tell."""
     check_type(answer_type)
-    if len(prediction) > MAX_ANSWER:
+    if len(prediction) > MAX_ANSWER or not gold.strip():
         return False
     match answer_type:
         case "number":
@@ -310,7 +320,7 @@ def canonical(prediction: str, answer_type: str = "number") -> str:
         return ", ".join(str(truth).lower() for truth in _truths(prediction))
     if (number := read_number(_side(cleaned))) is not None:
         return f"{number.value}%" if number.percent else str(number.value)
-    return " ".join(cleaned.casefold().split()) if answer_type == "free" else "".join(cleaned.split())
+    return " ".join(cleaned.casefold().split()) if answer_type == "free" else _squeeze(cleaned)
 
 
 def readable(gold: str, answer_type: str) -> bool | None:

@@ -1,12 +1,14 @@
-"""math-verify in worker processes: answers that are not plain numbers, decided under a time, a memory and a length limit.
+"""math-verify in worker processes: answers that are no plain numbers, within limits of time, memory and length.
 
-math-verify stops runaway work with SIGALRM, which works in a main thread only, replaces the caller's own alarm and cannot interrupt
-one long C call. Here it runs in processes of its own, started at the first symbolic pair and then reused. The kernel kills a
-worker that spends more than `CPU_SECONDS` on one pair (CPU time, so a grade does not depend on how busy the machine is); the
-parent kills one that has not replied after `WALL_SECONDS`. Either way the pair is a counted failure and the next pair gets a new
-worker. A worker ends when its standard input closes, so it does not outlive its parent.
+math-verify stops runaway work with SIGALRM, which works in a main thread only, replaces the caller's own alarm and
+cannot interrupt one long C call. Here it runs in processes of its own, started at the first symbolic pair and then
+reused. The kernel kills a worker that spends more than `CPU_SECONDS` on one pair (CPU time, so a grade does not depend
+on how busy the machine is); the parent kills one that has not replied after `WALL_SECONDS`. Either way the pair is a
+counted failure and the next pair gets a new worker. A worker ends when its standard input closes, so it does not
+outlive its parent.
 
-This file is two programs: imported, it is the pool; run as a script, it is the worker, which imports nothing of this package.
+This file is two programs: imported, it is the pool; run as a script, it is the worker, which imports nothing of this
+package. POSIX only.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, cast
 
-Failure = Literal["timeout", "memory", "crash", "gold"]  # "gold": math-verify cannot read the gold answer
+# The last two: math-verify cannot read the prediction, or the gold answer.
+Failure = Literal["timeout", "memory", "crash", "prediction", "gold"]
 Verdict = bool | Failure
 
 CPU_SECONDS = 3.0  # for one pair
@@ -40,13 +43,8 @@ class Worker:
     """One process; `ask` sends it `[prediction, gold]` as a line of JSON and returns its one-word reply."""
 
     def __init__(self) -> None:
-        command = [
-            sys.executable,
-            "-P",
-            __file__,
-            str(CPU_SECONDS),
-            str(MEMORY_BYTES),
-        ]  # -P: rewards/ is not on its path
+        # -P: the folder of this file is not on the worker's path, so nothing in it can shadow another module
+        command = [sys.executable, "-P", __file__, str(CPU_SECONDS), str(MEMORY_BYTES)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment, bufsize=0)
@@ -54,9 +52,7 @@ class Worker:
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         if self._reply(START_SECONDS) != b"ready":
             self.stop()
-            raise RuntimeError(
-                f"a worker for symbolic answers did not start; try: {sys.executable} -c 'import math_verify'"
-            )
+            raise RuntimeError(f"no worker for symbolic answers starts; try {sys.executable} -c 'import math_verify'")
 
     def ask(self, prediction: str, gold: str) -> Verdict:
         try:
@@ -66,7 +62,7 @@ class Worker:
         match self._reply(WALL_SECONDS):
             case b"true" | b"false" as reply:
                 return reply == b"true"
-            case b"memory" | b"gold" as reply:
+            case b"memory" | b"prediction" | b"gold" as reply:
                 return cast(Failure, reply.decode())
             case b"":  # it is gone
                 return "timeout" if self.process.wait() == -signal.SIGPROF else "crash"
@@ -96,14 +92,13 @@ class Pool:
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         deadline = time.monotonic() + BATCH_SECONDS
         unique = list(dict.fromkeys(pairs))  # a group of rollouts repeats its answers
-        verdicts = dict(zip(unique, self.threads.map(lambda pair: self._verify(*pair, deadline), unique), strict=True))
+        found = self.threads.map(lambda pair: self._verify(pair[0], pair[1], deadline), unique)
+        verdicts = dict(zip(unique, found, strict=True))
         return [verdicts[pair] for pair in pairs]
 
     def _verify(self, prediction: str, gold: str, deadline: float) -> Verdict:
         verdict: Verdict = "timeout"
-        for _ in range(
-            2
-        ):  # a worker may have died while idle; a crash is charged to the pair only if it happens twice
+        for _ in range(2):  # a worker may have died while idle: only a second crash is the fault of the pair
             if time.monotonic() > deadline:
                 return "timeout"
             try:
@@ -111,10 +106,10 @@ class Pool:
             except queue.Empty:
                 worker = Worker()
             verdict = worker.ask(prediction, gold)
-            if isinstance(verdict, bool) or verdict == "gold":
-                self.idle.put(worker)
-            else:
+            if verdict in ("timeout", "memory", "crash"):
                 worker.stop()
+            else:
+                self.idle.put(worker)
             if verdict != "crash":
                 break
         return verdict
@@ -125,7 +120,7 @@ class Pool:
             self.idle.get().stop()
 
 
-_pool: Pool | None = None
+_pool = Pool()  # costs nothing until it is used
 
 
 def verify(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
@@ -133,30 +128,23 @@ def verify(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
 
     Raises RuntimeError when workers cannot be started at all, since that says nothing about the answers.
     """
-    global _pool
-    if not pairs:
-        return []
-    if _pool is None:
-        _pool = Pool()
     return _pool.verify(pairs)
+
+
+def _replace_pool() -> Pool:
+    global _pool
+    old, _pool = _pool, Pool()
+    return old
 
 
 @atexit.register
 def close() -> None:
     """Stops the workers; the next call of `verify` starts new ones."""
-    global _pool
-    pool, _pool = _pool, None
-    if pool is not None:
-        pool.close()
+    _replace_pool().close()
 
 
-def _forget_pool() -> None:
-    """In a forked child the pool's threads do not exist and its pipes belong to the parent."""
-    global _pool
-    _pool = None
-
-
-os.register_at_fork(after_in_child=_forget_pool)
+# In a forked child the threads of the pool do not exist, and its pipes belong to the parent.
+os.register_at_fork(after_in_child=_replace_pool)
 
 
 def serve(cpu_seconds: float, memory_bytes: int) -> None:
@@ -175,26 +163,28 @@ def serve(cpu_seconds: float, memory_bytes: int) -> None:
     latex = [LatexExtractionConfig()]  # not ExprExtractionConfig: it ends in sympy's parse_expr, which is an eval
 
     def read(answer: str) -> list:
-        # The timeouts are off because the alarm below does their work.
-        return parse(f"${answer}$", latex, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+        # Without timeouts of its own: the alarm below does their work.
+        return parse(f"${answer}$", latex, "no_fallback", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
 
     def grade(prediction: str, gold: str) -> bytes:
+        reply = b"gold"
         try:
-            golds = read(gold)
-            if not golds:
-                return b"gold"
-            return b"true" if verify(golds, read(prediction), timeout_seconds=None) else b"false"
+            if golds := read(gold):
+                reply = b"prediction"
+                if predictions := read(prediction):
+                    reply = b"false"  # and so is what sympy cannot compare
+                    if verify(golds, predictions, timeout_seconds=None, raise_on_error=True):
+                        reply = b"true"
         except MemoryError:
             return b"memory"
         except Exception:
-            return b"false"
+            pass
+        return reply
 
     grade(r"\frac{1}{2}", "x = 0.5")  # builds the parser's tables
     os.write(replies, b"ready")
     for line in sys.stdin.buffer:
-        signal.setitimer(
-            signal.ITIMER_PROF, cpu_seconds
-        )  # SIGPROF ends the process: no handler, so no C call can delay it
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # no handler: SIGPROF ends the process, whatever it does
         reply = grade(*json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(replies, reply)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 USAGE = """\
@@ -33,6 +34,7 @@ def main(argv: list[str] | str | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the hosts about each other; nothing a user can act on
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)

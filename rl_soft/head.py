@@ -83,6 +83,8 @@ def soft_log_prob(
         ValueError: for shapes, dtypes or numbers out of range.
     """
     densities.check_positive("tau", tau)
+    if softcap is not None:
+        densities.check_positive("softcap", softcap)
     if log_weights.shape != support.shape:
         raise ValueError(
             f"log_weights: expected the shape of support {tuple(support.shape)}, got {tuple(log_weights.shape)}"
@@ -104,8 +106,10 @@ def soft_log_prob(
         log_prob = log_prob_of(log_probs, log_outside)
         entropy = entropy if entropy_grad else entropy.detach()
     else:
-        args = _prepare(hidden, plain, support, temperature, chunk_size)
-        log_prob, entropy, log_probs, log_outside = _FrozenHead.apply(*args, softcap, log_prob_of, entropy_grad)
+        chunking = _chunking(hidden, support, temperature, chunk_size, len(plain[0]))
+        log_prob, entropy, log_probs, log_outside = _FrozenHead.apply(
+            *_cast(hidden, *plain), support, *chunking, softcap, log_prob_of, entropy_grad
+        )
     if return_log_probs:
         return log_prob, entropy, log_probs.detach(), log_outside.detach()
     return log_prob, entropy
@@ -133,7 +137,8 @@ def support_statistics(
     """
     plain = _plain_head(lm_head)
     if plain is not None:
-        return _TrainedHead.apply(*_prepare(hidden, plain, support, temperature, chunk_size), softcap)
+        chunking = _chunking(hidden, support, temperature, chunk_size, len(plain[0]))
+        return _TrainedHead.apply(*_cast(hidden, *plain), support, *chunking, softcap)
 
     assert isinstance(lm_head, nn.Module)
 
@@ -143,14 +148,17 @@ def support_statistics(
         log_probs, log_outside = densities.gather_statistics(logits, support)
         return log_probs, log_outside, densities.entropy(logits)
 
-    out_features = getattr(lm_head, "out_features", None) or 2**17
-    _, _, _, _, temperature, rows = _prepare(hidden, (hidden, None), support, temperature, chunk_size, out_features)
+    vocab_size = getattr(lm_head, "out_features", None)
+    temperature, chunk_size = _chunking(hidden, support, temperature, chunk_size, vocab_size)
+    own = list(_slices(len(hidden), chunk_size))
+    spare = [slice(0, 1)] * (_most_calls(lm_head, len(own), hidden.device) - len(own))
     parts = []
-    for r in _slices(len(hidden), rows):
+    for r in own + spare:
         args = (hidden[r], support[r], temperature[r])
-        grad = torch.is_grad_enabled()
-        parts.append(checkpoint(chunk, *args, use_reentrant=False) if grad else chunk(*args))
-    log_probs, log_outside, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts.append(checkpoint(chunk, *args, use_reentrant=False) if torch.is_grad_enabled() else chunk(*args))
+    log_probs, log_outside, entropy = (torch.cat(part) for part in zip(*parts[: len(own)], strict=True))
+    for _, _, unused in parts[len(own) :]:
+        log_probs = log_probs + 0 * unused.sum()  # so that backward calls the module as often, too
     return log_probs, log_outside, entropy
 
 
@@ -254,10 +262,10 @@ def _statistics(logits: Tensor, ids: Tensor, present: Tensor) -> tuple[Tensor, T
     logits.scatter_(-1, ids, torch.finfo(logits.dtype).min)
     peak = logits.amax(-1, keepdim=True)  # of the complement
     p = (logits - peak).exp_()
-    total = p.sum(-1)
-    mean = p.mul_(logits).sum(-1) / total  # of the logits under the law within the complement
-    outside = total.log().add_(peak.squeeze(-1))
-    outside.masked_fill_(peak.squeeze(-1) == torch.finfo(logits.dtype).min, -torch.inf)  # K = V
+    total, peak = p.sum(-1), peak.squeeze(-1)
+    nothing = peak == torch.finfo(logits.dtype).min  # K = V
+    mean = (p.mul_(logits).sum(-1) / total).masked_fill_(nothing, 0)  # of the logits, by the law within the complement
+    outside = total.log().add_(peak).masked_fill_(nothing, -torch.inf)
     logits.scatter_(-1, ids, chosen)
     chosen = chosen.masked_fill_(~present, -torch.inf)
     log_z = torch.cat([chosen, outside.unsqueeze(-1)], -1).logsumexp(-1)
@@ -325,37 +333,46 @@ def _plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | N
     return None if partitioned else (weight, lm_head.bias)
 
 
-def _prepare(
-    hidden: Tensor,
-    plain: tuple[Tensor, Tensor | None],
-    support: Tensor,
-    temperature: float | Tensor,
-    chunk_size: int | None,
-    vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, int]:
-    """Checked arguments in the head's dtype (autocast's, where it is on), the temperature as (N, 1), and the rows a
-    chunk."""
-    if hidden.dim() != 2 or support.dim() != 2 or len(hidden) != len(support):
+def _chunking(
+    hidden: Tensor, support: Tensor, temperature: float | Tensor, chunk_size: int | None, vocab_size: int | None
+) -> tuple[Tensor, int]:
+    """The temperature as (N, 1), and the rows a chunk; raises ValueError for what does not fit together."""
+    n, device = len(hidden), hidden.device
+    if hidden.dim() != 2 or support.dim() != 2 or len(support) != n:
         raise ValueError(
             f"expected hidden (N, H) and support (N, K), got {tuple(hidden.shape)} and {tuple(support.shape)}"
         )
+    if support.shape[1] < 1 or (vocab_size and support.shape[1] > vocab_size):
+        raise ValueError(f"support: expected 1 <= K <= V = {vocab_size}, got K = {support.shape[1]}")
     if isinstance(temperature, Tensor):
-        if temperature.shape not in (torch.Size([]), hidden.shape[:1]):
-            raise ValueError(f"temperature: expected a number or ({len(hidden)},), got {tuple(temperature.shape)}")
-        temperature = temperature.detach().to(hidden.device, torch.float32).expand(len(hidden)).unsqueeze(-1)
+        if temperature.shape not in (torch.Size([]), torch.Size([n])):
+            raise ValueError(f"temperature: expected a number or ({n},), got {tuple(temperature.shape)}")
+        temperature = temperature.detach().to(device, torch.float32).expand(n).unsqueeze(-1)
     else:
         densities.check_positive("temperature", temperature)
-        temperature = torch.full((len(hidden), 1), float(temperature), device=hidden.device)
-    weight, bias = plain
-    vocab_size = vocab_size or weight.shape[0]
-    if not 1 <= support.shape[1] <= vocab_size:
-        raise ValueError(f"support: expected 1 <= K <= V = {vocab_size}, got K = {support.shape[1]}")
+        temperature = torch.full((n, 1), float(temperature), device=device)
     if chunk_size is None:
-        chunk_size = max(1, (2**23 if hidden.device.type == "cpu" else 2**27) // vocab_size)
+        chunk_size = max(1, (2**23 if device.type == "cpu" else 2**27) // (vocab_size or 2**17))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected None or >= 1, got {chunk_size}")
+    return temperature, chunk_size
+
+
+def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype of the weight, or in autocast's where that is on: inside the Functions nothing is cast for us."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return hidden.to(dtype), weight.to(dtype), bias, support, temperature, chunk_size
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _most_calls(lm_head: nn.Module, calls: int, device: torch.device) -> int:
+    """The most calls that any rank makes. A partitioned head is gathered at each, so all ranks must make as many."""
+    partitioned = any(hasattr(p, "ds_id") or type(p) not in (nn.Parameter, Tensor) for p in lm_head.parameters())
+    if not partitioned or not torch.distributed.is_initialized():
+        return calls
+    most = torch.tensor(calls, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

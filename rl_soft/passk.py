@@ -220,14 +220,15 @@ def _resampled_means(values_P: Floats, families: Sequence[object] | None, num_re
             raise ValueError(f"{len(families)} families for {len(values_P)} values")
         index = {family: i for i, family in enumerate(dict.fromkeys(families))}
         family_P = np.array([index[family] for family in families])
-        sums_F, sizes_F = np.bincount(family_P, weights=values_P), np.bincount(family_P).astype(np.float64)
+        sums_F = np.bincount(family_P, weights=values_P).astype(np.float64)
+        sizes_F = np.bincount(family_P).astype(np.float64)
     rng = np.random.default_rng(seed)
     means_R = np.empty(num_resamples)
     rows = max(1, (1 << 20) // len(sums_F))  # bounds the memory, not the result
     for start in range(0, num_resamples, rows):
         drawn = rng.integers(len(sums_F), size=(min(rows, num_resamples - start), len(sums_F)))
-        sizes = len(sums_F) if sizes_F is None else sizes_F[drawn].sum(axis=1)
-        means_R[start : start + rows] = sums_F[drawn].sum(axis=1) / sizes
+        problems = len(sums_F) if sizes_F is None else sizes_F[drawn].sum(axis=1)
+        means_R[start : start + rows] = sums_F[drawn].sum(axis=1) / problems
     return means_R
 
 

@@ -272,6 +272,7 @@ def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thin
         shutil.rmtree(temporary)
     save_model(str(temporary))
     if main:
+        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         tokenizer.save_pretrained(temporary)
         write_side_file(temporary, thinking)
         if folder.exists():

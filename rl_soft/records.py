@@ -155,7 +155,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a file under a temporary name and rename it: a reader sees the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 

@@ -1,9 +1,9 @@
 """Records to report: `build` for one evaluation, `compare` for several over the same problems.
 
-Everything comes from `eval.json` and `records.jsonl` (see `records`); neither torch nor a GPU is needed. Five files are
-written, each whole or not at all: report.json holds every figure, and report.md, passk.csv and passk.png are functions
-of it alone; report.html adds the problems and completions to browse. A comparison also writes problems.png, the
-per-problem scatter.
+Everything comes from `eval.json` and `records.jsonl` (see `records`); neither torch nor a GPU is needed. Five files
+are written, each whole or not at all: report.json holds every figure, and report.md, passk.csv and passk.png are
+functions of it alone; report.html adds the problems and completions to browse. A comparison also writes problems.png,
+the per-problem scatter.
 
 Where we differ from common practice: greedy and pass@1 (sampled) are separate rows; intervals stand beside every
 figure; comparisons are paired by problem and refused where the questions differ.
@@ -14,9 +14,10 @@ import io
 import json
 import logging
 import math
+import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,21 +40,22 @@ EXAMPLES = 5
 _COLOURS = ("#6e7781", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # grey, then Okabe and Ito's
 
 
-def build(eval_dir: str | Path) -> dict[str, Any]:
+def build(eval_dir: str | Path, ks: Sequence[int] | None = None) -> dict[str, Any]:
     """Write the report of one evaluation into its directory.
 
     Args:
         eval_dir: holds eval.json and records.jsonl.
+        ks: the k of Pass@k, besides 1; by default the powers of two up to n, and n.
 
     Returns:
         What report.json holds.
 
     Raises:
         FileNotFoundError: not an evaluation directory.
-        ValueError: no records, or records that do not fit each other or the header.
+        ValueError: no records, records that do not fit each other or the header, or k > n.
     """
     evaluation = Evaluation.load(Path(eval_dir))
-    report = _report([evaluation])
+    report = _report([evaluation], ks)
     _write(report, [evaluation], Path(eval_dir))
     return report
 
@@ -64,6 +66,7 @@ def compare(
     names: Sequence[str] | None = None,
     metrics: str | Path | None = None,
     title: str | None = None,
+    ks: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write the comparison of two or more evaluations of the same problems; each is paired with the first.
 
@@ -73,6 +76,7 @@ def compare(
         names: one label for each evaluation; by default the names in their headers.
         metrics: a metrics.jsonl whose `reward` by `step` becomes the right panel of passk.png.
         title: of the report and the figure; by default the finding, such as "pass@1 62 % → 85 %".
+        ks: as in `build`.
 
     Returns:
         What report.json holds.
@@ -90,7 +94,7 @@ def compare(
     for evaluation, name in zip(evaluations, names, strict=True):
         evaluation.name = name
         _refuse_other_problems(evaluations[0], evaluation)
-    report = _report(evaluations, _reward(Path(metrics)) if metrics else None, title)
+    report = _report(evaluations, ks, _reward(Path(metrics)) if metrics else None, title)
     Path(out).mkdir(parents=True, exist_ok=True)
     _write(report, evaluations, Path(out))
     return report
@@ -107,6 +111,10 @@ class Problem:
     family: str | None
     samples: list[records.Record]
     greedy: records.Record | None
+
+    @property
+    def records(self) -> list[records.Record]:
+        return [self.greedy, *self.samples] if self.greedy else self.samples
 
     @cached_property
     def num_correct(self) -> int:
@@ -125,7 +133,11 @@ class Problem:
 
 @dataclass
 class Evaluation:
-    """An evaluation directory in memory. Problems are those with at least one sample, in order of their ids."""
+    """An evaluation directory in memory.
+
+    Problems are in order of their ids. Of partial records they are those with all n samples or, if there is none,
+    those with any; `partial` says so.
+    """
 
     name: str
     header: dict[str, Any]
@@ -152,6 +164,7 @@ class Evaluation:
         greedy = sum(problem.greedy is not None for problem in sampled)
         partial = None
         if drawn < num_problems * n or 0 < greedy < len(sampled):
+            sampled = [problem for problem in sampled if len(problem.samples) == n] or sampled
             partial = (
                 f"{header['name']} has {drawn:,} of {num_problems * n:,} samples; its figures are over "
                 f"{len(sampled):,} of {num_problems:,} problems"
@@ -218,10 +231,13 @@ def _refuse_other_problems(a: Evaluation, b: Evaluation) -> None:
 
 
 def _report(
-    evaluations: list[Evaluation], reward: dict[str, Any] | None = None, title: str | None = None
+    evaluations: list[Evaluation],
+    ks: Sequence[int] | None,
+    reward: dict[str, Any] | None = None,
+    title: str | None = None,
 ) -> dict[str, Any]:
     n = min(evaluation.n for evaluation in evaluations)
-    ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    ks = sorted({1, *ks}) if ks else sorted({2**i for i in range(n.bit_length())} | {n})
     summaries = [_summary(evaluation, ks) for evaluation in evaluations]
     notes = [note for evaluation in evaluations for note in _warnings(evaluation)]
     if n < 2 * ks[-1] and ks[-1] > 1:
@@ -251,7 +267,7 @@ def _finding(summaries: list[dict[str, Any]]) -> str:
     if len(summaries) > 2:
         return f"pass@1 of {len(summaries)} evaluations"
     ends = [first[0], first[-1]] if len(first) > 1 else [first[0]]
-    return ", ".join(f"pass@{row['k']} {_percent(row['mean'])}" for row in ends)
+    return f"{summaries[0]['name']}: " + ", ".join(f"pass@{row['k']} {_percent(row['mean'])}" for row in ends)
 
 
 def _summary(evaluation: Evaluation, ks: list[int]) -> dict[str, Any]:
@@ -328,16 +344,14 @@ def _warnings(evaluation: Evaluation) -> list[str]:
             "their score says more of the format than of the model."
         )
     if truncated > MAX_TRUNCATED:
-        notes.append(
-            f"{evaluation.name}: {_percent(truncated, 1)} of the samples are truncated; raise the length cap."
-        )
+        notes.append(f"{evaluation.name}: {_percent(truncated, 1)} of the samples are truncated; raise the cap.")
     if len(evaluation.problems) < MIN_PROBLEMS:
         notes.append(f"{evaluation.name}: {len(evaluation.problems)} problems are few; the intervals are rough.")
     return notes
 
 
 def _reward(path: Path) -> dict[str, Any]:
-    """{"step": [...], "reward": [...]} of a metrics.jsonl; a step that was logged again after a resumption counts once."""
+    """{"step": [...], "reward": [...]} of a metrics.jsonl; of a step that was logged twice, the later line."""
     by_step: dict[int, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -351,18 +365,71 @@ def _reward(path: Path) -> dict[str, Any]:
     return {"step": steps, "reward": [by_step[step] for step in steps]}
 
 
+def model_card(run_dir: str | Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The README.md of a trained model: YAML front matter for the hub, and the report's figures.
+
+    Args:
+        run_dir: the run; its name is the model's.
+        report: what `build` or `compare` returned; the last evaluation is the model's.
+        config: the resolved recipe, flat. Its `base_model`, else `model_name_or_path`, is the base model; the front
+            matter has it if it is a hub id.
+    """
+    name, last = Path(run_dir).resolve().name, report["evaluations"][-1]
+    header, method = last["header"], str(config.get("method", "soft thinking"))
+    base = config.get("base_model") or config.get("model_name_or_path")
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["rl-soft", "soft-thinking", method, *([config["thought"]] if config.get("thought") else [])],
+    }
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
+        front["base_model"] = str(base)
+    metrics = [{"type": "pass@k", "name": f"pass@{row['k']}", "value": row["mean"]} for row in last["pass_at_k"]]
+    if last["greedy"]:
+        metrics.insert(0, {"type": "accuracy", "name": "greedy", "value": last["greedy"]["mean"]})
+    dataset = {"name": header["dataset"], "type": header["dataset"], "split": header["split"]}
+    results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}]
+    front["model-index"] = [{"name": name, "results": results}]
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {name}", ""]
+    lines += [f"**Partial records.** {'; '.join(report['partial'])}.", ""] if report["partial"] else []
+    lines += [
+        f"Trained with rl_soft by `{method}`"
+        + (f" from {_code(str(base))}" if base else "")
+        + ": the model thinks in "
+        "soft tokens, so it needs rl_soft to decode as it was evaluated.",
+        "",
+        f"## Results: {report['title']}",
+        "",
+        *(f"{_provenance(summary)}  " for summary in report["evaluations"]),
+        "",
+        *_markdown_table(table(report)),
+        "",
+        _method(report),
+    ]
+    lines += ["", "## Warnings", "", *(f"- {note}" for note in report["warnings"])] if report["warnings"] else []
+    shown = {key: value for key, value in config.items() if isinstance(value, str | int | float) and value != ""}
+    settings = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in shown.items())
+    lines += ["", "## Configuration", "", f"```yaml\n{settings}\n```"] if shown else []
+    return "\n".join(lines) + "\n"
+
+
 # The files.
 
 
 def _write(report: dict[str, Any], evaluations: list[Evaluation], out: Path) -> None:
-    curves = _curves(report)
-    scatter = _scatter(report) if report["comparisons"] else None
-    if scatter:
-        records.write_atomic(out / "problems.png", scatter)
-    records.write_atomic(out / "passk.png", curves)
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a $ in a name is a dollar
+        pictures = {"passk.png": _curves(report)}
+        if report["comparisons"]:
+            pictures["problems.png"] = _scatter(report)
+    tables = [table(report), _splits(report)] if report["comparisons"] else [table(report)]
+    problems = [{problem.id: problem.records for problem in evaluation.problems} for evaluation in evaluations]
+    notes = [*(_provenance(summary) for summary in report["evaluations"]), _method(report)]
+    for name, png in pictures.items():
+        records.write_atomic(out / name, png)
     records.write_atomic(out / "passk.csv", _csv(report))
     records.write_atomic(out / "report.md", _markdown(report))
-    records.write_atomic(out / "report.html", html.page(report, evaluations, curves))
+    records.write_atomic(out / "report.html", html.page(report, tables, notes, list(pictures.values()), problems))
     records.write_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
 
 
@@ -395,16 +462,16 @@ def _markdown(report: dict[str, Any]) -> str:
     lines = [f"**Partial records.** {'; '.join(report['partial'])}.", ""] if report["partial"] else []
     lines += [f"# {report['title']}", ""]
     lines += [f"{_provenance(summary)}  " for summary in summaries]
-    lines += ["", "![Pass@k](passk.png)", "", *table(report)]
+    lines += ["", "![Pass@k](passk.png)", "", *_markdown_table(table(report))]
     if pairs:
-        lines += ["", *_paired_table(pairs)]
+        lines += ["", *_markdown_table(_splits(report))]
     lines += ["", _method(report), ""]
     for summary in summaries:
         shares = ", ".join(f"{outcome} {_percent(share, 1)}" for outcome, share in summary["outcomes"].items())
         lines.append(
             f"- {summary['name']}: {shares}; truncated {_percent(summary['truncated'], 1)}; "
-            f"{summary['distinct_answers']:.1f} distinct answers a problem, {summary['mean_thoughts']:.1f} thoughts and "
-            f"{summary['mean_answer_tokens']:.1f} answer tokens a sample."
+            f"{summary['distinct_answers']:.1f} distinct answers a problem, {summary['mean_thoughts']:.1f} thoughts "
+            f"and {summary['mean_answer_tokens']:.1f} answer tokens a sample."
         )
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {note}" for note in report["warnings"])]
@@ -426,43 +493,47 @@ def _markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    """The lines of the Markdown table of a report: greedy, pass@k, maj@n with intervals, and paired differences."""
+def table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text, the first their head: greedy, pass@k and maj@n with intervals, and the paired differences."""
     summaries, pairs = report["evaluations"], report["comparisons"]
-    heads = [_cell(summary["name"]) for summary in summaries] if pairs else ["estimate"]
-    heads = [text for head in heads for text in (head, "95 % CI")]
-    for pair in pairs:
-        heads += ["Δ" if len(pairs) == 1 else f"Δ {_cell(pair['b'])} − {_cell(pair['a'])}", "95 % CI"]
+    names = [summary["name"] for summary in summaries] if pairs else ["estimate"]
+    names += [f"{pair['b']} − {pair['a']}" for pair in pairs] if len(pairs) > 1 else ["Δ points"] * len(pairs)
 
-    def row(label: str, pick: Callable[[dict[str, Any]], dict[str, Any] | None], differences: bool = True) -> str:
+    def row(label: str, of_summaries: list[Any], of_pairs: list[Any]) -> list[str]:
         cells = [label]
-        for source in [*summaries, *pairs]:
-            values = pick(source) if differences or "header" in source else None
-            show = _percent if "header" in source else _points
-            joint = " – " if "header" in source else " to "
-            cells += ["", ""] if values is None else [show(values["mean"], 1)]
-            cells += [] if values is None else [f"{show(values['low'], 1)}{joint}{show(values['high'], 1)}"]
-        return f"| {' | '.join(cells)} |"
+        for values in of_summaries:
+            low, high = (_percent(values[end], 1) for end in ("low", "high")) if values else ("", "")
+            cells += [_percent(values["mean"], 1), f"{low} – {high}"] if values else ["", ""]
+        for values in of_pairs:
+            low, high = (_points(values[end]) for end in ("low", "high")) if values else ("", "")
+            cells += [_points(values["mean"]), f"{low} to {high}"] if values else ["", ""]
+        return cells
 
-    lines = [f"| | {' | '.join(heads)} |", "|---" + "|---:" * len(heads) + "|"]
+    rows = [["", *(head for name in names for head in (name, "95 % CI"))]]
     if any(summary["greedy"] for summary in summaries):
-        lines.append(row("greedy", lambda source: source["greedy"]))
+        rows.append(row("greedy", [s["greedy"] for s in summaries], [p["greedy"] for p in pairs]))
     for i, values in enumerate(summaries[0]["pass_at_k"]):
-        lines.append(row(f"pass@{values['k']}", lambda source, i=i: source["pass_at_k"][i]))  # type: ignore[misc]
-    lines.append(row("maj@n", lambda source: source["maj_at_n"], differences=False))
-    return lines
+        label = f"pass@{values['k']}"
+        rows.append(row(label, [s["pass_at_k"][i] for s in summaries], [p["pass_at_k"][i] for p in pairs]))
+    rows.append(row("maj@n", [s["maj_at_n"] for s in summaries], [None] * len(pairs)))
+    return rows
 
 
-def _paired_table(pairs: list[dict[str, Any]]) -> list[str]:
-    lines = ["| b − a | | problems gained / lost / tied | share of resamples ≤ 0 |", "|---|---|---:|---:|"]
-    for pair in pairs:
-        rows = [("greedy", pair["greedy"])] if pair["greedy"] else []
-        rows += [(f"pass@{values['k']}", values) for values in pair["pass_at_k"]]
-        for label, values in rows:
-            split = f"{values['gained']} / {values['lost']} / {values['tied']}"
-            name = f"{_cell(pair['b'])} − {_cell(pair['a'])}"
-            lines.append(f"| {name} | {label} | {split} | {values['share_not_positive']:.4f} |")
-    return lines
+def _splits(report: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text, the first their head: how many problems rose and fell, for every comparison."""
+    rows = [["", "", "problems gained / lost / tied", "share of resamples ≤ 0"]]
+    for pair in report["comparisons"]:
+        values = [("greedy", pair["greedy"])] if pair["greedy"] else []
+        values += [(f"pass@{row['k']}", row) for row in pair["pass_at_k"]]
+        for label, row in values:
+            split = f"{row['gained']} / {row['lost']} / {row['tied']}"
+            rows.append([f"{pair['b']} − {pair['a']}", label, split, f"{row['share_not_positive']:.4f}"])
+    return rows
+
+
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]
 
 
 def _provenance(summary: dict[str, Any]) -> str:
@@ -471,7 +542,7 @@ def _provenance(summary: dict[str, Any]) -> str:
     decoder = ", ".join(f"{key} {value}" for key, value in header["decoder"].items())
     versions = ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items())
     parts = [
-        f"**{summary['name']}**: {header['model']}",
+        f"{summary['name']}: {header['model']}",
         f"{header['dataset']} ({header['split']})",
         f"{summary['num_problems']:,} problems × n = {summary['n']}",
         f"decoder: {decoder}" if decoder else "",
@@ -482,11 +553,11 @@ def _provenance(summary: dict[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _method(report: dict[str, Any]) -> str:
+def _method(report: Mapping[str, Any]) -> str:
     unit = report["evaluations"][0]["resampled"]
     text = (
-        "Unbiased pass@k from all samples; greedy is one deterministic answer and is not pass@1. maj@n is the plurality "
-        f"of all samples. Intervals: percentile bootstrap over {unit}, 10,000 resamples."
+        "Unbiased pass@k from all samples; greedy is one deterministic answer and is not pass@1. maj@n is the "
+        f"plurality of all samples. Intervals: percentile bootstrap over {unit}, 10,000 resamples."
     )
     if report["comparisons"]:
         text += " Differences are paired by problem, in percentage points."
@@ -496,6 +567,8 @@ def _method(report: dict[str, Any]) -> str:
 
 
 def _percent(share: float, digits: int = 0) -> str:
+    if digits == 0 and 0 < share < 1 and round(100 * share) in (0, 100):  # 99.5 % is not all
+        digits = 1
     return f"{100 * share:.{digits}f} %"
 
 
@@ -503,16 +576,9 @@ def _points(share: float, digits: int = 1) -> str:
     return f"{100 * share:+.{digits}f}".replace("-", "−")
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def _fence(text: str, shortest: int) -> str:
     """Backticks enough to enclose a text that may itself hold backticks."""
-    run = longest = 0
-    for character in text:
-        run = run + 1 if character == "`" else 0
-        longest = max(longest, run)
+    longest = max(map(len, re.findall("`+", text)), default=0)
     return "`" * max(shortest, longest + 1)
 
 
@@ -538,11 +604,16 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _png(figure: Any, title: str, caption: str) -> bytes:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(_short(title, 80), x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#57606a")
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
+
+
+def _short(text: str, limit: int = 24) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _clean(axes: Any) -> None:
@@ -569,9 +640,8 @@ def _curves(report: dict[str, Any]) -> bytes:
         left.fill_between(k, low, high, color=colour, alpha=0.18, linewidth=0)
         left.plot(k, mean, color=colour, linewidth=2, marker="o", markersize=4.5)
         late = [(row["k"], row["mean"]) for row in rows if summary["n"] < 2 * row["k"]]
-        left.plot(
-            *zip(*late, strict=True), "o", color="white", markeredgecolor=colour, markersize=4.5
-        ) if late else None
+        if late:
+            left.plot(*zip(*late, strict=True), "o", color="white", markeredgecolor=colour, markersize=4.5)
         above = mean[0] >= max(other["pass_at_k"][0]["mean"] for other in summaries)
         left.annotate(
             _percent(mean[0]),
@@ -584,12 +654,12 @@ def _curves(report: dict[str, Any]) -> bytes:
             fontsize=9,
             fontweight="bold",
         )
-        labels.append((mean[-1], f"{summary['name']}, {_percent(mean[-1])}", colour, "bold"))
+        labels.append((mean[-1], f"{_short(summary['name'])}, {_percent(mean[-1])}", colour, "bold"))
         bounds += [low[0], high[0], low[-1], high[-1]]
         if summary["greedy"]:
             level = summary["greedy"]["mean"]
             left.axhline(level, color=colour, linestyle=":", linewidth=1.3)
-            labels.append((level, f"greedy, {_percent(level)}", colour, "normal"))
+            labels.append((level, f"{_short(summary['name'])} greedy, {_percent(level)}", colour, "normal"))
             bounds.append(level)
     bottom = max(0.0, math.floor(10 * min(bounds) - 0.5) / 10)
     top = min(1.0, math.ceil(10 * max(bounds) + 0.1) / 10)
@@ -616,9 +686,7 @@ def _curves(report: dict[str, Any]) -> bytes:
     if reward:
         _reward_panel(figure.axes[1], reward)
     unit = summaries[0]["resampled"]
-    caption = (
-        f"n = {report['n']} samples × P = {report['num_problems']:,} problems. Bands: 95 % bootstrap over {unit}."
-    )
+    caption = f"n = {report['n']} samples × P = {report['num_problems']:,} problems. Bands: 95 %, over {unit}."
     caption += " Dotted: greedy." if any(summary["greedy"] for summary in summaries) else ""
     caption += " Hollow: n < 2k." if report["n"] < 2 * ks[-1] else ""
     if len(report["comparisons"]) == 1:
@@ -680,8 +748,8 @@ def _scatter(report: dict[str, Any]) -> bytes:
         axes.set_ylim(-0.03, 1.03)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        axes.set_xlabel(f"{pair['a']}: correct samples", fontsize=9)
-        axes.set_ylabel(f"{pair['b']}: correct samples", fontsize=9)
+        axes.set_xlabel(f"{_short(pair['a'])}: correct samples", fontsize=9)
+        axes.set_ylabel(f"{_short(pair['b'])}: correct samples", fontsize=9)
         values = pair["pass_at_k"][0]
         split = f"{values['gained']} better, {values['lost']} worse, {values['tied']} equal"
         axes.set_title(split, loc="left", fontsize=10)

@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from rl_soft import data, policy
 from rl_soft.config import Recipe, batch_plan, check_output_dir, device_defaults, load_recipe, write_config
@@ -283,6 +284,7 @@ def training_values(recipe: Recipe, **forced: Any) -> dict[str, Any]:
 
 def prepare_devices() -> None:
     """CPU processes share the cores; DeepSpeed's shared-memory op is optional and would be compiled at start-up."""
+    disable_progress_bar()  # of the shards of a checkpoint; ours stays
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))

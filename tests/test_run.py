@@ -1,0 +1,194 @@
+"""Whole runs: warm start, RL and report; interrupted and resumed; one process and two.
+
+    pytest tests/test_run.py
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rl_soft import policy, train
+from rl_soft.config import load_recipe
+
+CODI = {
+    "method": "codi", "model_config": {**TINY, "model_type": "llama", "tie_word_embeddings": True},
+    "vocabulary": "0123456789+-=;#", "dataset": "chain_sum",
+    "dataset_options": {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1, "compact": True},
+    "train_size": 64, "num_thoughts": 2, "thought_k": 3, "answer_prompt": "#", "step_separator": ";",
+    "max_answer_tokens": 3, "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 8,
+    "validation_every": 2, "validation_problems": 8, "eval_problems": 8, "disable_tqdm": True,
+}  # fmt: skip
+GRPO = {k: CODI[k] for k in (
+    "dataset", "dataset_options", "train_size", "num_thoughts", "thought_k", "answer_prompt", "step_separator",
+    "max_answer_tokens", "eval_problems", "learning_rate", "disable_tqdm",
+)} | {
+    "method": "grpo", "eval_samples": 4, "eval_k": [1, 2], "eval_batch_size": 16, "prompts_per_step": 4,
+    "num_generations": 4, "num_iterations": 2, "per_device_train_batch_size": 8, "max_steps": 4,
+}  # fmt: skip
+
+
+def write(path, values):
+    import yaml
+
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def recipes(folder, **overrides):
+    codi = write(folder / "codi.yaml", {**CODI, "output_dir": str(folder / "codi")})
+    grpo = {**GRPO, "warm_start": str(codi), "output_dir": str(folder / "rl"), **overrides}
+    return write(folder / "rl.yaml", grpo)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A warm start and an RL run, from one recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = load_recipe(recipes(folder))
+    train.run(recipe)
+    return folder
+
+
+def test_one_recipe_ends_in_a_report(finished):
+    run = finished / "rl"
+    for name in ("report.md", "report.json", "passk.csv", "passk.png", "config.yaml", "model/rl_soft.json"):
+        assert (run / name).stat().st_size > 0, name
+    for name in ("eval_before", "eval_after"):
+        lines = (run / name / "records.jsonl").read_text().splitlines()
+        keys = {(r["problem_id"], r["sample"]) for r in map(json.loads, lines)}
+        assert len(keys) == len(lines) == 8 * (4 + 1)
+    steps = [m for m in metrics(run) if "loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4]
+    assert all(m["rollout/density_gap"] <= 1e-4 for m in steps)
+
+
+def test_before_and_after_meet_the_same_problems_and_noise(finished):
+    before, after = (
+        {(r["problem_id"], r["sample"]): r["seed"] for r in map(json.loads, open(finished / f"rl/{name}/records.jsonl"))}
+        for name in ("eval_before", "eval_after")
+    )
+    assert before == after
+
+
+def test_the_model_folder_is_a_plain_one(finished):
+    folder = finished / "rl/model"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("1+2-3=#0", add_special_tokens=False)) == "1+2-3=#0"
+    assert tokenizer.convert_tokens_to_ids("<bot>") != tokenizer.unk_token_id
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    again = policy.load(str(folder))
+    for p, q in zip(model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert again.thinking is not None and again.thinking.num_thoughts == 2
+    assert not list(folder.glob("*.bin")), "safetensors only"
+
+
+def test_the_same_command_again_trains_nothing(finished):
+    before = (finished / "rl/metrics.jsonl").read_text()
+    train.run(load_recipe(finished / "rl.yaml"))
+    assert (finished / "rl/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        ({"num_thoughts": 5}, "num_thoughts is 5 .* trained with 2"),
+        ({"phase": "explicit", "end_of_thinking": "="}, "phase is 'explicit' .* trained with 'latent'"),
+        ({"thought_k": 1000}, "thought_k must be at most the vocabulary size"),
+        ({"per_device_train_batch_size": 5}, "got 5, nearest valid 4"),
+        ({"rewards": ["no_such_reward"]}, "cannot find 'no_such_reward'"),
+        ({"warm_start": "missing.yaml"}, "recipe missing.yaml does not exist"),
+        ({"dataset": "chian_sum", "dataset_options": None}, "chain_sum"),
+    ],
+)
+def test_what_does_not_fit_is_refused(finished, tmp_path, overrides, message):
+    values = {**GRPO, "warm_start": str(finished / "codi.yaml"), "output_dir": str(tmp_path / "rl"), **overrides}
+    with pytest.raises(ValueError, match=message):
+        train.run(load_recipe(write(tmp_path / "r.yaml", values)))
+
+
+def test_a_row_without_an_answer_is_named(finished, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n{"question": "1+2=", "answer": ""}\n')
+    values = {
+        **GRPO, "warm_start": str(finished / "codi.yaml"), "output_dir": str(tmp_path / "rl"), "train_size": None,
+        "dataset": str(tmp_path / "rows.jsonl"), "dataset_options": None, "eval_problems": 0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"rows.jsonl.*2"):
+        train.run(load_recipe(write(tmp_path / "r.yaml", values)))
+
+
+def command(recipe, *overrides, launcher=()):
+    return [sys.executable, *launcher, "-m", "rl_soft", str(recipe), *overrides]
+
+
+def environment(**values):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **values}
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(finished, tmp_path):
+    shutil.copytree(finished / "codi", tmp_path / "codi")
+    recipe = recipes(tmp_path, max_steps=12, eval_problems=0, save_steps=100)
+    process = subprocess.Popen(command(recipe), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "rl/metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    stopped = int(error.rsplit("stopped at step ", 1)[1].split()[0])
+    assert stopped % 2 == 0, "at a rollout boundary"
+    assert (tmp_path / f"rl/checkpoint-{stopped}").exists() and not (tmp_path / "rl/model").exists()
+    train.run(load_recipe(recipe))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    shutil.copytree(finished / "codi", whole / "codi")
+    train.run(load_recipe(recipes(whole, max_steps=12, eval_problems=0, save_steps=100)))
+    one, other = (policy.load(str(f / "rl/model")).model for f in (tmp_path, whole))
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), "an interrupted run is the run"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_processes_are_one(finished, tmp_path, stage):
+    """The same rollouts, losses and gradient norms, under DDP and under ZeRO-2; micro-batches differ too."""
+    if stage:
+        pytest.importorskip("deepspeed")
+    names = {0: "ddp", 2: "zero2"}
+    logs = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        shutil.copytree(finished / "codi", folder / "codi")
+        recipe = recipes(folder, eval_problems=0)
+        if world == 1:
+            train.run(load_recipe(recipe))
+        else:
+            config = ROOT / f"recipes/accelerate/{names[stage]}.yaml"
+            launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2")
+            run = subprocess.run(
+                [*command(recipe, launcher=(*launcher, "--main_process_port", "0"))[:-3], "-m", "rl_soft", str(recipe)],
+                cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
+            )  # fmt: skip
+            assert (folder / "rl/model/config.json").exists(), run.stderr[-2000:]
+            kind = "DEEPSPEED ZeRO-2" if stage else "MULTI_CPU"
+            assert f"2 process(es), {kind}" in run.stderr
+        logs.append([m for m in metrics(folder / "rl") if "loss" in m])
+    assert len(logs[0]) == len(logs[1]) == 4
+    for a, b in zip(*logs, strict=True):
+        for key in ("reward", "loss", "grad_norm", "entropy", "rollout/density_gap"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], abs=1e-4), key
