@@ -2,9 +2,9 @@ r"""Fuzzes math_accuracy and measures its throughput.
 
     python benchmarks/fuzz_rewards.py [--completions 100000] [--seed 0]
 
-The completions: deep nesting, 100 kB of braces, 9**9**9 and towers of powers, null bytes, broken unicode, echoes of the
-prompt, many boxed answers, hedges. The checks: no exception, one reward for each completion, only 0, 1 and None, no
-hedge rewarded, and no call over its limit. The last lines are the figures.
+The completions: deep nesting, 100 kB of braces, 9**9**9 and towers of powers, null bytes, broken unicode, echoes of
+the prompt, many boxed answers, hedges. The checks: no exception, one reward for each completion, only 0, 1 and None,
+no hedge rewarded, and no call over its limit. The last lines are the figures.
 """
 
 import argparse
@@ -144,7 +144,6 @@ def completion(rng: random.Random, kind: float) -> tuple[str, str, bool]:
 def fuzz(completions: int, large: int, seed: int) -> None:
     rng = random.Random(seed)
     size = 100_000
-    # Large completions and attacks are spread over the run by their order in it, not drawn, so that their number is fixed.
     texts = [completion(rng, rng.random()) for _ in range(completions - large)]
     for i in range(large):
         unit = LARGE[i % len(LARGE)]

@@ -47,7 +47,7 @@ def inputs(n: int, args: argparse.Namespace, trained: bool):
     lm_head = nn.Linear(args.h, args.v, bias=False).requires_grad_(trained)
     nn.init.normal_(lm_head.weight, std=args.h**-0.5)
     hidden = torch.randn(n, args.h).mul_(3).requires_grad_()
-    support = torch.stack([torch.randperm(args.v)[: args.k] for _ in range(n)])
+    support = (torch.randint(args.v, (n, 1)) + torch.arange(args.k) * (args.v // args.k)) % args.v  # distinct
     log_weights = torch.randn(n, args.k).log_softmax(-1)
     return hidden, lm_head, support, log_weights
 

@@ -3,8 +3,8 @@
     python benchmarks/passk_coverage.py [--repeats 1000] [--problems 300] [--samples 32]
 
 Problems are drawn from a population whose chance of a correct sample is Beta(0.6, 0.9), then samples from problems, so
-an interval must answer for both. The second model of a pair is the first with its log-odds raised by 0.7 on average (sd
-0.5 a problem). The family rows give 5 problems one difficulty. The naive rows take all samples for independent.
+an interval must answer for both. The second model of a pair is the first with its log-odds raised by 0.7 on average
+(sd 0.5 a problem). The family rows give 5 problems one difficulty. The naive row takes all samples for independent.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def coverage(repeats: int, num_problems: int, n: int, seed: int = 0) -> dict[str
 
 
 def report_seconds(num_problems: int = 1000, n: int = 64) -> tuple[float, float, float, float]:
-    """(seconds of build, its processor seconds, MB of records.jsonl, MB of report.html) with completions of about 500 characters."""
+    """(seconds of build, its processor seconds, MB of records.jsonl, MB of report.html); 500 characters a completion."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         header = {"name": "x", "model": "m", "dataset": "d", "split": "test", "decoder": {}, "seed": 0}

@@ -29,7 +29,7 @@ from rl_soft.config import CodiArguments
 from rl_soft.data import Row
 from rl_soft.layout import Layout
 from rl_soft.noise import address
-from rl_soft.policy import mix_embeddings, next_thought, position_ids
+from rl_soft.policy import position_ids, think
 
 IGNORE = -100
 
@@ -130,7 +130,6 @@ class CodiTrainer(Trainer):
         """
         thinking, embedding = self.layout.thinking, self.model.get_input_embeddings()
         mask, cache = inputs["prompt_mask"], DynamicCache(config=self.model.config)
-        position = mask.sum(-1, keepdim=True)  # (B, 1), of the next input
         logits = model(
             input_ids=inputs["prompt_ids"],
             attention_mask=mask,
@@ -140,18 +139,8 @@ class CodiTrainer(Trainer):
             logits_to_keep=1,
         ).logits[:, -1]  # (B, V)
         seeds = inputs["seeds"] if self.codi.train_noise else None
-        noise_step = self.state.global_step * (thinking.num_thoughts + 1)  # fresh noise each time a row comes round
-        for t in range(thinking.num_thoughts):
-            thought = next_thought(logits, thinking, seeds, noise_step + t)  # (B, K)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = model(
-                inputs_embeds=mix_embeddings(embedding, thought.support, thought.log_weights)[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-            position = position + 1
+        fresh = self.state.global_step * (thinking.num_thoughts + 1)  # new noise each time a row comes round
+        mask, position = think(model, embedding, logits, cache, mask, thinking, seeds, fresh)
         S = inputs["student_ids"].shape[1]
         out = model(
             input_ids=inputs["student_ids"],

@@ -19,6 +19,7 @@ import yaml
 from rl_soft.layout import Thinking
 
 METHODS = ("codi", "grpo")
+RATIOS = ("joint", "factored", "top1", "pathwise")
 
 
 @dataclass
@@ -100,7 +101,21 @@ class RLArguments:
     rewards: list[str] = field(
         default_factory=lambda: ["math_accuracy"], metadata={"help": "Reward functions: names, or dotted paths."}
     )
-    chunk_size: int = field(default=1024, metadata={"help": "Positions whose (chunk, V) logits are alive at once."})
+    ratio: str = field(
+        default="joint", metadata={"help": "Policy ratio of a thought: joint, factored, top1 or pathwise (docs/grpo.md)."}
+    )
+    rest_weight: float = field(
+        default=1.0, metadata={"help": "ratio factored: weight of log p(rest | strongest id) in the loss."}
+    )
+    chunk_size: int | None = field(
+        default=None, metadata={"help": "Positions whose (chunk, V) logits are alive at once; by memory if absent."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.ratio not in RATIOS:
+            raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {self.ratio!r}")
+        if self.rest_weight < 0:
+            raise ValueError(f"rest_weight must be at least 0, got {self.rest_weight}")
 
 
 GROUPS: dict[str, tuple[type, ...]] = {

@@ -3,7 +3,8 @@
 Shapes: P problems, n samples of each, F families of problems, R resamples.
 
 `pass_at_k` is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374). Intervals resample problems, not draws:
-samples of one problem are not independent evidence about the data set (Miller 2024, arXiv 2411.00640).
+samples of one problem are not independent evidence about the data set (Miller 2024, arXiv 2411.00640). They are
+bias-corrected and accelerated (BCa; Efron 1987, JASA 82): for skewed values plain percentiles cover too little.
 
 Where we differ: binomials are exact integers, so equal rates are equal floats; maj@k is the mean over all subsets of
 size k, where others vote once on the first k samples.
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +25,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over problems, its percentile interval, and its standard error (the sd of the resampled means)."""
+    """A mean over problems, its interval, and its standard error (the sd of the resampled means)."""
 
     mean: float
     low: float
@@ -137,7 +139,7 @@ def bootstrap(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """The mean of one value a problem, with its percentile bootstrap interval.
+    """The mean of one value a problem, with its BCa bootstrap interval.
 
     Args:
         values: (P,) one number for each problem, such as `pass_at_k`.
@@ -152,8 +154,8 @@ def bootstrap(
         ValueError: no values, a value that is not finite, families of another length, or level outside (0, 1).
     """
     values_P = _per_problem(values)
-    means_R = _resampled_means(values_P, families, num_resamples, seed)
-    return Interval(float(values_P.mean()), *_spread(means_R, level))
+    means_R, influence_F = _resample(values_P, families, num_resamples, seed)
+    return Interval(float(values_P.mean()), *_spread(means_R, values_P.mean(), influence_F, level))
 
 
 def paired_bootstrap(
@@ -191,10 +193,10 @@ def paired_bootstrap(
                 f"cannot pair different problems: {len(differ)} questions differ, the first at {differ[0]}"
             )
     delta_P = b_P - a_P
-    means_R = _resampled_means(delta_P, families, num_resamples, seed)
+    means_R, influence_F = _resample(delta_P, families, num_resamples, seed)
     return PairedInterval(
         float(delta_P.mean()),
-        *_spread(means_R, level),
+        *_spread(means_R, delta_P.mean(), influence_F, level),
         share_not_positive=float((means_R <= 1e-12).mean()),  # a sum of floats that should be 0 may not be
         gained=int((delta_P > 0).sum()),
         lost=int((delta_P < 0).sum()),
@@ -211,8 +213,13 @@ def _per_problem(values: ArrayLike) -> Floats:
     return values_P
 
 
-def _resampled_means(values_P: Floats, families: Sequence[object] | None, num_resamples: int, seed: int) -> Floats:
-    """(R,) means over problems, each of F families drawn with replacement; without families F = P."""
+def _resample(
+    values_P: Floats, families: Sequence[object] | None, num_resamples: int, seed: int
+) -> tuple[Floats, Floats]:
+    """Means over problems of F families drawn with replacement (R,), and each family's pull on the mean (F,).
+
+    Without families each problem is its own.
+    """
     sums_F: Floats = values_P
     sizes_F: Floats | None = None
     if families is not None:
@@ -229,12 +236,21 @@ def _resampled_means(values_P: Floats, families: Sequence[object] | None, num_re
         drawn = rng.integers(len(sums_F), size=(min(rows, num_resamples - start), len(sums_F)))
         problems = len(sums_F) if sizes_F is None else sizes_F[drawn].sum(axis=1)
         means_R[start : start + rows] = sums_F[drawn].sum(axis=1) / problems
-    return means_R
+    return means_R, sums_F - values_P.mean() * (1 if sizes_F is None else sizes_F)
 
 
-def _spread(means_R: Floats, level: float) -> tuple[float, float, float]:
-    """(low, high, se) of the resampled means."""
+def _spread(means_R: Floats, mean: float, influence_F: Floats, level: float) -> tuple[float, float, float]:
+    """(low, high, se): the BCa interval of the resampled means, and their standard deviation."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, not {level}")
-    low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
+    normal = NormalDist()
+    below = ((means_R < mean).mean() + (means_R <= mean).mean()) / 2
+    bias = normal.inv_cdf(min(max(below, 1 / len(means_R)), 1 - 1 / len(means_R)))
+    variance = float((influence_F**2).sum())
+    acceleration = float((influence_F**3).sum()) / (6 * variance**1.5) if variance > 1e-18 else 0.0
+    ends = []
+    for share in ((1 - level) / 2, (1 + level) / 2):
+        z = bias + normal.inv_cdf(share)
+        ends.append(normal.cdf(bias + z / (1 - acceleration * z)))
+    low, high = np.quantile(means_R, ends)
     return float(low), float(high), float(means_R.std())

@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
-from rl_soft.densities import SoftToken
+from rl_soft.densities import SoftToken, gumbel_topk_log_prob
 from rl_soft.head import soft_log_prob
 from rl_soft.layout import BOT, EOT, PAD, Thinking
 from rl_soft.noise import gumbel
@@ -84,6 +85,37 @@ def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -
     return mixture
 
 
+def think(
+    model: Any, embedding: nn.Module, logits: Tensor, cache: Any, mask: Tensor, thinking: Thinking, seeds: Tensor | None,
+    step: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """n thoughts on a cache, differentiable from the first to the last.
+
+    Args:
+        model: called with `inputs_embeds`; must return logits.
+        logits: (B, V) after the prompt, from which the first thought is made.
+        mask: (B, P) attention mask of what the cache holds.
+        seeds, step: address of the noise, see `next_thought`.
+
+    Returns:
+        mask (B, P + n) and the position (B, 1) of the next input. The last thought's logits predict a fed position and
+        are not needed.
+    """
+    position = mask.sum(-1, keepdim=True)  # (B, 1)
+    for t in range(thinking.num_thoughts):
+        thought = next_thought(logits, thinking, seeds, step + t)  # (B, K)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = model(
+            inputs_embeds=mix_embeddings(embedding, thought.support, thought.log_weights)[:, None],
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        position = position + 1
+    return mask, position
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The scored forward pass
 
@@ -97,15 +129,17 @@ class SoftInputs:
     log_weights: Tensor  # (B, C, K) float32; a token is [0, -inf, ...]
     action_mask: Tensor  # (B, C) bool: positions that were sampled, and so have a density
     thought_mask: Tensor  # (B, C) bool: of those, the thoughts
-    tau: float
-    thought_temperature: float
-    temperature: float
+    thinking: Thinking
+    ratio: str = "joint"  # see rl.py
+    seeds: Tensor | None = None  # (B,) int64, of the rollout's noise; read by ratio pathwise
+    entropy_grad: bool = False
 
 
 @dataclass
 class SoftOutput(ModelOutput):
     log_probs: Tensor | None = None  # (B, C) float32, 0 where action_mask is off
     entropy: Tensor | None = None  # (B, C) float32, nats, of the categorical at temperature T
+    rest: Tensor | None = None  # (B, C) float32, ratio factored: log p(rest | strongest id) at thoughts, else 0
     hidden: Tensor | None = None  # (B, C, H), the state that predicts each position
 
 
@@ -113,12 +147,17 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def add_soft_forward(model: PreTrainedModel, chunk_size: int = 1024) -> None:
+def strongest_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
+    """ln pi of the strongest id: the marginal of the joint density, in the form of a density of gathered statistics."""
+    return log_probs[..., 0]
+
+
+def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> None:
     """Let `model.forward(attention_mask=..., soft=SoftInputs)` return a `SoftOutput`; other calls are unchanged.
 
     Args:
         model: a causal LM of transformers, without its PEFT wrapper.
-        chunk_size: positions whose (chunk, V) logits are alive at once.
+        chunk_size: positions whose (chunk, V) logits are alive at once; None sizes it by memory.
     """
     inner = model.forward
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -127,38 +166,82 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int = 1024) -> None:
     def forward(self: Any, *args: Any, soft: SoftInputs | None = None, **kwargs: Any) -> Any:
         if soft is None:
             return inner(*args, **kwargs)
-        embedding, attention_mask = self.get_input_embeddings(), kwargs["attention_mask"]
-        embeds = torch.cat(
-            [embedding(soft.prompt_ids), mix_embeddings(embedding, soft.support, soft.log_weights)], dim=1
-        )  # (B, P+C, H)
-        states = self.base_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-        C = soft.support.shape[1]
-        hidden = states[:, -C - 1 : -1]  # (B, C, H)
-        on = soft.action_mask
-        temperature = torch.where(soft.thought_mask[on], soft.thought_temperature, soft.temperature).float()
-        log_probs, entropy = soft_log_prob(
-            hidden[on],
-            self.get_output_embeddings(),
-            soft.support[on],
-            soft.log_weights[on],
-            soft.tau,
-            temperature,
-            chunk_size=chunk_size,
-            softcap=softcap,
-        )  # (N,), (N,)
-        empty = torch.zeros(on.shape, dtype=torch.float32, device=on.device)
-        return SoftOutput(
-            log_probs=empty.masked_scatter(on, log_probs),
-            entropy=empty.masked_scatter(on, entropy.detach() if not entropy.requires_grad else entropy),
-            hidden=hidden,
-        )
+        hidden = (_pathwise_states if soft.ratio == "pathwise" else _recorded_states)(
+            self, inner, soft, kwargs["attention_mask"]
+        )  # (B, C, H)
+        on = soft.action_mask & ~soft.thought_mask if soft.ratio == "pathwise" else soft.action_mask
+        thinking, thoughts = soft.thinking, soft.thought_mask
+
+        def score(where: Tensor, density: Any) -> tuple[Tensor, Tensor]:
+            """(B, C) log-density and entropy, 0 off `where`."""
+            temperature = torch.where(thoughts[where], thinking.thought_temperature, thinking.temperature).float()
+            values = soft_log_prob(
+                hidden[where],
+                self.get_output_embeddings(),
+                soft.support[where],
+                soft.log_weights[where],
+                thinking.thought_tau,
+                temperature,
+                density=density,
+                chunk_size=chunk_size,
+                softcap=softcap,
+                entropy_grad=soft.entropy_grad,
+            )
+            empty = torch.zeros(where.shape, dtype=torch.float32, device=where.device)
+            log_probs, entropy = (empty.masked_scatter(where, v.float()) for v in values)
+            return log_probs, entropy
+
+        top_only = soft.ratio in ("top1", "factored")
+        log_probs, entropy = score(on, strongest_log_prob if top_only else gumbel_topk_log_prob)
+        rest = None
+        if soft.ratio == "factored":
+            rest = score(on & thoughts, gumbel_topk_log_prob)[0] - log_probs * (on & thoughts)
+        return SoftOutput(log_probs=log_probs, entropy=entropy, rest=rest, hidden=hidden)
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _recorded_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+    """One teacher-forced pass over the recorded actions; the thoughts fed are constants."""
+    embedding = model.get_input_embeddings()
+    embeds = torch.cat(
+        [embedding(soft.prompt_ids), mix_embeddings(embedding, soft.support, soft.log_weights)], dim=1
+    )  # (B, P+C, H)
+    states = model.base_model(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -soft.support.shape[1] - 1 : -1]
+
+
+def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+    """The thoughts are made again from the recorded noise, so that gradients of the answer flow through them.
+
+    Latent phase only: every row has its n thoughts first. Positions of thoughts return zeros; they are not scored.
+    """
+    embedding, n = model.get_input_embeddings(), soft.thinking.num_thoughts
+    mask = attention_mask[:, : soft.prompt_ids.shape[1]]
+    cache = DynamicCache(config=model.config)
+    logits = inner(
+        inputs_embeds=embedding(soft.prompt_ids),
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    mask, position = think(inner, embedding, logits, cache, mask, soft.thinking, soft.seeds)
+    tail = soft.support[:, n:, 0]  # (B, C - n): what is fed after the thoughts, and the answer
+    states = model.base_model(
+        inputs_embeds=embedding(tail),
+        attention_mask=torch.cat([mask, attention_mask[:, mask.shape[1] :]], dim=1),
+        position_ids=position + torch.arange(tail.shape[1], device=position.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state  # (B, C - n, H); its first position is fed, so nothing before it needs a state
+    return torch.cat([states.new_zeros(len(tail), n + 1, states.shape[-1]), states[:, :-1]], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

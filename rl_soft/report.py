@@ -557,7 +557,7 @@ def _method(report: Mapping[str, Any]) -> str:
     unit = report["evaluations"][0]["resampled"]
     text = (
         "Unbiased pass@k from all samples; greedy is one deterministic answer and is not pass@1. maj@n is the "
-        f"plurality of all samples. Intervals: percentile bootstrap over {unit}, 10,000 resamples."
+        f"plurality of all samples. Intervals: BCa bootstrap over {unit}, 10,000 resamples."
     )
     if report["comparisons"]:
         text += " Differences are paired by problem, in percentage points."

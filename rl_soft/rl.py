@@ -9,6 +9,13 @@ methods are overridden, each thinly (tests/test_rl.py holds their signatures and
     _generate_and_score_completions         adds support and log-weights to the batch, which TRL shuffles and splits
     _get_per_token_logps_and_entropies      the exact log-density, recomputed on the recorded actions
     _compute_loss                           hands a slice's soft tensors to the method above
+
+The policy ratio of a thought (S, x), with i* its strongest id (`ratio`; formulas and bias in docs/grpo.md):
+
+    joint     p(S, x)                                   the exact density, the default
+    factored  p(i*) and p(S, x) / p(i*), clipped apart   same gradient at ratio 1; `rest_weight` scales the second
+    top1      p(i*) = pi_{i*}                           exact as a marginal, biased as a gradient
+    pathwise  none: thoughts are made again from their recorded noise, and the answer's gradient flows through them
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ from rl_soft.noise import address
 from rl_soft.policy import SoftInputs, add_soft_forward
 from rl_soft.rollout import Rollout, rollout
 
-SOFT_KEYS = ("support", "log_weights", "action_mask", "thought_mask", "sampled_log_probs")
+SOFT_KEYS = ("support", "log_weights", "action_mask", "thought_mask", "sampled_log_probs", "seeds")
 
 
 class SoftGRPOTrainer(GRPOTrainer):
@@ -36,7 +43,9 @@ class SoftGRPOTrainer(GRPOTrainer):
 
     Args:
         layout: how prompts and completions become ids, and what a thought is.
-        chunk_size: positions whose (chunk, V) logits are alive at once in the training pass.
+        ratio: what stands in the policy ratio of a thought, see above.
+        rest_weight: ratio factored: weight of the second factor in the loss.
+        chunk_size: positions whose (chunk, V) logits are alive at once in the training pass; None sizes it by memory.
         *args, **kwargs: as for `trl.GRPOTrainer`. The training set needs the columns prompt (the question) and id.
 
     Raises:
@@ -47,13 +56,23 @@ class SoftGRPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "grpo", "rl_soft"]  # noqa: RUF012 (TRL's own declaration)
     _name = "Soft GRPO"
 
-    def __init__(self, *args: Any, layout: Layout, chunk_size: int = 1024, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        layout: Layout,
+        ratio: str = "joint",
+        rest_weight: float = 1.0,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ):
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
                 raise ValueError(f"{name} cannot be used with soft rollouts: they have a single turn")
         if layout.thinking.thought == "soft":
             raise ValueError("thought soft is a point mass and has no density; use gumbel or token for RL")
-        self.layout = layout
+        if ratio == "pathwise" and layout.thinking.phase != "latent":
+            raise ValueError("ratio pathwise needs phase latent, where every row has its thoughts first; use joint")
+        self.layout, self.ratio, self.rest_weight = layout, ratio, rest_weight
         super().__init__(*args, **kwargs)
         if self.args.use_vllm:
             raise ValueError("use_vllm: vLLM takes embeddings for prompts only, so soft thoughts cannot go through it")
@@ -120,12 +139,16 @@ class SoftGRPOTrainer(GRPOTrainer):
         """The rollout's recorded actions, padded exactly as TRL pads completion ids."""
         out = self._rollout
         assert out is not None
-        values = (out.support, out.log_weights, out.action_mask, out.thought_mask, out.log_probs)
+        sampled = {"top1": out.top_log_probs, "pathwise": out.log_probs * ~out.thought_mask}.get(
+            self.ratio, out.log_probs
+        )
+        values = (out.support, out.log_weights, out.action_mask, out.thought_mask, sampled)
         fills = (self._tokenizer.pad_token_id, float("-inf"), 0, 0, 0)
-        return {
+        tensors = {
             name: pad(list(v), padding_value=fill, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
-            for name, v, fill in zip(SOFT_KEYS, values, fills, strict=True)
+            for name, v, fill in zip(SOFT_KEYS, values, fills, strict=False)
         }
+        return tensors | {"seeds": out.seeds}
 
     # -- density ------------------------------------------------------------------------------------------------------
 
@@ -140,39 +163,54 @@ class SoftGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Exact log-densities (B, C) of the recorded actions under `model`: policy, old policy or reference."""
+        """Log-densities of the recorded actions under `model`: policy, old policy or reference.
+
+        (B, C); with ratio factored (B, 2C), the second half holding log p(rest | strongest id) of each thought.
+        """
         soft = self._slice if self._slice is not None else self._soft_tensors()
-        thinking, prompt_ids = self.layout.thinking, input_ids[:, :-logits_to_keep]
+        P, C = input_ids.shape[1] - logits_to_keep, soft["support"].shape[1]
         log_probs, entropies = [], []
         for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             with self.accelerator.autocast():
                 out = model(
-                    attention_mask=attention_mask[part],
+                    attention_mask=attention_mask[part, : P + C],
                     soft=SoftInputs(
-                        prompt_ids=prompt_ids[part],
+                        prompt_ids=input_ids[part, :P],
                         support=soft["support"][part],
                         log_weights=soft["log_weights"][part],
                         action_mask=soft["action_mask"][part].bool(),
                         thought_mask=soft["thought_mask"][part].bool(),
-                        tau=thinking.thought_tau,
-                        thought_temperature=thinking.thought_temperature,
-                        temperature=thinking.temperature,
+                        thinking=self.layout.thinking,
+                        ratio=self.ratio,
+                        seeds=soft["seeds"][part],
+                        entropy_grad=self._entropy_bonus_enabled,
                     ),
                 )
-            log_probs.append(out.log_probs)
-            entropies.append(out.entropy)
+            rest = [] if out.rest is None else [out.rest]
+            log_probs.append(torch.cat([out.log_probs, *rest], dim=1))
+            entropies.append(torch.cat([out.entropy, *(torch.zeros_like(r) for r in rest)], dim=1))
         self._log_probs = torch.cat(log_probs)
         return self._log_probs, torch.cat(entropies) if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._slice = {key: inputs[key] for key in SOFT_KEYS}
         try:
-            loss = super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, self._with_rest(inputs) if self.ratio == "factored" else inputs)
             self._log_ratios(inputs)
             return loss
         finally:
             self._slice = None
+
+    def _with_rest(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """C more columns, one a thought for its second factor; TRL's masks multiply the loss, so they carry its weight."""
+        ids, rest = inputs["completion_ids"], inputs["thought_mask"].float() * self.rest_weight  # (B, C)
+        return {
+            **inputs,
+            "completion_ids": torch.cat([ids, torch.full_like(ids, self._tokenizer.pad_token_id)], dim=1),
+            "completion_mask": torch.cat([inputs["completion_mask"], inputs["completion_mask"]], dim=1),
+            "tool_mask": torch.cat([inputs["tool_mask"].float(), rest], dim=1),
+        }
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
@@ -209,7 +247,13 @@ class SoftGRPOTrainer(GRPOTrainer):
     def _log_ratios(self, inputs: dict[str, Any]) -> None:
         """Ratio statistics of thoughts and answer tokens apart, and the live check of the claim of exactness: the largest
         distance between a rollout's log-density and the one recomputed by the training pass before any update."""
-        now, old = self._log_probs.detach(), inputs.get("old_per_token_logps")
+        C = inputs["completion_ids"].shape[1]
+
+        def joint(log_probs: Tensor) -> Tensor:
+            return log_probs[:, :C] + (log_probs[:, C:] if self.ratio == "factored" else 0)
+
+        now, old = joint(self._log_probs.detach()), inputs.get("old_per_token_logps")
+        old = None if old is None else joint(old)
         first = now if old is None else old
         actions, thoughts = inputs["action_mask"].bool(), inputs["thought_mask"].bool()
         real = actions & inputs["completion_mask"].bool()

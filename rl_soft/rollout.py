@@ -38,6 +38,7 @@ class Rollout:
     support: Tensor  # (B, T, K) int64
     log_weights: Tensor  # (B, T, K) float32, logsumexp 0; a token is [0, -inf, ...]
     log_probs: Tensor  # (B, T) float32: density at thoughts, probability at answer tokens, 0 elsewhere
+    top_log_probs: Tensor  # (B, T) float32: ln pi of the strongest id, 0 where nothing was sampled
     entropy: Tensor  # (B, T) float32, nats, of the categorical that the action was drawn from
     outside: Tensor  # (B, T) float32, probability mass outside the support
     finished: Tensor  # (B,) bool, ended by an end-of-sequence token
@@ -111,7 +112,7 @@ def rollout(
     support = torch.full((B, T, K), pad_id, device=device)
     log_weights = torch.full((B, T, K), -torch.inf, device=device)
     log_weights[..., 0] = 0.0
-    log_probs, entropy, outside = (torch.zeros(B, T, device=device) for _ in range(3))
+    log_probs, top_log_probs, entropy, outside = (torch.zeros(B, T, device=device) for _ in range(4))
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     all_seeds = torch.zeros(B, dtype=torch.int64, device=device) if seeds is None else seeds.to(device)
 
@@ -149,6 +150,7 @@ def rollout(
         support[rows, t] = torch.where(live[:, None], slots, pad_id)
         log_weights[rows, t] = weights
         log_probs[rows, t] = torch.where(sampled, density, 0.0)
+        top_log_probs[rows, t] = torch.where(sampled, phi_support[:, 0], 0.0)
         entropy[rows, t] = torch.where(sampled, -(phi.exp() * phi.clamp(min=-1e4)).sum(-1), 0.0)
         outside[rows, t] = torch.where(sampled, log_outside.exp(), 0.0)
 
@@ -198,7 +200,7 @@ def rollout(
     return Rollout(
         [list(p) for p in prompt_ids],
         *(x[:, :T] for x in (completion_ids, mask, action_mask, thought_mask, support, log_weights)),
-        *(x[:, :T] for x in (log_probs, entropy, outside)),
+        *(x[:, :T] for x in (log_probs, top_log_probs, entropy, outside)),
         finished,
         all_seeds,
     )

@@ -153,6 +153,8 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
             processing_class=start.tokenizer,
             peft_config=lora_config(recipe) if recipe.model.use_peft else None,
             layout=layout,
+            ratio=recipe.extra.ratio,
+            rest_weight=recipe.extra.rest_weight,
             chunk_size=recipe.extra.chunk_size,
         )
         boundary = recipe.extra.updates_per_rollout * args.num_iterations

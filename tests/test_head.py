@@ -251,6 +251,22 @@ def test_heads_that_must_be_called():
         assert head._plain_head(module) is None
 
 
+def test_spare_calls_of_a_partitioned_head_change_nothing(monkeypatch):
+    """Where another rank has more chunks the module is called as often here, forward and backward."""
+    hidden, lm_head, support, log_weights = problem()
+    args = (hidden, Wrapped(lm_head), support, log_weights, TAU)
+    parameters = [lm_head.weight]
+    expected = backward(head.soft_log_prob, *args, chunk_size=10, parameters=parameters)
+    calls = []
+    lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(head, "_most_calls", lambda lm_head, calls, device: calls + 2)
+    assert_same(backward(head.soft_log_prob, *args, chunk_size=10, parameters=parameters), expected)
+    assert len(calls) == 2 * (4 + 2)
+    log_prob, _ = head.soft_log_prob(*args, chunk_size=10, entropy_grad=False)
+    log_prob.sum().backward()
+    assert len(calls) == 4 * (4 + 2)
+
+
 def test_entropy_can_be_a_metric_only():
     hidden, lm_head, support, log_weights = problem()
     full, expected = head.soft_log_prob(hidden, lm_head, support, log_weights, TAU)

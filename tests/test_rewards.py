@@ -68,7 +68,10 @@ def test_symbolic_answers():
 def test_math_verify_agrees_with_us():
     agreed, different = math_verify_cases.AGREED, math_verify_cases.DIFFERENT
     golds, texts, expected = zip(*agreed, *different, strict=True)
-    ours = [judgement.outcome == "correct" for judgement in judge_many(texts, golds, ["number"] * len(texts))]
+    ours = []
+    for i in range(0, len(texts), 32):  # the time limit is that of a batch
+        batch = judge_many(texts[i : i + 32], golds[i : i + 32], ["number"] * len(texts[i : i + 32]))
+        ours += [judgement.outcome == "correct" for judgement in batch]
     assert ours == [verdict != (i >= len(agreed)) for i, verdict in enumerate(expected)]
 
 
@@ -146,16 +149,16 @@ def pool(monkeypatch):
 
 
 def worker_of(pool):
-    worker = pool.idle.get()
+    worker = pool.idle.get_nowait()
     pool.idle.put(worker)
     return worker
 
 
 def test_a_slow_pair_is_a_counted_timeout_and_the_worker_is_replaced(pool):
-    assert pool.verify([("x+1", "1+x"), (TOWER, r"2\pi"), ("x+1", "1+x")]) == [True, "timeout", True]
-    first = worker_of(pool).process.pid
+    assert pool.verify([("x+1", "1+x")]) == [True]
+    first = worker_of(pool).process
     assert pool.verify([(TOWER, r"2\pi"), ("2x", "x+x")]) == ["timeout", True]
-    assert worker_of(pool).process.pid != first
+    assert first.poll() == -signal.SIGPROF
     assert worker_of(pool).process.poll() is None
 
 

@@ -61,10 +61,11 @@ def train(trainer, **kwargs):
 
 def soft_trainer(tmp_path, thinking=THINKING, made=None, **values):
     peft = values.pop("peft_config", None)
+    own = {k: values.pop(k) for k in ("ratio", "rest_weight") if k in values}
     made = made or tiny_policy()
     return SoftGRPOTrainer(
         made.model, reward_funcs=odd_reward, args=config(tmp_path, **values), train_dataset=dataset(),
-        processing_class=made.tokenizer, peft_config=peft, layout=Layout(thinking, made.tokenizer),
+        processing_class=made.tokenizer, peft_config=peft, layout=Layout(thinking, made.tokenizer), **own,
     )  # fmt: skip
 
 
@@ -145,6 +146,26 @@ def test_the_density_is_recomputed_and_learning_moves_it(tmp_path, thought_k, ta
     assert abs(logs[1]["thoughts/ratio"] - 1) > 1e-4, "the second iteration is off-policy"
     assert all(log["grad_norm"] > 0 for log in logs)
     assert all(torch.tensor(v).isfinite() for log in logs for v in log.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("ratio", ["joint", "factored", "top1", "pathwise"])
+def test_every_ratio_is_recomputed_and_trains(tmp_path, ratio):
+    logs = train(soft_trainer(tmp_path, ratio=ratio, num_iterations=2, max_steps=4))
+    assert all(log["rollout/density_gap"] < 1e-4 for log in logs)
+    assert all(log["grad_norm"] > 0 for log in logs)
+
+
+def test_factored_has_the_joint_gradient_on_policy(tmp_path):
+    """At ratio 1 the two factors' gradients add up to the joint's; with weight 0 only the strongest id's is left."""
+    norms = {}
+    for name, values in {
+        "joint": {}, "factored": {"ratio": "factored"}, "alone": {"ratio": "factored", "rest_weight": 0.0},
+        "top1": {"ratio": "top1"},
+    }.items():  # fmt: skip
+        norms[name] = train(soft_trainer(tmp_path / name, max_steps=1, **values))[0]["grad_norm"]
+    assert norms["factored"] == pytest.approx(norms["joint"], rel=1e-4)
+    assert norms["alone"] == pytest.approx(norms["top1"], rel=1e-4)
+    assert norms["top1"] != pytest.approx(norms["joint"], rel=1e-2)
 
 
 def test_noise_is_addressed_not_ordered(tmp_path):

@@ -59,18 +59,21 @@ def test_training_pass_recomputes_the_rollouts_density(model_type, tied, thinkin
     pad_id = made.tokenizer.pad_token_id
     prompt_ids = torch.tensor([[pad_id] * (P - len(p)) + p for p in out.prompt_ids])
     prompt_mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in out.prompt_ids])
-    t = layout.thinking
-    scored = made.model(
-        attention_mask=torch.cat([prompt_mask, out.mask.long()], dim=1),
-        soft=SoftInputs(
-            prompt_ids, out.support, out.log_weights, out.action_mask, out.thought_mask,
-            t.thought_tau, t.thought_temperature, t.temperature,
-        ),
-    )  # fmt: skip
+    attention_mask = torch.cat([prompt_mask, out.mask.long()], dim=1)
+    recorded = (prompt_ids, out.support, out.log_weights, out.action_mask, out.thought_mask, layout.thinking)
+    scored = made.model(attention_mask=attention_mask, soft=SoftInputs(*recorded))
     assert out.action_mask.any()
     assert (out.log_probs[out.action_mask] != 0).all()
     torch.testing.assert_close(scored.log_probs, out.log_probs, atol=1e-4, rtol=0)
     torch.testing.assert_close(scored.entropy, out.entropy, atol=1e-4, rtol=0)
+    factored = made.model(attention_mask=attention_mask, soft=SoftInputs(*recorded, ratio="factored"))
+    torch.testing.assert_close(factored.log_probs, out.top_log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(factored.log_probs + factored.rest, out.log_probs, atol=1e-4, rtol=0)
+    if layout.thinking.phase == "latent":  # the same noise makes the same thoughts, so the answers score alike
+        pathwise = made.model(
+            attention_mask=attention_mask, soft=SoftInputs(*recorded, ratio="pathwise", seeds=out.seeds)
+        )
+        torch.testing.assert_close(pathwise.log_probs, out.log_probs * ~out.thought_mask, atol=1e-4, rtol=0)
 
 
 def test_the_recorded_density_is_the_distributions(tiny):
