@@ -115,14 +115,15 @@ LARGE = [
     "####",
     "\x00",
 ]
-GOLDS = ["3", "1234", "0.5", "-7", "1/3", "50%", "\\sqrt{2}", "x+1", "(1, 2)", "3, 4"]
+GOLDS = ["3", "1234", "0.5", "-7", "1/3", "50%", "(1, 2)", "3, 4", "Evelyn"]
+EXPRESSIONS = ["\\sqrt{2}", "x+1", "[0, 1)"]  # golds for which answers go to math-verify
 ATTACKS = ["9^{9^{9^9}}", "10!!!!", "9^{9^9}", "\\sqrt{10^{10^{6}}+1}"]
 PROMPT = "How many apples are 1 + 2 apples? Put the answer in \\boxed{}, or after ####, as in #### 5."
 
 
 def completion(rng: random.Random, kind: float) -> tuple[str, str, bool]:
     """(text, gold, whether it hedges)"""
-    gold = rng.choice(GOLDS)
+    gold = rng.choice(GOLDS if rng.random() < 0.98 else EXPRESSIONS)
     number = str(rng.randint(-999, 9999))
     if kind < 0.60:
         return "".join(rng.choices(FRAGMENTS, k=rng.randint(0, 40))), gold, False

@@ -58,7 +58,7 @@ def coverage(repeats: int, num_problems: int, n: int, seed: int = 0) -> dict[str
 
 
 def report_seconds(num_problems: int = 1000, n: int = 64) -> tuple[float, float, float, float]:
-    """(seconds of build, its processor seconds, MB of records.jsonl, MB of report.html); 500 characters a completion."""
+    """(seconds of build, its processor seconds, MB of records.jsonl, MB of report.html); 500 letters a completion."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         header = {"name": "x", "model": "m", "dataset": "d", "split": "test", "decoder": {}, "seed": 0}

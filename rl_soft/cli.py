@@ -1,4 +1,4 @@
-"""The command line: `rl-soft COMMAND`, `python -m rl_soft RECIPE`, and what a recipe file runs when Python is given it.
+"""The command line: `rl-soft COMMAND`, `python -m rl_soft RECIPE`, and what a recipe runs when Python is given it.
 
 Imports are lazy: `rl-soft report` works without torch.
 """
@@ -34,7 +34,7 @@ def main(argv: list[str] | str | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the hosts about each other; nothing a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the hosts' about each other; not a user's
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -93,11 +93,14 @@ def _report(rest: list[str]) -> None:
 
     folder = Path(rest[0])
     if (folder / "eval_before").exists() and (folder / "eval_after").exists():
+        import yaml
+
         compare(
             [folder / "eval_before", folder / "eval_after"],
             out=folder,
             names=["before RL", "after RL"],
             metrics=folder / "metrics.jsonl",
+            ks=yaml.safe_load((folder / "config.yaml").read_text()).get("eval_k"),
         )
     else:
         build(folder)

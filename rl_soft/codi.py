@@ -95,13 +95,17 @@ def distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) 
 class CodiTrainer(Trainer):
     """transformers' Trainer with the CODI loss."""
 
-    def __init__(self, *args: Any, layout: Layout, codi: CodiArguments, **kwargs: Any):
-        super().__init__(*args, data_collator=CodiCollator(layout, codi.drop_last_step), **kwargs)
+    model: Any
+
+    def __init__(self, model: Any, args: Any, *, layout: Layout, codi: CodiArguments, **kwargs: Any):
+        super().__init__(model, args, data_collator=CodiCollator(layout, codi.drop_last_step), **kwargs)
         self.layout, self.codi = layout, codi
         self.model_accepts_loss_kwargs = False  # the loss is a mean over this micro-batch
         self._parts: dict[str, list[float]] = {}
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         student_logits, student_states = self.student(model, inputs)
         teacher = model(
             input_ids=inputs["teacher_ids"],

@@ -1,4 +1,4 @@
-"""Every recipe field, its help text and its validation; a recipe is flat YAML whose keys are the fields of the dataclasses below.
+"""Every recipe field, its help text and its validation. A recipe is flat YAML; its keys are the fields below.
 
 An unknown key is an error that names the nearest valid one. The command line beats the file. Keys of the trainers'
 own configurations (transformers' TrainingArguments, TRL's GRPOConfig) are valid too.
@@ -31,7 +31,8 @@ class ModelArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Model folder or hub id."})
     model_config: dict[str, Any] | None = field(
-        default=None, metadata={"help": "transformers config of a model with random weights, e.g. {model_type: llama}."}
+        default=None,
+        metadata={"help": "transformers config of a model with random weights: {model_type: llama, ...}."},
     )
     vocabulary: str | None = field(
         default=None, metadata={"help": "The characters of the character tokenizer that goes with model_config."}
@@ -51,13 +52,13 @@ class DataArguments:
     """Training and evaluation problems (see docs/data.md)."""
 
     dataset: str = field(default="", metadata={"help": "Generator name, known data set, local file, or hub id."})
-    dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the generator or loader."})
+    dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the source."})
     dataset_columns: dict[str, str] | None = field(
         default=None, metadata={"help": "Names of a file's columns: {question: ..., answer: ..., steps: ...}."}
     )
     train_size: int | None = field(default=None, metadata={"help": "Number of training problems; all if absent."})
     data_seed_train: int = field(default=1, metadata={"help": "Seed of generated training problems."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation source; the training source if absent."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation source; dataset if absent."})
     eval_dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of eval_dataset."})
     eval_problems: int = field(default=256, metadata={"help": "Number of held-out problems; 0 skips the evaluation."})
     data_seed_eval: int = field(default=2, metadata={"help": "Seed of generated evaluation problems."})
@@ -67,7 +68,9 @@ class DataArguments:
 class EvalArguments:
     """Pass@k before and after a run."""
 
-    eval_samples: int = field(default=32, metadata={"help": "n, sampled completions a problem, besides the greedy one."})
+    eval_samples: int = field(
+        default=32, metadata={"help": "n, sampled completions a problem; a greedy one is added."}
+    )
     eval_k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "The k of Pass@k."})
     eval_batch_size: int = field(default=512, metadata={"help": "Completions decoded together on a process."})
     eval_seed: int = field(default=7, metadata={"help": "Seed of the evaluation's noise; the same before and after."})
@@ -81,7 +84,7 @@ class CodiArguments:
     alpha: float = field(default=1.0, metadata={"help": "Weight of the student's cross-entropy on the answer."})
     beta: float = field(default=1.0, metadata={"help": "Weight of the distillation loss on the hidden states."})
     gamma: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy on steps and answer."})
-    drop_last_step: bool = field(default=False, metadata={"help": "Leave the last step out of the teacher's solution."})
+    drop_last_step: bool = field(default=False, metadata={"help": "Leave the teacher's last step out."})
     train_noise: bool = field(default=True, metadata={"help": "Draw Gumbel noise on the student's thoughts (gumbel)."})
     stop_at_accuracy: float | None = field(
         default=None, metadata={"help": "Stop once sampled validation accuracy reaches this; None trains max_steps."}
@@ -98,11 +101,13 @@ class RLArguments:
     updates_per_rollout: int = field(
         default=1, metadata={"help": "Optimizer steps that split one rollout (mini-batches); times num_iterations."}
     )
-    rewards: list[str] = field(
-        default_factory=lambda: ["math_accuracy"], metadata={"help": "Reward functions: names, or dotted paths."}
+    rewards: list[Any] = field(
+        default_factory=lambda: ["math_accuracy"],
+        metadata={"help": "Reward functions: names, dotted paths, or {Name: {parameter: value}}."},
     )
     ratio: str = field(
-        default="joint", metadata={"help": "Policy ratio of a thought: joint, factored, top1 or pathwise (docs/grpo.md)."}
+        default="joint",
+        metadata={"help": "Policy ratio of a thought: joint, factored, top1, pathwise (docs/grpo.md)."},
     )
     rest_weight: float = field(
         default=1.0, metadata={"help": "ratio factored: weight of log p(rest | strongest id) in the loss."}
@@ -289,7 +294,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
         raise ValueError(f"eval_k must be at most eval_samples ({evaluation.eval_samples}), got {evaluation.eval_k}")
     if method == "grpo" and thinking.thought == "soft":
-        raise ValueError("thought soft has no density (it is a point mass), so RL cannot train it; use gumbel or token")
+        raise ValueError("thought soft has no density (it is a point mass): RL cannot train it; use gumbel or token")
     training = {k: v for k, v in values.items() if k in trainer_fields and k != "temperature"}
     return Recipe(path, method, thinking, model, data, evaluation, extra, training, values)
 
@@ -305,7 +310,7 @@ def device_defaults() -> dict[str, Any]:
 
 
 def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:
-    """TRL's batch fields from `prompts_per_step`, `num_generations`, `per_device_train_batch_size`, `updates_per_rollout`.
+    """TRL's batch fields from prompts_per_step, num_generations, per_device_train_batch_size, updates_per_rollout.
 
     Raises:
         ValueError: a rollout that does not divide, with the nearest valid value.

@@ -36,7 +36,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
 def completion_text(layout: Layout, out: Rollout, i: int) -> str:
     """The text of one completion: in the latent phase the answer, in the explicit phase the strongest ids too."""
     ids = out.completion_ids[i][out.mask[i]].tolist()
-    return layout.tokenizer.decode(ids, skip_special_tokens=True)
+    return str(layout.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def sample_records(

@@ -25,7 +25,7 @@ THOUGHTS = ("token", "soft", "gumbel")
 
 @dataclass(frozen=True)
 class Thinking:
-    """What a thought is and where it stands; saved beside the weights, since a checkpoint is trained for one of these."""
+    """What a thought is and where it stands; saved beside the weights, which are trained for one of these."""
 
     thought: str = field(
         default="gumbel",
@@ -45,12 +45,12 @@ class Thinking:
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the answer tokens."})
     max_answer_tokens: int = field(
-        default=16, metadata={"help": "The most answer tokens, <eos> included, before a completion counts as truncated."}
+        default=16, metadata={"help": "The most answer tokens, <eos> included; then a completion is truncated."}
     )
     answer_prompt: str = field(
         default="", metadata={"help": "Text fed before the answer, after the thoughts (not sampled, not trained)."}
     )
-    step_separator: str = field(default="\n", metadata={"help": "Text between and after the steps of a worked solution."})
+    step_separator: str = field(default="\n", metadata={"help": "Text after each step of a worked solution."})
     end_of_thinking: str = field(
         default="", metadata={"help": "explicit: the text that ends the thinking when the strongest ids spell it."}
     )
@@ -139,8 +139,8 @@ class Layout:
             system = self.thinking.system_prompt
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": text})
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-            return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+            ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+            return list(ids["input_ids"])
         bos = self.tokenizer.bos_token_id
         return ([bos] if bos is not None else []) + self.encode(text)
 

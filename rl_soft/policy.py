@@ -39,8 +39,8 @@ SIDE_FILE = "rl_soft.json"
 
 @dataclass
 class Policy:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any  # a transformers causal LM, possibly in a PEFT wrapper
+    tokenizer: Any
     thinking: Thinking | None  # None: a plain language model, not trained to think by this package
 
 
@@ -86,7 +86,13 @@ def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -
 
 
 def think(
-    model: Any, embedding: nn.Module, logits: Tensor, cache: Any, mask: Tensor, thinking: Thinking, seeds: Tensor | None,
+    model: Any,
+    embedding: nn.Module,
+    logits: Tensor,
+    cache: Any,
+    mask: Tensor,
+    thinking: Thinking,
+    seeds: Tensor | None,
     step: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """n thoughts on a cache, differentiable from the first to the last.
@@ -148,7 +154,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def strongest_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
-    """ln pi of the strongest id: the marginal of the joint density, in the form of a density of gathered statistics."""
+    """ln pi of the strongest id, the marginal of the joint density, as a function of gathered statistics."""
     return log_probs[..., 0]
 
 

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import re
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 MIN_FAMILIES = 10  # with fewer, resampling whole families says little; problems are resampled instead
-MIN_PROBLEMS = 30
+MIN_UNITS = 30  # problems or families to resample; with fewer, intervals are rough
 MAX_UNPARSED = 0.02
 MAX_TRUNCATED = 0.05
 EXAMPLES = 5
@@ -345,8 +346,11 @@ def _warnings(evaluation: Evaluation) -> list[str]:
         )
     if truncated > MAX_TRUNCATED:
         notes.append(f"{evaluation.name}: {_percent(truncated, 1)} of the samples are truncated; raise the cap.")
-    if len(evaluation.problems) < MIN_PROBLEMS:
-        notes.append(f"{evaluation.name}: {len(evaluation.problems)} problems are few; the intervals are rough.")
+    families = evaluation.families
+    units = len(evaluation.problems) if families is None else len(set(families))
+    if units < MIN_UNITS:
+        unit = "problems" if families is None else "families"
+        notes.append(f"{evaluation.name}: {units} {unit} are few; the intervals are rough.")
     return notes
 
 
@@ -604,7 +608,8 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _png(figure: Any, title: str, caption: str) -> bytes:
-    figure.suptitle(_short(title, 80), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    title = textwrap.fill(title, int(8 * figure.get_figwidth()), max_lines=2, placeholder=" …")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#57606a")
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})

@@ -55,6 +55,9 @@ class SoftGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "rl_soft"]  # noqa: RUF012 (TRL's own declaration)
     _name = "Soft GRPO"
+    model: Any
+    args: Any
+    pad_to_multiple_of: Any
 
     def __init__(
         self,
@@ -125,6 +128,7 @@ class SoftGRPOTrainer(GRPOTrainer):
         lengths = self._rollout.lengths.tolist()
         actions = self._rollout.action_mask.int().tolist()
         out[2] = [mask[:n] for mask, n in zip(actions, lengths, strict=True)]  # TRL's tool mask: 1 = model's own
+        out[5] = {**out[5], "thoughts": self._rollout.thought_mask.sum(-1).tolist()}  # a column for reward functions
         return tuple(out)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -203,7 +207,7 @@ class SoftGRPOTrainer(GRPOTrainer):
             self._slice = None
 
     def _with_rest(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """C more columns, one a thought for its second factor; TRL's masks multiply the loss, so they carry its weight."""
+        """C more columns, one a thought for its second factor; TRL's masks multiply the loss and carry its weight."""
         ids, rest = inputs["completion_ids"], inputs["thought_mask"].float() * self.rest_weight  # (B, C)
         return {
             **inputs,
@@ -245,8 +249,8 @@ class SoftGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _log_ratios(self, inputs: dict[str, Any]) -> None:
-        """Ratio statistics of thoughts and answer tokens apart, and the live check of the claim of exactness: the largest
-        distance between a rollout's log-density and the one recomputed by the training pass before any update."""
+        """Ratio statistics of thoughts and answer tokens apart, and the live check of the claim of exactness: the
+        largest distance between a rollout's log-density and the training pass's before any update."""
         C = inputs["completion_ids"].shape[1]
 
         def joint(log_probs: Tensor) -> Tensor:
@@ -263,7 +267,8 @@ class SoftGRPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"]
         advantages = advantages[:, None] if advantages.dim() == 1 else advantages
         ratio = log_ratio.exp()
-        clipped = ((ratio < 1 - self.epsilon_low) & (advantages < 0)) | ((ratio > 1 + self.epsilon_high) & (advantages > 0))
+        too_low, too_high = ratio < 1 - self.epsilon_low, ratio > 1 + self.epsilon_high
+        clipped = (too_low & (advantages < 0)) | (too_high & (advantages > 0))
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, mask in (("thoughts", real & thoughts), ("answer", real & ~thoughts)):
             sums = torch.stack([mask.sum(), *((x * mask).sum() for x in (ratio, log_ratio, log_ratio**2, clipped))])

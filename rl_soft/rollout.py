@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.densities import GumbelTopK, SoftToken, gumbel_topk_log_prob
@@ -49,7 +49,7 @@ class Rollout:
         return self.mask.sum(-1)  # (B,)
 
 
-def _prefill(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], pad_id: int):
+def _prefill(model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int):
     """Run every distinct prompt once. Returns last logits (B, V), cache, mask (B, P) and lengths (B,), per row."""
     device = model.get_input_embeddings().weight.device
     distinct: dict[tuple[int, ...], int] = {}
@@ -73,7 +73,7 @@ def _prefill(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], pad_id
 
 @torch.no_grad()
 def rollout(
-    model: PreTrainedModel,
+    model: Any,
     layout: Layout,
     prompt_ids: Sequence[Sequence[int]],
     seeds: Tensor | None,
@@ -198,11 +198,19 @@ def rollout(
 
     T = int(mask.sum(-1).max())
     return Rollout(
-        [list(p) for p in prompt_ids],
-        *(x[:, :T] for x in (completion_ids, mask, action_mask, thought_mask, support, log_weights)),
-        *(x[:, :T] for x in (log_probs, top_log_probs, entropy, outside)),
-        finished,
-        all_seeds,
+        prompt_ids=[list(p) for p in prompt_ids],
+        completion_ids=completion_ids[:, :T],
+        mask=mask[:, :T],
+        action_mask=action_mask[:, :T],
+        thought_mask=thought_mask[:, :T],
+        support=support[:, :T],
+        log_weights=log_weights[:, :T],
+        log_probs=log_probs[:, :T],
+        top_log_probs=top_log_probs[:, :T],
+        entropy=entropy[:, :T],
+        outside=outside[:, :T],
+        finished=finished,
+        seeds=all_seeds,
     )
 
 

@@ -10,6 +10,7 @@ Stages that are finished are skipped, so that the same command resumes a run tha
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import json
 import logging
@@ -125,7 +126,7 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
     check_processes(args)
     main = args.process_index == 0
 
-    def evaluation(name: str, model: Any) -> None:
+    def evaluation(name: str, model: Any, source: Any) -> None:
         if recipe.data.eval_problems:
             evaluate(
                 model,
@@ -133,18 +134,18 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
                 test,
                 recipe.output_dir / f"eval_{name}",
                 name=f"{name} RL",
-                model_name=str(recipe.output_dir / "model" if name == "after" else recipe.model.warm_start or recipe.model.model_name_or_path),
+                model_name=str(source),
                 dataset=recipe.data.eval_dataset or recipe.data.dataset,
                 samples=recipe.eval.eval_samples,
                 seed=recipe.eval.eval_seed,
                 batch_size=recipe.eval.eval_batch_size,
                 config=recipe.values,
-            )  # fmt: skip
+            )
 
     start.model.to(args.device)
     trained = (recipe.output_dir / "model").exists()
     if not trained:
-        evaluation("before", start.model)
+        evaluation("before", start.model, recipe.model.warm_start or recipe.model.model_name_or_path)
         trainer = SoftGRPOTrainer(
             start.model,
             reward_funcs=reward_functions(recipe.extra.rewards),
@@ -164,22 +165,25 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
     else:
         model = policy.load(str(recipe.output_dir / "model"), recipe.model.dtype).model.to(args.device)
-    evaluation("after", model)
+    evaluation("after", model, recipe.output_dir / "model")
     if main and recipe.data.eval_problems:
         report(recipe)
 
 
 def report(recipe: Recipe) -> None:
-    from rl_soft.report import compare
+    from rl_soft.records import write_atomic
+    from rl_soft.report import compare, model_card
 
     out = recipe.output_dir
-    compare(
+    figures = compare(
         [out / "eval_before", out / "eval_after"],
         out=out,
         names=["before RL", "after RL"],
         metrics=out / "metrics.jsonl",
+        ks=recipe.eval.eval_k,
     )
-    logger.info("report: %s", out / "report.md")
+    write_atomic(out / "model" / "README.md", model_card(out, figures, recipe.values))
+    logger.info("%s; report: %s", figures["title"], out / "report.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def check_thinking(recipe: Recipe, trained: Thinking | None) -> None:
     """Refuse a checkpoint that was trained for another layout of its thoughts."""
     if trained is None:
         if recipe.thinking.phase == "latent":
-            raise ValueError("phase latent needs a model trained for latent thoughts; name a CODI recipe in warm_start")
+            raise ValueError("phase latent needs a model trained for it; name a CODI recipe in warm_start")
         return
     for name in ("phase", "num_thoughts", "answer_prompt", "question_template"):
         ours, theirs = getattr(recipe.thinking, name), getattr(trained, name)
@@ -243,15 +247,27 @@ def row_columns(row: data.Row) -> dict[str, Any]:
     return {"id": row.id, "answer": row.answer, "answer_type": row.answer_type, "source": row.source}
 
 
-def reward_functions(names: list[str]) -> list[Callable]:
-    """Reward functions by name (`math_accuracy`) or dotted path (`my_module.my_reward`)."""
+def reward_functions(entries: list[str | dict[str, dict]]) -> list[Callable]:
+    """Reward functions by name (`math_accuracy`), dotted path (`my_module.my_reward`), or, for those that take
+    parameters, a mapping (`{ThoughtCost: {cost: 0.01}}`)."""
     functions = []
-    for name in names:
+    for entry in entries:
+        name, parameters = next(iter(entry.items())) if isinstance(entry, dict) else (entry, None)
         module, _, attribute = name.rpartition(".")
         try:
-            functions.append(getattr(importlib.import_module(module or "rewards"), attribute))
+            function = getattr(importlib.import_module(module or "rewards"), attribute)
         except (ImportError, AttributeError):
-            raise ValueError(f"rewards: cannot find {name!r}; use a name of the package rewards or a dotted path") from None
+            import rewards
+
+            near = difflib.get_close_matches(name, rewards.__all__, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(rewards.__all__)}, or a dotted path"
+            raise ValueError(f"rewards: cannot find {name!r}{hint}") from None
+        if isinstance(function, type):
+            try:
+                function = function(**(parameters or {}))
+            except TypeError as error:
+                raise ValueError(f"rewards: {name} {parameters or {}}: {error}") from None
+        functions.append(function)
     return functions
 
 
@@ -304,7 +320,7 @@ def check_processes(args: Any) -> None:
     actual = "DEEPSPEED" if args.deepspeed_plugin is not None else state.distributed_type.value
     if state.num_processes != world or (kind and actual != kind):
         raise ValueError(
-            f"launched {world} processes ({kind or 'no DeepSpeed'}) but the trainer sees {state.num_processes} ({actual})"
+            f"launched {world} processes ({kind or 'no DeepSpeed'}); the trainer sees {state.num_processes} ({actual})"
         )
     if args.process_index == 0:
         stage = f" ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin is not None else ""
@@ -330,7 +346,7 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
 
 
 class MetricsFile(TrainerCallback):
-    """Append every log to metrics.jsonl: the ground truth that trackers mirror. After a resume the last line of a step counts."""
+    """Append every log to metrics.jsonl, the ground truth; after a resume the last line of a step counts."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,6 +1,6 @@
 """CODI: positions are lengths, padding changes nothing, the student learns through its thoughts.
 
-    pytest tests/test_codi.py
+pytest tests/test_codi.py
 """
 
 from dataclasses import replace
@@ -22,9 +22,7 @@ def make(tmp_path, model_type="llama", thought="gumbel", **codi):
     )
     layout = Layout(thinking, made.tokenizer)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
-    return CodiTrainer(
-        made.model, args, layout=layout, codi=CodiArguments(**codi), train_dataset=CodiRows(rows(8), 0)
-    )
+    return CodiTrainer(made.model, args, layout=layout, codi=CodiArguments(**codi), train_dataset=CodiRows(rows(8), 0))
 
 
 def test_both_streams_predict_the_answer_at_the_distilled_position(tmp_path):
@@ -59,7 +57,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(tmp_path, model_type, thought):
 
 @pytest.mark.parametrize("thought", ["gumbel", "soft"])
 def test_gradient_goes_through_the_thoughts(tmp_path, thought):
-    """The question's embedding reaches the answer through the cache too; the mixing weights only through the thoughts."""
+    """Every thought that is fed gets a gradient from the answer."""
     trainer = make(tmp_path, thought=thought)
     batch = trainer.data_collator([trainer.train_dataset[0]])
     seen = []

@@ -1,6 +1,6 @@
 """Imports go one way: see docs/architecture.md.
 
-    pytest tests/test_imports.py
+pytest tests/test_imports.py
 """
 
 import ast
@@ -54,7 +54,9 @@ def test_direction(path):
         assert not any(n.split(".")[0] == "matplotlib" for n in names)
 
 
-@pytest.mark.parametrize("module", ["rl_soft.passk", "rl_soft.records", "rl_soft.report", "rewards.answers", "rewards.accuracy"])
+@pytest.mark.parametrize(
+    "module", ["rl_soft.passk", "rl_soft.records", "rl_soft.report", "rewards.answers", "rewards.accuracy"]
+)
 def test_reports_and_rewards_work_without_torch(module):
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)

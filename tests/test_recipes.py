@@ -1,6 +1,6 @@
 """Recipes: valid YAML and valid Python at once, strict keys, one clear line for every mistake.
 
-    pytest tests/test_recipes.py
+pytest tests/test_recipes.py
 """
 
 import ast
@@ -94,7 +94,7 @@ def test_batches_are_derived_or_refused_with_the_nearest_valid(tmp_path, world):
     assert plan == {"steps_per_generation": 4 // world, "gradient_accumulation_steps": 4 // world}
     plan = batch_plan(recipe(per_device_train_batch_size=6, updates_per_rollout=2), world)
     assert plan["steps_per_generation"] == 2 * plan["gradient_accumulation_steps"]
-    with pytest.raises(ValueError, match="got 5, nearest valid (4|6)"):
+    with pytest.raises(ValueError, match=r"got 5, nearest valid (4|6)"):
         batch_plan(recipe(per_device_train_batch_size=5), world)
 
 

@@ -276,7 +276,9 @@ def test_warnings(tmp_path):
 
 def test_families_are_used_when_there_are_enough(tmp_path):
     rows = [record(i, s, "correct" if i % 2 else "wrong", family=f"f{i // 2}") for i in range(24) for s in range(2)]
-    assert report.build(evaluation(tmp_path / "many", rows, n=2))["evaluations"][0]["resampled"] == "families"
+    many = report.build(evaluation(tmp_path / "many", rows, n=2))
+    assert many["evaluations"][0]["resampled"] == "families"
+    assert "many: 12 families are few; the intervals are rough." in many["warnings"]
     few = [{**row, "family": "one"} for row in rows]
     assert report.build(evaluation(tmp_path / "few", few, n=2))["evaluations"][0]["resampled"] == "problems"
 

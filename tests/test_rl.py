@@ -1,6 +1,6 @@
 """The seam with TRL: K = 1 is stock GRPO to the last digits, recorded densities are recomputed, runs resume exactly.
 
-    pytest tests/test_rl.py
+pytest tests/test_rl.py
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """Rollouts: a sample does not depend on its batch, and what was recorded is what was fed and what has the density.
 
-    pytest tests/test_rollout.py
+pytest tests/test_rollout.py
 """
 
 from dataclasses import replace
@@ -44,9 +44,7 @@ def test_a_sample_does_not_depend_on_its_batch(model_type, thinking):
             assert int(together.lengths[3 * i + j]) == n
             assert torch.equal(together.support[3 * i + j, :n], alone.support[j, :n])
             assert torch.equal(together.completion_ids[3 * i + j, :n], alone.completion_ids[j, :n])
-            torch.testing.assert_close(
-                together.log_probs[3 * i + j, :n], alone.log_probs[j, :n], atol=2e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(together.log_probs[3 * i + j, :n], alone.log_probs[j, :n], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("thinking", [None, EXPLICIT], ids=["latent", "explicit"])

@@ -1,6 +1,6 @@
 """Whole runs: warm start, RL and report; interrupted and resumed; one process and two.
 
-    pytest tests/test_run.py
+pytest tests/test_run.py
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_soft import policy, train
+from rl_soft import policy, records, train
 from rl_soft.config import load_recipe
 
 CODI = {
@@ -64,7 +64,15 @@ def finished(tmp_path_factory):
 
 def test_one_recipe_ends_in_a_report(finished):
     run = finished / "rl"
-    for name in ("report.md", "report.json", "passk.csv", "passk.png", "config.yaml", "model/rl_soft.json"):
+    for name in (
+        "report.md",
+        "report.json",
+        "passk.csv",
+        "passk.png",
+        "config.yaml",
+        "model/rl_soft.json",
+        "model/README.md",
+    ):
         assert (run / name).stat().st_size > 0, name
     for name in ("eval_before", "eval_after"):
         lines = (run / name / "records.jsonl").read_text().splitlines()
@@ -77,7 +85,7 @@ def test_one_recipe_ends_in_a_report(finished):
 
 def test_before_and_after_meet_the_same_problems_and_noise(finished):
     before, after = (
-        {(r["problem_id"], r["sample"]): r["seed"] for r in map(json.loads, open(finished / f"rl/{name}/records.jsonl"))}
+        {(r["problem_id"], r["sample"]): r["seed"] for r in records.read(finished / f"rl/{name}/records.jsonl")}
         for name in ("eval_before", "eval_after")
     )
     assert before == after
@@ -109,7 +117,8 @@ def test_the_same_command_again_trains_nothing(finished):
         ({"phase": "explicit", "end_of_thinking": "="}, "phase is 'explicit' .* trained with 'latent'"),
         ({"thought_k": 1000}, "thought_k must be at most the vocabulary size"),
         ({"per_device_train_batch_size": 5}, "got 5, nearest valid 4"),
-        ({"rewards": ["no_such_reward"]}, "cannot find 'no_such_reward'"),
+        ({"rewards": ["maths_accuracy"]}, "cannot find 'maths_accuracy'; did you mean math_accuracy"),
+        ({"rewards": [{"ThoughtCost": {"prize": 1}}]}, "ThoughtCost .* prize"),
         ({"warm_start": "missing.yaml"}, "recipe missing.yaml does not exist"),
         ({"dataset": "chian_sum", "dataset_options": None}, "chain_sum"),
     ],
@@ -180,7 +189,7 @@ def test_two_processes_are_one(finished, tmp_path, stage):
             config = ROOT / f"recipes/accelerate/{names[stage]}.yaml"
             launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2")
             run = subprocess.run(
-                [*command(recipe, launcher=(*launcher, "--main_process_port", "0"))[:-3], "-m", "rl_soft", str(recipe)],
+                command(recipe, launcher=(*launcher, "--main_process_port", "0")),
                 cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
             )  # fmt: skip
             assert (folder / "rl/model/config.json").exists(), run.stderr[-2000:]
