@@ -103,9 +103,12 @@ def _last_run(text: str, spans: Sequence[Span], bare: bool = True) -> Span:
 
 
 def _first_run(text: str, spans: Sequence[Span]) -> Span:
-    """The first span with the spans after it that belong to the same list."""
+    """The first span with the spans after it that belong to the same list, as they also do in "The answer is 5 6"."""
     last = 0
-    while last + 1 < len(spans) and _enumerated(text[spans[last].end : spans[last + 1].start]):
+    while last + 1 < len(spans):
+        gap = text[spans[last].end : spans[last + 1].start]
+        if not (gap.isspace() or _enumerated(gap)):
+            break
         last += 1
     return _join(spans[: last + 1])
 
@@ -233,7 +236,7 @@ def _with_neighbours(text: str, answer: Span, answer_type: str) -> Span:
 
 
 def _tied(gap: str) -> bool:
-    return _enumerated(gap) and _OR.search(gap) is not None
+    return _alternatives(gap) and _OR.search(gap) is not None
 
 
 # The lookahead is for money: "$5 and $6".
