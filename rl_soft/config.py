@@ -356,7 +356,7 @@ def check_output_dir(recipe: Recipe) -> bool:
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
         return False
     before = yaml.load(stored.read_text(), Loader=_Loader)
-    for key in sorted(before.keys() | recipe.values.keys()):
+    for key in sorted((before.keys() | recipe.values.keys()) - {"output_dir"}):  # a run may be moved
         if before.get(key) != recipe.values.get(key):
             raise ValueError(
                 f"output_dir {recipe.output_dir} holds a run with {key} = {before.get(key)!r}, this one has "

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def run(recipe: Recipe) -> Path:
     if recipe.method == "grpo":
         batch_plan(recipe, world_size)  # before anything is trained
     warm_start = warm_start_of(recipe)
-    if warm_start is not None and not (warm_start.output_dir / "model").exists():
+    if warm_start is not None and check_output_dir(warm_start) and (warm_start.output_dir / "model").exists():
+        logger.info("warm start: %s", warm_start.output_dir / "model")
+    elif warm_start is not None:
         logger.info("warm start %s is missing; running %s first", warm_start.output_dir, warm_start.path)
         run(warm_start)
         AcceleratorState._reset_state()  # the next trainer reads its DeepSpeed settings afresh
@@ -65,6 +68,7 @@ def run(recipe: Recipe) -> Path:
 
 def train_codi(recipe: Recipe) -> None:
     from transformers import TrainingArguments
+    from trl.models import unwrap_model_for_generation
 
     from rl_soft.codi import CodiRows, CodiTrainer, StopAtAccuracy
 
@@ -84,13 +88,15 @@ def train_codi(recipe: Recipe) -> None:
     if without_steps == len(train):
         raise ValueError(f"dataset {recipe.data.dataset} has no worked steps; CODI distils them")
 
-    def validate() -> float:
-        return accuracy(start.model, layout, validation, recipe.eval.eval_seed, recipe.eval.eval_batch_size)
-
-    stop = StopAtAccuracy(validate, recipe.extra)
     trainer = CodiTrainer(
         start.model, args, layout=layout, codi=recipe.extra, train_dataset=CodiRows(train, recipe.seed)
     )
+
+    def validate() -> float:
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            return accuracy(model, layout, validation, recipe.eval.eval_seed, recipe.eval.eval_batch_size)
+
+    stop = StopAtAccuracy(validate, recipe.extra)
     stop.trainer = trainer
     trainer.add_callback(stop)
     fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, boundary=1)
@@ -103,6 +109,7 @@ def train_codi(recipe: Recipe) -> None:
 def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
     from datasets import Dataset
     from trl import GRPOConfig
+    from trl.models import unwrap_model_for_generation
 
     from rl_soft.rl import SoftGRPOTrainer
 
@@ -145,7 +152,8 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
     start.model.to(args.device)
     trained = (recipe.output_dir / "model").exists()
     if not trained:
-        evaluation("before", start.model, recipe.model.warm_start or recipe.model.model_name_or_path)
+        with gathered(start.model):
+            evaluation("before", start.model, recipe.model.warm_start or recipe.model.model_name_or_path)
         trainer = SoftGRPOTrainer(
             start.model,
             reward_funcs=reward_functions(recipe.extra.rewards),
@@ -162,10 +170,12 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
         fit(trainer, recipe, {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip"}, boundary)
         policy.save(recipe.output_dir / "model", trainer.save_model, start.tokenizer, thinking, main)
         PartialState().wait_for_everyone()
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            evaluation("after", model, recipe.output_dir / "model")
     else:
         model = policy.load(str(recipe.output_dir / "model"), recipe.model.dtype).model.to(args.device)
-    evaluation("after", model, recipe.output_dir / "model")
+        with gathered(model):
+            evaluation("after", model, recipe.output_dir / "model")
     if main and recipe.data.eval_problems:
         report(recipe)
 
@@ -310,6 +320,16 @@ def prepare_devices() -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def gathered(model: Any) -> Any:
+    """Whole weights on every process, where ZeRO-3 has partitioned them while they were loaded."""
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 def check_processes(args: Any) -> None:

@@ -118,7 +118,7 @@ def test_the_same_command_again_trains_nothing(finished):
         ({"thought_k": 1000}, "thought_k must be at most the vocabulary size"),
         ({"per_device_train_batch_size": 5}, "got 5, nearest valid 4"),
         ({"rewards": ["maths_accuracy"]}, "cannot find 'maths_accuracy'; did you mean math_accuracy"),
-        ({"rewards": [{"ThoughtCost": {"prize": 1}}]}, "ThoughtCost .* prize"),
+        ({"rewards": [{"ThoughtCost": {"prize": 1}}]}, "ThoughtCost.*prize"),
         ({"warm_start": "missing.yaml"}, "recipe missing.yaml does not exist"),
         ({"dataset": "chian_sum", "dataset_options": None}, "chain_sum"),
     ],
