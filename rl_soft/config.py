@@ -296,7 +296,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     if method == "grpo" and thinking.thought == "soft":
         raise ValueError("thought soft has no density (it is a point mass): RL cannot train it; use gumbel or token")
     training = {k: v for k, v in values.items() if k in trainer_fields and k != "temperature"}
-    return Recipe(path, method, thinking, model, data, evaluation, extra, training, values)
+    resolved = values | {key: value for part in parts for key, value in dataclasses.asdict(part).items()}
+    return Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
 
 
 def device_defaults() -> dict[str, Any]:

@@ -9,16 +9,12 @@ Where we differ from common practice: greedy and pass@1 (sampled) are separate r
 figure; comparisons are paired by problem and refused where the questions differ.
 """
 
-import csv
-import io
 import json
 import logging
 import math
-import re
-import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_soft import html, records
+from rl_soft import figures, html, records, render
 from rl_soft.passk import Floats, bootstrap, maj_at_k, paired_bootstrap, pass_at_k
 
 logger = logging.getLogger(__name__)
@@ -37,8 +33,6 @@ MIN_UNITS = 30  # problems or families to resample; with fewer, intervals are ro
 MAX_UNPARSED = 0.02
 MAX_TRUNCATED = 0.05
 EXAMPLES = 5
-
-_COLOURS = ("#6e7781", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # grey, then Okabe and Ito's
 
 
 def build(eval_dir: str | Path, ks: Sequence[int] | None = None) -> dict[str, Any]:
@@ -264,11 +258,11 @@ def _report(
 def _finding(summaries: list[dict[str, Any]]) -> str:
     first, last = summaries[0]["pass_at_k"], summaries[-1]["pass_at_k"]
     if len(summaries) == 2:
-        return f"pass@1 {_percent(first[0]['mean'])} → {_percent(last[0]['mean'])}"
+        return f"pass@1 {render.percent(first[0]['mean'])} → {render.percent(last[0]['mean'])}"
     if len(summaries) > 2:
         return f"pass@1 of {len(summaries)} evaluations"
     ends = [first[0], first[-1]] if len(first) > 1 else [first[0]]
-    return f"{summaries[0]['name']}: " + ", ".join(f"pass@{row['k']} {_percent(row['mean'])}" for row in ends)
+    return f"{summaries[0]['name']}: " + ", ".join(f"pass@{row['k']} {render.percent(row['mean'])}" for row in ends)
 
 
 def _summary(evaluation: Evaluation, ks: list[int]) -> dict[str, Any]:
@@ -341,11 +335,11 @@ def _warnings(evaluation: Evaluation) -> list[str]:
     notes = []
     if unparsed > MAX_UNPARSED:
         notes.append(
-            f"{evaluation.name}: {_percent(unparsed, 1)} of the samples are unparsed; "
+            f"{evaluation.name}: {render.percent(unparsed, 1)} of the samples are unparsed; "
             "their score says more of the format than of the model."
         )
     if truncated > MAX_TRUNCATED:
-        notes.append(f"{evaluation.name}: {_percent(truncated, 1)} of the samples are truncated; raise the cap.")
+        notes.append(f"{evaluation.name}: {render.percent(truncated, 1)} of the samples are truncated; raise the cap.")
     families = evaluation.families
     units = len(evaluation.problems) if families is None else len(set(families))
     if units < MIN_UNITS:
@@ -369,393 +363,14 @@ def _reward(path: Path) -> dict[str, Any]:
     return {"step": steps, "reward": [by_step[step] for step in steps]}
 
 
-def model_card(run_dir: str | Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The README.md of a trained model: YAML front matter for the hub, and the report's figures.
-
-    Args:
-        run_dir: the run; its name is the model's.
-        report: what `build` or `compare` returned; the last evaluation is the model's.
-        config: the resolved recipe, flat. Its `base_model`, else `model_name_or_path`, is the base model; the front
-            matter has it if it is a hub id.
-    """
-    name, last = Path(run_dir).resolve().name, report["evaluations"][-1]
-    header, method = last["header"], str(config.get("method", "soft thinking"))
-    base = config.get("base_model") or config.get("model_name_or_path")
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["rl-soft", "soft-thinking", method, *([config["thought"]] if config.get("thought") else [])],
-    }
-    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
-        front["base_model"] = str(base)
-    metrics = [{"type": "pass@k", "name": f"pass@{row['k']}", "value": row["mean"]} for row in last["pass_at_k"]]
-    if last["greedy"]:
-        metrics.insert(0, {"type": "accuracy", "name": "greedy", "value": last["greedy"]["mean"]})
-    dataset = {"name": header["dataset"], "type": header["dataset"], "split": header["split"]}
-    results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}]
-    front["model-index"] = [{"name": name, "results": results}]
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {name}", ""]
-    lines += [f"**Partial records.** {'; '.join(report['partial'])}.", ""] if report["partial"] else []
-    lines += [
-        f"Trained with rl_soft by `{method}`"
-        + (f" from {_code(str(base))}" if base else "")
-        + ": the model thinks in "
-        "soft tokens, so it needs rl_soft to decode as it was evaluated.",
-        "",
-        f"## Results: {report['title']}",
-        "",
-        *(f"{_provenance(summary)}  " for summary in report["evaluations"]),
-        "",
-        *_markdown_table(table(report)),
-        "",
-        _method(report),
-    ]
-    lines += ["", "## Warnings", "", *(f"- {note}" for note in report["warnings"])] if report["warnings"] else []
-    shown = {key: value for key, value in config.items() if isinstance(value, str | int | float) and value != ""}
-    settings = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in shown.items())
-    lines += ["", "## Configuration", "", f"```yaml\n{settings}\n```"] if shown else []
-    return "\n".join(lines) + "\n"
-
-
-# The files.
-
-
 def _write(report: dict[str, Any], evaluations: list[Evaluation], out: Path) -> None:
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):  # a $ in a name is a dollar
-        pictures = {"passk.png": _curves(report)}
-        if report["comparisons"]:
-            pictures["problems.png"] = _scatter(report)
-    tables = [table(report), _splits(report)] if report["comparisons"] else [table(report)]
+    pictures = figures.draw(report)
+    tables = [render.table(report), render.splits(report)] if report["comparisons"] else [render.table(report)]
     problems = [{problem.id: problem.records for problem in evaluation.problems} for evaluation in evaluations]
-    notes = [*(_provenance(summary) for summary in report["evaluations"]), _method(report)]
+    notes = [*(render.provenance(summary) for summary in report["evaluations"]), render.method(report)]
     for name, png in pictures.items():
         records.write_atomic(out / name, png)
-    records.write_atomic(out / "passk.csv", _csv(report))
-    records.write_atomic(out / "report.md", _markdown(report))
+    records.write_atomic(out / "passk.csv", render.passk_csv(report))
+    records.write_atomic(out / "report.md", render.markdown(report))
     records.write_atomic(out / "report.html", html.page(report, tables, notes, list(pictures.values()), problems))
     records.write_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
-
-
-def _csv(report: dict[str, Any]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["evaluation", "metric", "k", "mean", "low", "high", "se", "problems", "n"])
-
-    def row(name: str, metric: str, k: object, values: dict[str, Any], n: int) -> None:
-        figures = [f"{values[field]:.6f}" for field in ("mean", "low", "high", "se")]
-        writer.writerow([name, metric, k, *figures, report["num_problems"], n])
-
-    for summary in report["evaluations"]:
-        if summary["greedy"]:
-            row(summary["name"], "greedy", "", summary["greedy"], 1)
-        for values in summary["pass_at_k"]:
-            row(summary["name"], "pass", values["k"], values, summary["n"])
-        row(summary["name"], "maj", summary["n"], summary["maj_at_n"], summary["n"])
-    for pair in report["comparisons"]:
-        name = f"{pair['b']} - {pair['a']}"
-        if pair["greedy"]:
-            row(name, "greedy difference", "", pair["greedy"], 1)
-        for values in pair["pass_at_k"]:
-            row(name, "pass difference", values["k"], values, report["n"])
-    return file.getvalue()
-
-
-def _markdown(report: dict[str, Any]) -> str:
-    summaries, pairs = report["evaluations"], report["comparisons"]
-    lines = [f"**Partial records.** {'; '.join(report['partial'])}.", ""] if report["partial"] else []
-    lines += [f"# {report['title']}", ""]
-    lines += [f"{_provenance(summary)}  " for summary in summaries]
-    lines += ["", "![Pass@k](passk.png)", "", *_markdown_table(table(report))]
-    if pairs:
-        lines += ["", *_markdown_table(_splits(report))]
-    lines += ["", _method(report), ""]
-    for summary in summaries:
-        shares = ", ".join(f"{outcome} {_percent(share, 1)}" for outcome, share in summary["outcomes"].items())
-        lines.append(
-            f"- {summary['name']}: {shares}; truncated {_percent(summary['truncated'], 1)}; "
-            f"{summary['distinct_answers']:.1f} distinct answers a problem, {summary['mean_thoughts']:.1f} thoughts "
-            f"and {summary['mean_answer_tokens']:.1f} answer tokens a sample."
-        )
-    if report["warnings"]:
-        lines += ["", "## Warnings", "", *(f"- {note}" for note in report["warnings"])]
-    if pairs:
-        lines += ["", "## Problems gained and lost", "", "![One point a problem](problems.png)"]
-    for pair in pairs:
-        for verb, by, but in (("gained", pair["b"], pair["a"]), ("lost", pair["a"], pair["b"])):
-            ids = ", ".join(f"`{problem}`" for problem in pair[verb][:20]) or "none"
-            more = f" and {len(pair[verb]) - 20} more (report.json)" if len(pair[verb]) > 20 else ""
-            lines += ["", f"{verb.capitalize()}, solved by {by} in some sample and by {but} in none "]
-            lines[-1] += f"({len(pair[verb])}): {ids}{more}."
-    last = summaries[-1]
-    for field, heading in (("solved_once", "Solved once"), ("never_solved", "Never solved")):
-        lines += ["", f"## {heading} by {last['name']}: {last[field]['count']} problems"]
-        for example in last[field]["examples"]:
-            lines += ["", f"`{example['id']}`, gold {_code(example['gold'])}, sample {example['sample']} "]
-            lines[-1] += f"is {example['outcome']}:"
-            lines += ["", _fenced(example["question"] + "\n---\n" + example["text"])]
-    return "\n".join(lines) + "\n"
-
-
-def table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of text, the first their head: greedy, pass@k and maj@n with intervals, and the paired differences."""
-    summaries, pairs = report["evaluations"], report["comparisons"]
-    names = [summary["name"] for summary in summaries] if pairs else ["estimate"]
-    names += [f"{pair['b']} − {pair['a']}" for pair in pairs] if len(pairs) > 1 else ["Δ points"] * len(pairs)
-
-    def row(label: str, of_summaries: list[Any], of_pairs: list[Any]) -> list[str]:
-        cells = [label]
-        for values in of_summaries:
-            low, high = (_percent(values[end], 1) for end in ("low", "high")) if values else ("", "")
-            cells += [_percent(values["mean"], 1), f"{low} – {high}"] if values else ["", ""]
-        for values in of_pairs:
-            low, high = (_points(values[end]) for end in ("low", "high")) if values else ("", "")
-            cells += [_points(values["mean"]), f"{low} to {high}"] if values else ["", ""]
-        return cells
-
-    rows = [["", *(head for name in names for head in (name, "95 % CI"))]]
-    if any(summary["greedy"] for summary in summaries):
-        rows.append(row("greedy", [s["greedy"] for s in summaries], [p["greedy"] for p in pairs]))
-    for i, values in enumerate(summaries[0]["pass_at_k"]):
-        label = f"pass@{values['k']}"
-        rows.append(row(label, [s["pass_at_k"][i] for s in summaries], [p["pass_at_k"][i] for p in pairs]))
-    rows.append(row("maj@n", [s["maj_at_n"] for s in summaries], [None] * len(pairs)))
-    return rows
-
-
-def _splits(report: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of text, the first their head: how many problems rose and fell, for every comparison."""
-    rows = [["", "", "problems gained / lost / tied", "share of resamples ≤ 0"]]
-    for pair in report["comparisons"]:
-        values = [("greedy", pair["greedy"])] if pair["greedy"] else []
-        values += [(f"pass@{row['k']}", row) for row in pair["pass_at_k"]]
-        for label, row in values:
-            split = f"{row['gained']} / {row['lost']} / {row['tied']}"
-            rows.append([f"{pair['b']} − {pair['a']}", label, split, f"{row['share_not_positive']:.4f}"])
-    return rows
-
-
-def _markdown_table(rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return [lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]
-
-
-def _provenance(summary: dict[str, Any]) -> str:
-    """One line: what was evaluated, how, and with which code."""
-    header = summary["header"]
-    decoder = ", ".join(f"{key} {value}" for key, value in header["decoder"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items())
-    parts = [
-        f"{summary['name']}: {header['model']}",
-        f"{header['dataset']} ({header['split']})",
-        f"{summary['num_problems']:,} problems × n = {summary['n']}",
-        f"decoder: {decoder}" if decoder else "",
-        f"seed {header['seed']}",
-        versions,
-        f"commit {header['git_commit'][:12]}" if header.get("git_commit") else "",
-    ]
-    return " · ".join(part for part in parts if part)
-
-
-def _method(report: Mapping[str, Any]) -> str:
-    unit = report["evaluations"][0]["resampled"]
-    text = (
-        "Unbiased pass@k from all samples; greedy is one deterministic answer and is not pass@1. maj@n is the "
-        f"plurality of all samples. Intervals: BCa bootstrap over {unit}, 10,000 resamples."
-    )
-    if report["comparisons"]:
-        text += " Differences are paired by problem, in percentage points."
-    if len(report["comparisons"]) > 1:
-        text += f" {len(report['comparisons'])} comparisons are made; their intervals are not adjusted for that."
-    return text
-
-
-def _percent(share: float, digits: int = 0) -> str:
-    if digits == 0 and 0 < share < 1 and round(100 * share) in (0, 100):  # 99.5 % is not all
-        digits = 1
-    return f"{100 * share:.{digits}f} %"
-
-
-def _points(share: float, digits: int = 1) -> str:
-    return f"{100 * share:+.{digits}f}".replace("-", "−")
-
-
-def _fence(text: str, shortest: int) -> str:
-    """Backticks enough to enclose a text that may itself hold backticks."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    return "`" * max(shortest, longest + 1)
-
-
-def _code(text: str) -> str:
-    fence = _fence(text, 1)
-    padding = " " if len(fence) > 1 else ""
-    return f"{fence}{padding}{' '.join(text.split())}{padding}{fence}"
-
-
-def _fenced(text: str, limit: int = 1500) -> str:
-    text = text if len(text) <= limit else text[:limit] + " […]"
-    fence = _fence(text, 3)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-# The figures as pictures: functions of the report alone.
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # Figure alone needs neither pyplot nor a display
-
-    return Figure(figsize=(width, height), dpi=200, layout="constrained")
-
-
-def _png(figure: Any, title: str, caption: str) -> bytes:
-    title = textwrap.fill(title, int(8 * figure.get_figwidth()), max_lines=2, placeholder=" …")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#57606a")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
-
-
-def _short(text: str, limit: int = 24) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _clean(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#8c959f")
-    axes.tick_params(colors="#424a53", labelsize=8.5)
-    axes.grid(axis="y", color="#d0d7de", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _curves(report: dict[str, Any]) -> bytes:
-    """Pass@k by k with bands and greedy levels; beside it the reward by training step, where there is one."""
-    from matplotlib.ticker import NullLocator, PercentFormatter
-
-    reward, summaries = report["reward"], report["evaluations"]
-    figure = _figure(10.5 if reward else 6.6, 4.3)
-    left = figure.subplots(1, 2 if reward else 1, width_ratios=[1.15, 1] if reward else None, squeeze=False)[0, 0]
-    _clean(left)
-    colours = _COLOURS if len(summaries) > 1 else _COLOURS[1:]
-    labels, bounds = [], []
-    for i, summary in enumerate(summaries):
-        colour, rows = colours[i % len(colours)], summary["pass_at_k"]
-        k, mean, low, high = ([row[field] for row in rows] for field in ("k", "mean", "low", "high"))
-        left.fill_between(k, low, high, color=colour, alpha=0.18, linewidth=0)
-        left.plot(k, mean, color=colour, linewidth=2, marker="o", markersize=4.5)
-        late = [(row["k"], row["mean"]) for row in rows if summary["n"] < 2 * row["k"]]
-        if late:
-            left.plot(*zip(*late, strict=True), "o", color="white", markeredgecolor=colour, markersize=4.5)
-        above = mean[0] >= max(other["pass_at_k"][0]["mean"] for other in summaries)
-        left.annotate(
-            _percent(mean[0]),
-            (k[0], high[0] if above else low[0]),
-            xytext=(0, 4 if above else -4),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-            color=colour,
-            fontsize=9,
-            fontweight="bold",
-        )
-        labels.append((mean[-1], f"{_short(summary['name'])}, {_percent(mean[-1])}", colour, "bold"))
-        bounds += [low[0], high[0], low[-1], high[-1]]
-        if summary["greedy"]:
-            level = summary["greedy"]["mean"]
-            left.axhline(level, color=colour, linestyle=":", linewidth=1.3)
-            labels.append((level, f"{_short(summary['name'])} greedy, {_percent(level)}", colour, "normal"))
-            bounds.append(level)
-    bottom = max(0.0, math.floor(10 * min(bounds) - 0.5) / 10)
-    top = min(1.0, math.ceil(10 * max(bounds) + 0.1) / 10)
-    left.set_ylim(bottom, top + 0.02 * (top - bottom))
-    ks = [row["k"] for row in summaries[0]["pass_at_k"]]
-    left.set_xscale("log", base=2)
-    left.set_xlim(ks[0] / 1.25, ks[-1] * 1.12)
-    left.set_xticks(ks, [str(k) for k in ks])
-    left.xaxis.set_minor_locator(NullLocator())
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    left.set_xlabel("k, samples a problem", fontsize=9)
-    left.set_title("Pass@k", loc="left", fontsize=10)
-    for y, (_, text, colour, weight) in zip(_apart(labels, 0.055 * (top - bottom)), labels, strict=True):
-        left.annotate(
-            text,
-            (1.02, min(y, top)),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=colour,
-            fontsize=9,
-            fontweight=weight,
-            annotation_clip=False,
-        )
-    if reward:
-        _reward_panel(figure.axes[1], reward)
-    unit = summaries[0]["resampled"]
-    caption = f"n = {report['n']} samples × P = {report['num_problems']:,} problems. Bands: 95 %, over {unit}."
-    caption += " Dotted: greedy." if any(summary["greedy"] for summary in summaries) else ""
-    caption += " Hollow: n < 2k." if report["n"] < 2 * ks[-1] else ""
-    if len(report["comparisons"]) == 1:
-        delta = report["comparisons"][0]["pass_at_k"][0]
-        spread = f"{_points(delta['low'])} to {_points(delta['high'])}"
-        caption += f"\nPaired change of pass@1: {_points(delta['mean'])} points, 95 % CI {spread}."
-    partial = "  (partial records)" if report["partial"] else ""
-    return _png(figure, report["title"] + partial, caption)
-
-
-def _apart(labels: list[tuple[float, str, str, str]], gap: float) -> list[float]:
-    """Heights for labels: at their levels, moved down just enough to stand `gap` apart, then centred as a whole."""
-    order = sorted(range(len(labels)), key=lambda i: -labels[i][0])
-    heights = [0.0] * len(labels)
-    for above, i in zip([None, *order], order, strict=False):
-        heights[i] = labels[i][0] if above is None else min(labels[i][0], heights[above] - gap)
-    shift = sum(label[0] - height for label, height in zip(labels, heights, strict=True)) / len(labels)
-    return [height + shift for height in heights]
-
-
-def _reward_panel(axes: Any, reward: dict[str, Any]) -> None:
-    step, value = np.array(reward["step"]), np.array(reward["reward"])
-    width = max(1, len(value) // 20)
-    _clean(axes)
-    if width > 1:
-        totals = np.cumsum(np.insert(value, 0, 0.0))
-        smooth = (totals[width:] - totals[:-width]) / width
-        axes.plot(step, value, color=_COLOURS[1], linewidth=0.8, alpha=0.35)
-        axes.plot(step[width - 1 :], smooth, color=_COLOURS[1], linewidth=2)
-    else:
-        axes.plot(step, value, color=_COLOURS[1], linewidth=2, marker="o", markersize=3)
-    axes.set_xlabel("training step", fontsize=9)
-    note = f" (bold: mean of {width} steps)" if width > 1 else ""
-    axes.set_title(f"Reward{note}", loc="left", fontsize=10)
-
-
-def _scatter(report: dict[str, Any]) -> bytes:
-    """One point a problem: its share of correct samples in a (x) and in b (y), for every comparison."""
-    from matplotlib.ticker import PercentFormatter
-
-    pairs, by_name = report["comparisons"], {summary["name"]: summary for summary in report["evaluations"]}
-    figure = _figure(4.8 * len(pairs), 5.0)
-    for i, (axes, pair) in enumerate(zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True)):
-        a, b = (by_name[pair[side]]["problems"] for side in "ab")
-        points = Counter(
-            zip(
-                (c / n for c, n in zip(a["num_correct"], a["num_samples"], strict=True)),
-                (c / n for c, n in zip(b["num_correct"], b["num_samples"], strict=True)),
-                strict=True,
-            )
-        )
-        x, y = zip(*points, strict=True)
-        area = [12 * count for count in points.values()]
-        _clean(axes)
-        axes.plot([0, 1], [0, 1], color="#8c959f", linewidth=0.8)
-        axes.scatter(x, y, s=area, color=_COLOURS[(i + 1) % len(_COLOURS)], alpha=0.55, linewidths=0, clip_on=False)
-        axes.set_aspect("equal")
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_ylim(-0.03, 1.03)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        axes.set_xlabel(f"{_short(pair['a'])}: correct samples", fontsize=9)
-        axes.set_ylabel(f"{_short(pair['b'])}: correct samples", fontsize=9)
-        values = pair["pass_at_k"][0]
-        split = f"{values['gained']} better, {values['lost']} worse, {values['tied']} equal"
-        axes.set_title(split, loc="left", fontsize=10)
-    return _png(figure, "Problem by problem", "Area: number of problems at a point. Above the line: better.")

@@ -9,7 +9,6 @@ Stages that are finished are skipped, so that the same command resumes a run tha
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 import json
@@ -182,7 +181,8 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
 
 def report(recipe: Recipe) -> None:
     from rl_soft.records import write_atomic
-    from rl_soft.report import compare, model_card
+    from rl_soft.render import model_card
+    from rl_soft.report import compare
 
     out = recipe.output_dir
     figures = compare(
@@ -442,4 +442,4 @@ def describe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, for --dry-run."""
     import yaml
 
-    return yaml.safe_dump(recipe.values | {"thinking": dataclasses.asdict(recipe.thinking)}, sort_keys=False)
+    return yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 import yaml
 
-from rl_soft import records, report
+from rl_soft import records, render, report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><b>`|\n```\n# h"
@@ -289,10 +289,10 @@ def test_one_problem_one_sample(tmp_path):
 
 
 def test_a_percentage_that_is_not_all_does_not_read_as_all():
-    assert report._percent(0.996) == "99.6 %"
-    assert report._percent(0.004) == "0.4 %"
-    assert report._percent(1.0) == "100 %"
-    assert report._percent(0.624) == "62 %"
+    assert render.percent(0.996) == "99.6 %"
+    assert render.percent(0.004) == "0.4 %"
+    assert render.percent(1.0) == "100 %"
+    assert render.percent(0.624) == "62 %"
 
 
 def test_rebuilds_without_torch(pair):
@@ -311,7 +311,7 @@ def _built(folder):
 def test_model_card(pair, tmp_path):
     built = report.compare(pair, out=tmp_path / "run")
     config = {"method": "grpo", "thought": "gumbel", "base_model": "org/model-1", "seed": 1, "dataset_options": {}}
-    card = report.model_card(tmp_path / "run", built, config)
+    card = render.model_card(tmp_path / "run", built, config)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == "transformers"
     assert front["base_model"] == "org/model-1"
@@ -319,7 +319,7 @@ def test_model_card(pair, tmp_path):
     metrics = {m["name"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
     assert metrics["pass@1"] == built["evaluations"][1]["pass_at_k"][0]["mean"]
     assert "| pass@1 | 35.0 % |" in card
-    assert "base_model" not in report.model_card(tmp_path, built, {"base_model": "/some/path"}).split("---\n")[1]
+    assert "base_model" not in render.model_card(tmp_path, built, {"base_model": "/some/path"}).split("---\n")[1]
 
 
 # report.html
