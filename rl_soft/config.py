@@ -38,7 +38,9 @@ class ModelArguments:
         default=None, metadata={"help": "The characters of the character tokenizer that goes with model_config."}
     )
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, or float64 (small models)."}
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha; the update is scaled by alpha / r."})

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.utils import ModelOutput
 
 from rl_soft.densities import SoftToken, gumbel_topk_log_prob
@@ -248,6 +250,37 @@ def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: T
         use_cache=True,
     ).last_hidden_state  # (B, C - n, H); its first position is fed, so nothing before it needs a state
     return torch.cat([states.new_zeros(len(tail), n + 1, states.shape[-1]), states[:, :-1]], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention that does not depend on how many keys are masked
+
+
+def float64_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in float64, rounded once: (B, A, T, D) queries, (B, A', L, D) keys and values -> (B, T, A, D).
+
+    A decode step and a full pass see different numbers of keys, and float32 kernels then add in another order; products
+    over features are the same in both. A sharp model with K slots multiplies that rounding by up to 2K in its
+    log-density. `attn_implementation: float64` takes it away where attention is cheap: small models.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    return (scores.softmax(-1) @ value).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("float64", float64_attention)
+AttentionMaskInterface.register("float64", eager_mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

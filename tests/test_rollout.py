@@ -74,6 +74,31 @@ def test_training_pass_recomputes_the_rollouts_density(model_type, tied, thinkin
         torch.testing.assert_close(pathwise.log_probs, out.log_probs * ~out.thought_mask, atol=1e-4, rtol=0)
 
 
+def gap(attention, scale):
+    """Largest distance between rollout and training pass for a model whose logits are `scale` times as sharp."""
+    made, layout = make(thinking=Thinking(thought_k=4, num_thoughts=4, answer_prompt="#", max_answer_tokens=5))
+    made.model.set_attn_implementation(attention)
+    with torch.no_grad():
+        made.model.model.norm.weight.mul_(scale)
+    out = run(made, layout, rows(8), samples=32)
+    add_soft_forward(made.model)
+    P = max(map(len, out.prompt_ids))
+    prompt_ids = torch.tensor([[0] * (P - len(p)) + p for p in out.prompt_ids])
+    prompt_mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in out.prompt_ids])
+    recorded = (prompt_ids, out.support, out.log_weights, out.action_mask, out.thought_mask, layout.thinking)
+    scored = made.model(attention_mask=torch.cat([prompt_mask, out.mask.long()], dim=1), soft=SoftInputs(*recorded))
+    return (scored.log_probs - out.log_probs).abs().max().item()
+
+
+def test_float64_attention_is_attention_and_closes_the_gap():
+    made, _ = make()
+    ids = torch.arange(8)[None]
+    expected = made.model(input_ids=ids).logits
+    made.model.set_attn_implementation("float64")
+    torch.testing.assert_close(made.model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert gap("float64", 8.0) < 2e-5
+
+
 def test_the_recorded_density_is_the_distributions(tiny):
     """Replay one row by hand, one position at a time, without a cache."""
     made, layout = tiny
