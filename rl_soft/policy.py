@@ -267,9 +267,9 @@ def float64_attention(
 ) -> tuple[Tensor, None]:
     """Attention in float64, rounded once: (B, A, T, D) queries, (B, A', L, D) keys and values -> (B, T, A, D).
 
-    A decode step and a full pass see different numbers of keys, and float32 kernels then add in another order; products
-    over features are the same in both. A sharp model with K slots multiplies that rounding by up to 2K in its
-    log-density. `attn_implementation: float64` takes it away where attention is cheap: small models.
+    A decode step and a full pass see different numbers of keys, and float32 kernels then add in another order, while
+    products over features are the same in both. A sharp model with K slots multiplies that rounding by up to 2K in
+    its log-density; `attn_implementation: float64` takes it away where attention is cheap, in small models.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
