@@ -103,10 +103,10 @@ def curves(report: dict[str, Any]) -> bytes:
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     left.set_xlabel("k, samples a problem", fontsize=9)
     left.set_title("Pass@k", loc="left", fontsize=10)
-    for y, (_, text, colour, weight) in zip(_apart(labels, 0.055 * (top - bottom)), labels, strict=True):
+    for y, (_, text, colour, weight) in zip(_apart(labels, 0.055 * (top - bottom), top), labels, strict=True):
         left.annotate(
             text,
-            (1.02, min(y, top)),
+            (1.02, y),
             xycoords=("axes fraction", "data"),
             va="center",
             color=colour,
@@ -128,13 +128,14 @@ def curves(report: dict[str, Any]) -> bytes:
     return _png(figure, report["title"] + partial, caption)
 
 
-def _apart(labels: list[tuple[float, str, str, str]], gap: float) -> list[float]:
-    """Heights for labels: at their levels, moved down just enough to stand `gap` apart, then centred as a whole."""
+def _apart(labels: list[tuple[float, str, str, str]], gap: float, top: float) -> list[float]:
+    """Heights for labels: at their levels, moved down just enough to stand `gap` apart, then centred below `top`."""
     order = sorted(range(len(labels)), key=lambda i: -labels[i][0])
     heights = [0.0] * len(labels)
     for above, i in zip([None, *order], order, strict=False):
         heights[i] = labels[i][0] if above is None else min(labels[i][0], heights[above] - gap)
     shift = sum(label[0] - height for label, height in zip(labels, heights, strict=True)) / len(labels)
+    shift -= max(0.0, max(heights) + shift - top)
     return [height + shift for height in heights]
 
 
