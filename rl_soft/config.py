@@ -76,7 +76,6 @@ class EvalArguments:
     eval_k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "The k of Pass@k."})
     eval_batch_size: int = field(default=512, metadata={"help": "Completions decoded together on a process."})
     eval_seed: int = field(default=7, metadata={"help": "Seed of the evaluation's noise; the same before and after."})
-    answer_type: str | None = field(default=None, metadata={"help": "Overrides the rows' answer type."})
 
 
 @dataclass

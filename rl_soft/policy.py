@@ -148,7 +148,6 @@ class SoftOutput(ModelOutput):
     log_probs: Tensor | None = None  # (B, C) float32, 0 where action_mask is off
     entropy: Tensor | None = None  # (B, C) float32, nats, of the categorical at temperature T
     rest: Tensor | None = None  # (B, C) float32, ratio factored: log p(rest | strongest id) at thoughts, else 0
-    hidden: Tensor | None = None  # (B, C, H), the state that predicts each position
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -204,7 +203,7 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
         rest = None
         if soft.ratio == "factored":
             rest = score(on & thoughts, gumbel_topk_log_prob)[0] - log_probs * (on & thoughts)
-        return SoftOutput(log_probs=log_probs, entropy=entropy, rest=rest, hidden=hidden)
+        return SoftOutput(log_probs=log_probs, entropy=entropy, rest=rest)
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 

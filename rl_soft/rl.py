@@ -1,6 +1,6 @@
 """SoftGRPOTrainer: TRL's GRPOTrainer with soft rollouts and their exact log-density, and nothing else.
 
-TRL keeps the loop: prompts, groups, rewards, advantages, buffering, clipping, loss types, KL, logging. Five of its
+TRL keeps the loop: prompts, groups, rewards, advantages, buffering, clipping, loss types, KL, logging. Six of its
 methods are overridden, each thinly (tests/test_rl.py holds their signatures and the K = 1 equality with stock TRL):
 
     _tokenize_prompts                       the layout's prompt ids instead of the tokenizer's
