@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The one door: sets the environment up on first use, picks accelerate settings, runs a recipe, or the tests.
+# The one door: sets the environment up on first use, picks accelerate settings, runs a recipe, an evaluation, or the tests.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value ...]
+       ./launch.sh eval MODEL [--zero 0|1|2|3] [--nproc N] [--dry-run] --dataset NAME --output_dir DIR [--key value ...]
        ./launch.sh test [pytest arguments]
        ./launch.sh COMMAND ...            any other rl-soft command: check, report, compare, fetch, env
 
-  --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2)
+  --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; for eval 0)
   --nproc N    processes (default: one a GPU; without a GPU, 2 where there are 2 cores)
   --dry-run    validate the recipe, print it resolved and the command, run nothing
-  --key value  overrides a key of the recipe
+  --key value  overrides a key of the recipe; of eval: docs/evaluation.md
 
 First use makes .venv and installs the package with the versions of constraints.txt (PYTHON chooses the interpreter).
 USAGE
@@ -62,17 +63,25 @@ case $1 in
     cd "$root"
     exec "$venv/bin/python" -m pytest "$@"
     ;;
-  *.yaml | *.yml) ;;
+  *.yaml | *.yml | eval) ;;
   *)
     setup
     exec "$venv/bin/rl-soft" "$@"
     ;;
 esac
 
-recipe=$1
-shift
-[[ -f $recipe ]] || die "recipe $recipe does not exist"
-zero=2 nproc="" dry="" rest=()
+if [[ $1 == eval ]]; then
+  [[ $# -gt 1 && $2 != -* ]] || die "eval needs a model: ./launch.sh eval MODEL --dataset NAME --output_dir DIR"
+  program=(eval "$2")
+  zero=0
+  shift 2
+else
+  program=("$1")
+  zero=2
+  [[ -f $1 ]] || die "recipe $1 does not exist"
+  shift
+fi
+nproc="" dry="" rest=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --zero) zero=${2:-}; shift 2 || die "--zero needs a stage: 0, 1, 2 or 3" ;;
@@ -112,10 +121,10 @@ if [[ ${devices:-0} == 0 ]]; then # processes on a CPU share its cores
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // $nproc))")}
   export DS_ACCELERATOR=cpu
 fi
-command+=(-m rl_soft "$recipe" ${rest[@]+"${rest[@]}"})
+command+=(-m rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
 say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
 say "$(printf '%q ' "${command[@]}")"
 if [[ -n $dry ]]; then
-  exec "$venv/bin/rl-soft" check "$recipe" ${rest[@]+"${rest[@]}"}
+  exec "$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"}
 fi
 exec "${command[@]}"

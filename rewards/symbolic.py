@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, cast
 
@@ -40,11 +40,14 @@ MAX_WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Worker:
-    """One process; `ask` sends it `[prediction, gold]` as a line of JSON and returns its one-word reply."""
+    """One process; `ask` sends it `[prediction, gold]` as a line of JSON and returns its one-word reply.
 
-    def __init__(self) -> None:
+    Another `script` may take other questions; it is called with the same two limits and gives the same replies.
+    """
+
+    def __init__(self, script: str = __file__) -> None:
         # -P: the folder of this file is not on the worker's path, so nothing in it can shadow another module
-        command = [sys.executable, "-P", __file__, str(CPU_SECONDS), str(MEMORY_BYTES)]
+        command = [sys.executable, "-P", script, str(CPU_SECONDS), str(MEMORY_BYTES)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment, bufsize=0)
@@ -52,11 +55,12 @@ class Worker:
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         if self._reply(START_SECONDS) != b"ready":
             self.stop()
-            raise RuntimeError(f"no worker for symbolic answers starts; try {sys.executable} -c 'import math_verify'")
+            package = "math_verify" if script == __file__ else "reasoning_gym"
+            raise RuntimeError(f"no worker for answers starts; try {sys.executable} -c 'import {package}'")
 
-    def ask(self, prediction: str, gold: str) -> Verdict:
+    def ask(self, *question: str) -> Verdict:
         try:
-            self.stdin.write(json.dumps([prediction, gold]).encode() + b"\n")
+            self._send(json.dumps(question).encode() + b"\n")
         except BrokenPipeError:
             return "crash"
         match self._reply(WALL_SECONDS):
@@ -67,6 +71,12 @@ class Worker:
             case b"":  # it is gone
                 return "timeout" if self.process.wait() == -signal.SIGPROF else "crash"
         return "timeout"
+
+    def _send(self, line: bytes) -> None:
+        """Unbuffered writes to a pipe may be short."""
+        view = memoryview(line)
+        while view:
+            view = view[self.stdin.write(view) :]
 
     def _reply(self, seconds: float) -> bytes | None:
         """The next reply, empty if the worker is gone, None if it said nothing in time."""
@@ -83,20 +93,21 @@ class Worker:
 
 
 class Pool:
-    """Workers that take pairs in parallel; safe to call from any thread."""
+    """Workers that take questions, such as pairs of answers, in parallel; safe to call from any thread."""
 
-    def __init__(self, workers: int = MAX_WORKERS) -> None:
+    def __init__(self, workers: int = MAX_WORKERS, start: Callable[[], Worker] | None = None) -> None:
+        self.start = start
         self.threads = ThreadPoolExecutor(workers, thread_name_prefix="rewards-symbolic")
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
-    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def verify(self, pairs: Sequence[tuple[str, ...]]) -> list[Verdict]:
         deadline = time.monotonic() + BATCH_SECONDS
         unique = list(dict.fromkeys(pairs))  # a group of rollouts repeats its answers
-        found = self.threads.map(lambda pair: self._verify(pair[0], pair[1], deadline), unique)
+        found = self.threads.map(lambda pair: self._verify(pair, deadline), unique)
         verdicts = dict(zip(unique, found, strict=True))
         return [verdicts[pair] for pair in pairs]
 
-    def _verify(self, prediction: str, gold: str, deadline: float) -> Verdict:
+    def _verify(self, pair: tuple[str, ...], deadline: float) -> Verdict:
         verdict: Verdict = "timeout"
         for _ in range(2):  # a worker may have died while idle: only a second crash is the fault of the pair
             if time.monotonic() > deadline:
@@ -104,8 +115,8 @@ class Pool:
             try:
                 worker = self.idle.get_nowait()
             except queue.Empty:
-                worker = Worker()
-            verdict = worker.ask(prediction, gold)
+                worker = self.start() if self.start else Worker()
+            verdict = worker.ask(*pair)
             if verdict in ("timeout", "memory", "crash"):
                 worker.stop()
             else:

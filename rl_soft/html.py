@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rl_soft.records import GREEDY, Record
+from rl_soft.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Record
 
 MAX_PROBLEMS = 2_000
 MAX_COMPLETIONS = 6  # of a problem in an evaluation
 MAX_CHARACTERS = 1_200  # of a completion: its start and its end
-MAX_THOUGHTS = 64  # of a completion
-MAX_TOKENS = 4  # of a thought
 
 
 def page(

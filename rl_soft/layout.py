@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BOT, EOT, PAD = "<bot>", "<eot>", "<pad>"
 PHASES = ("latent", "explicit")
-THOUGHTS = ("token", "soft", "gumbel")
+THOUGHTS = ("token", "soft", "gumbel", "dirichlet")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class Thinking:
 
     thought: str = field(
         default="gumbel",
-        metadata={"help": "Thought kind: gumbel (Gumbel-Softmax mixture, random), soft (softmax mixture) or token."},
+        metadata={
+            "help": "Thought kind: gumbel (Gumbel-Softmax mixture, random), dirichlet (random weights of the K most "
+            "probable ids), soft (their softmax mixture) or token."
+        },
     )
     phase: str = field(
         default="latent",
@@ -40,6 +43,10 @@ class Thinking:
     )
     thought_k: int = field(default=4, metadata={"help": "K, the number of token ids that a thought mixes; 0 = all."})
     thought_tau: float = field(default=0.5, metadata={"help": "Gumbel-Softmax temperature of the mixing weights."})
+    thought_gamma: float = field(
+        default=4.0,
+        metadata={"help": "dirichlet: total concentration; the weights come near the probabilities as it grows."},
+    )
     thought_temperature: float = field(
         default=1.0, metadata={"help": "Temperature T that divides the logits before a thought is drawn."}
     )
@@ -71,7 +78,9 @@ class Thinking:
             refuse("num_thoughts", "at least 1 (explicit) or 0 (latent)")
         if self.thought_k < 0:
             refuse("thought_k", "0 (the whole vocabulary) or at least 1")
-        for name in ("thought_tau", "thought_temperature", "temperature"):
+        if self.thought == "dirichlet" and self.thought_k == 1:
+            refuse("thought_k", "0 or at least 2 for thought dirichlet (a single weight is certain)")
+        for name in ("thought_tau", "thought_gamma", "thought_temperature", "temperature"):
             if not getattr(self, name) > 0:
                 refuse(name, "above 0")
         if self.max_answer_tokens < 1:

@@ -1,22 +1,19 @@
-"""The policy: a causal LM, its tokenizer and its `Thinking`; one think step; the scored forward pass; load and save.
+"""The policy: a causal LM, its tokenizer and its `Thinking`; one think step; load and save.
 
-The model stays a plain transformers model. `add_soft_forward` gives its forward one more keyword, `soft=`, which feeds
-mixtures of embeddings instead of ids and returns log-densities instead of logits. It is a method on the model itself
-(under any LoRA adapter), so that DDP, DeepSpeed and gradient-checkpointing hooks see an ordinary forward call.
+The model stays a plain transformers model, apart from one more keyword of its forward (`scored.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -27,16 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.utils import ModelOutput
 
-from rl_soft.densities import SoftToken, gumbel_topk_log_prob
-from rl_soft.head import soft_log_prob
+from rl_soft.densities import Dirichlet, SoftToken, dirichlet_log_prob, gumbel_topk_log_prob
+from rl_soft.head import LogProb
 from rl_soft.layout import BOT, EOT, PAD, Thinking
 from rl_soft.noise import gumbel
 
 SIDE_FILE = "rl_soft.json"
+VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 @dataclass
@@ -51,24 +47,38 @@ class Policy:
 
 
 def next_thought(logits: Tensor, thinking: Thinking, seeds: Tensor | None = None, step: int = 0) -> SoftToken:
-    """The thought that follows `logits` (B, V); differentiable with respect to them.
+    """The thought that follows `logits` (B, V); differentiable with respect to them, a drawn dirichlet one apart.
 
     Args:
         logits: raw logits, any float dtype.
-        seeds: (B,) int64 row seeds of the Gumbel noise; None draws no noise (greedy decoding).
+        seeds: (B,) int64 row seeds of the noise; None draws no noise (greedy decoding).
         step: position in the completion, the second coordinate of the noise.
 
     Returns:
-        SoftToken of support (B, K) int64 and log-weights (B, K) float32, strongest first. Without noise, a gumbel
-        thought has the weights softmax_S(phi / tau) of the K most probable ids; a soft thought softmax_S(phi).
+        SoftToken of support (B, K) int64 and log-weights (B, K) float32, the strongest weight first. Without noise, a
+        gumbel thought has the weights softmax_S(phi / tau) of the K most probable ids; a soft thought softmax_S(phi),
+        and so has a dirichlet one, whose mean they are.
     """
     k = thinking.support_size(logits.shape[-1])
+    if seeds is not None and thinking.thought == "dirichlet":
+        d = Dirichlet(logits, k, thinking.thought_gamma, thinking.thought_temperature)
+        return d.sample(seeds=seeds.to(logits.device), step=step)
     z = torch.log_softmax(logits.float() / thinking.thought_temperature, dim=-1)  # (B, V)
     if seeds is not None and thinking.thought != "soft":
         z = z + gumbel(seeds.to(z.device), step, z.shape[-1])
     values, support = z.topk(k, dim=-1)  # (B, K)
     tau = thinking.thought_tau if thinking.thought == "gumbel" else 1.0
     return SoftToken(support, torch.log_softmax(values / tau, dim=-1))
+
+
+def density_of(thinking: Thinking) -> tuple[LogProb, float]:
+    """The log-density of a thought, as a function of gathered statistics, and its parameter (tau or gamma).
+
+    Positions of tokens are the caller's: only for `gumbel_topk_log_prob` is a one-slot thought a token.
+    """
+    if thinking.thought == "dirichlet":
+        return dirichlet_log_prob, thinking.thought_gamma
+    return gumbel_topk_log_prob, thinking.thought_tau
 
 
 def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -> Tensor:
@@ -85,6 +95,10 @@ def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -
         mixture = row if mixture is None else mixture + row
     assert mixture is not None
     return mixture
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def think(
@@ -125,130 +139,50 @@ def think(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The scored forward pass
+# The value head of PPO
 
 
-@dataclass
-class SoftInputs:
-    """A batch of prompts (left-padded) and soft completions (right-padded), as the rollout recorded them."""
+def add_value_head(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+    """Give a causal LM (without its PEFT wrapper) `value_head`, V(s) = w h + b on its last hidden states.
 
-    prompt_ids: Tensor  # (B, P) int64
-    support: Tensor  # (B, C, K) int64
-    log_weights: Tensor  # (B, C, K) float32; a token is [0, -inf, ...]
-    action_mask: Tensor  # (B, C) bool: positions that were sampled, and so have a density
-    thought_mask: Tensor  # (B, C) bool: of those, the thoughts
-    thinking: Thinking
-    ratio: str = "joint"  # see rl.py
-    seeds: Tensor | None = None  # (B,) int64, of the rollout's noise; read by ratio pathwise
-    entropy_grad: bool = False
-
-
-@dataclass
-class SoftOutput(ModelOutput):
-    log_probs: Tensor | None = None  # (B, C) float32, 0 where action_mask is off
-    entropy: Tensor | None = None  # (B, C) float32, nats, of the categorical at temperature T
-    rest: Tensor | None = None  # (B, C) float32, ratio factored: log p(rest | strongest id) at thoughts, else 0
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def strongest_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
-    """ln pi of the strongest id, the marginal of the joint density, as a function of gathered statistics."""
-    return log_probs[..., 0]
-
-
-def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> None:
-    """Let `model.forward(attention_mask=..., soft=SoftInputs)` return a `SoftOutput`; other calls are unchanged.
-
-    Args:
-        model: a causal LM of transformers, without its PEFT wrapper.
-        chunk_size: positions whose (chunk, V) logits are alive at once; None sizes it by memory.
+    It starts from the value_head.safetensors beside the weights that the model was loaded from, or from zero. Added
+    after LoRA, so that no adapter is put on it and nothing freezes it.
     """
-    inner = model.forward
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, soft: SoftInputs | None = None, **kwargs: Any) -> Any:
-        if soft is None:
-            return inner(*args, **kwargs)
-        hidden = (_pathwise_states if soft.ratio == "pathwise" else _recorded_states)(
-            self, inner, soft, kwargs["attention_mask"]
-        )  # (B, C, H)
-        on = soft.action_mask & ~soft.thought_mask if soft.ratio == "pathwise" else soft.action_mask
-        thinking, thoughts = soft.thinking, soft.thought_mask
-
-        def score(where: Tensor, density: Any) -> tuple[Tensor, Tensor]:
-            """(B, C) log-density and entropy, 0 off `where`."""
-            temperature = torch.where(thoughts[where], thinking.thought_temperature, thinking.temperature).float()
-            values = soft_log_prob(
-                hidden[where],
-                self.get_output_embeddings(),
-                soft.support[where],
-                soft.log_weights[where],
-                thinking.thought_tau,
-                temperature,
-                density=density,
-                chunk_size=chunk_size,
-                softcap=softcap,
-                entropy_grad=soft.entropy_grad,
-            )
-            empty = torch.zeros(where.shape, dtype=torch.float32, device=where.device)
-            log_probs, entropy = (empty.masked_scatter(where, v.float()) for v in values)
-            return log_probs, entropy
-
-        top_only = soft.ratio in ("top1", "factored")
-        log_probs, entropy = score(on, strongest_log_prob if top_only else gumbel_topk_log_prob)
-        rest = None
-        if soft.ratio == "factored":
-            rest = score(on & thoughts, gumbel_topk_log_prob)[0] - log_probs * (on & thoughts)
-        return SoftOutput(log_probs=log_probs, entropy=entropy, rest=rest)
-
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    hidden_size = model.config.get_text_config().hidden_size
+    head = nn.utils.skip_init(nn.Linear, hidden_size, 1, dtype=dtype, device=model.device)  # draws no random numbers
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model.value_head = head
+    if model.name_or_path and (Path(model.name_or_path) / VALUE_HEAD_FILE).exists():
+        load_value_head(model, Path(model.name_or_path))
 
 
-def _recorded_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
-    """One teacher-forced pass over the recorded actions; the thoughts fed are constants."""
-    embedding = model.get_input_embeddings()
-    embeds = torch.cat(
-        [embedding(soft.prompt_ids), mix_embeddings(embedding, soft.support, soft.log_weights)], dim=1
-    )  # (B, P+C, H)
-    states = model.base_model(
-        inputs_embeds=embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    ).last_hidden_state
-    return states[:, -soft.support.shape[1] - 1 : -1]
+def state_values(model: Any, hidden: Tensor) -> Tensor | None:
+    """V of hidden states (B, C, H) -> (B, C) float32; None where the model has no value head."""
+    if not hasattr(model, "value_head"):
+        return None
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.value_head(hidden.to(model.value_head.weight.dtype))[..., 0].float()
 
 
-def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
-    """The thoughts are made again from the recorded noise, so that gradients of the answer flow through them.
+def split_value_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict without the value head, and the head's own."""
+    mark = "value_head."
+    head = {key.rpartition(mark)[2]: value for key, value in state.items() if mark in key}
+    return {key: value for key, value in state.items() if mark not in key}, head
 
-    Latent phase only: every row has its n thoughts first. Positions of thoughts return zeros; they are not scored.
-    """
-    embedding, n = model.get_input_embeddings(), soft.thinking.num_thoughts
-    mask = attention_mask[:, : soft.prompt_ids.shape[1]]
-    cache = DynamicCache(config=model.config)
-    logits = inner(
-        inputs_embeds=embedding(soft.prompt_ids),
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    mask, position = think(inner, embedding, logits, cache, mask, soft.thinking, soft.seeds)
-    tail = soft.support[:, n:, 0]  # (B, C - n): what is fed after the thoughts, and the answer
-    states = model.base_model(
-        inputs_embeds=embedding(tail),
-        attention_mask=torch.cat([mask, attention_mask[:, mask.shape[1] :]], dim=1),
-        position_ids=position + torch.arange(tail.shape[1], device=position.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state  # (B, C - n, H); its first position is fed, so nothing before it needs a state
-    return torch.cat([states.new_zeros(len(tail), n + 1, states.shape[-1]), states[:, :-1]], dim=1)
+
+def save_value_head(folder: Path, head: dict[str, Tensor]) -> None:
+    temporary = folder / (VALUE_HEAD_FILE + ".tmp")
+    save_file({key: value.detach().cpu().contiguous() for key, value in head.items()}, temporary)
+    os.replace(temporary, folder / VALUE_HEAD_FILE)
+
+
+def load_value_head(model: Any, folder: Path) -> None:
+    """Raises ValueError when the folder has no value head."""
+    if not (folder / VALUE_HEAD_FILE).exists():
+        raise ValueError(f"{folder} has no {VALUE_HEAD_FILE}: it was not written by PPO")
+    model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

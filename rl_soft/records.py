@@ -1,17 +1,20 @@
 """The files of an evaluation: `eval.json`, its header, and `records.jsonl`, a line for each (problem, sample).
 
 `records.jsonl` is append-only and the ground truth: every report is rebuilt from it. A process that is killed can
-leave at most its last line unfinished; `read` cuts that line off, and `Writer` goes on from what is there. Standard
-library only.
+leave at most its last line unfinished; `read` cuts that line off, and `Writer` goes on from what is there. There is
+one writer at a time (a lock on the file, which ends with its process). Standard library only.
 """
 
+import fcntl
 import json
 import logging
 import os
+import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +23,9 @@ Record = dict[str, Any]
 SCHEMA = 1
 GREEDY = -1  # the sample number of the greedy answer
 OUTCOMES = ("correct", "wrong", "unparsed")
+LOCK_SECONDS = 5.0  # a reader holds the lock for a moment
+MAX_THOUGHTS = 64  # of a completion, whose content is recorded and shown
+MAX_TOKENS = 4  # of a thought
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "problem_id": (str,),
@@ -36,6 +42,9 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "truncated": (bool,),
     "seed": (int,),
 }
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "thought_tokens": (list,),  # for each of the first thoughts, pairs [token, weight] of its strongest tokens
+}
 _HEADER: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "model": (str,),
@@ -46,19 +55,39 @@ _HEADER: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "num_problems": (int,),
 }
+_IDENTITY = ("dataset", "split", "n", "seed", "num_problems")
 
 
 class Writer:
-    """Appends records and knows which are there already.
+    """Appends records and knows which are there already; the file's only writer. A context manager.
 
-    `done` holds every (problem_id, sample) in the file, so that a resumed evaluation skips them. A context manager.
+    `done` holds every (problem_id, sample) in the file, so that a resumed evaluation skips them.
+
+    Args:
+        questions: problem id -> question hash; records of other questions are refused.
+
+    Raises:
+        ValueError: another process writes to the file (perhaps what is left of a launch that was killed), or the
+            file holds what `read` or `questions` refuse.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, questions: Mapping[str, str] | None = None) -> None:
         self.path = Path(path)
-        existing = read(self.path) if self.path.exists() else []
+        self._file = self.path.open("a+b")
+        try:
+            if not _lock(self._file, LOCK_SECONDS):
+                raise ValueError(f"{self.path} is being written by another process; wait for its end, or end it")
+            existing = _read(self.path, cut=True)
+            for record in existing:
+                if questions is not None and questions.get(record["problem_id"]) != record["question_hash"]:
+                    raise ValueError(
+                        f"{self.path} holds problem {record['problem_id']}, which is not in this data set or asks "
+                        "another question there; choose another directory to keep both"
+                    )
+        except ValueError:
+            self._file.close()
+            raise
         self.done: set[tuple[str, int]] = {(record["problem_id"], record["sample"]) for record in existing}
-        self._file = self.path.open("ab")
 
     def append(self, *records: Record) -> None:
         """Append records and return when they are on the disk; a batch costs one fsync.
@@ -68,7 +97,7 @@ class Writer:
         """
         keys = [(record.get("problem_id"), record.get("sample")) for record in records]
         for record in records:
-            _check(record, _FIELDS, "record")
+            _check(record, _fields(record), "record")
         again = [key for key, count in Counter(keys).items() if count > 1 or key in self.done]
         if again:
             raise ValueError(f"{self.path} holds {_name(again)} already")
@@ -90,29 +119,51 @@ class Writer:
 def read(path: str | Path) -> list[Record]:
     """All records of a file, in its order.
 
-    A last line that is not JSON is cut off the file, with a warning: its writer was interrupted.
+    A last line that is not JSON is cut off the file, with a warning: its writer was interrupted. While the file is
+    being written such a line is left out and nothing is cut.
 
     Raises:
         ValueError: any other line that is not a valid record (names the line), or a (problem, sample) found twice.
     """
-    path = Path(path)
+    with Path(path).open("rb") as file:
+        return _read(Path(path), cut=_lock(file))
+
+
+def _lock(file: IO[bytes], seconds: float = 0.0) -> bool:
+    """Whether this process is the only one that has the file locked, until it closes it; waits for that a while."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True
+
+
+def _read(path: Path, cut: bool) -> list[Record]:
     data = path.read_bytes()
     lines = data.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-    elif _parse(lines[-1]) is not None:
+    elif cut and _parse(lines[-1]) is not None:
         with path.open("ab") as file:  # only the line end is missing
             file.write(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is None and number == len(lines):
-            logger.warning("%s: line %d is unfinished; cutting it off", path, number)
-            os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
+            if cut:
+                logger.warning("%s: line %d is unfinished; cutting it off", path, number)
+                os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
             break
         if record is None:
             raise ValueError(f"{path}, line {number}: not a JSON object")
-        _check(record, _FIELDS, f"{path}, line {number}")
+        _check(record, _fields(record), f"{path}, line {number}")
         records.append(record)
     counts = Counter((record["problem_id"], record["sample"]) for record in records)
     again = [key for key, count in counts.items() if count > 1]
@@ -151,6 +202,31 @@ def write_header(eval_dir: str | Path, header: dict[str, Any]) -> None:
     write_atomic(path, json.dumps({"schema": SCHEMA, **header}, indent=2) + "\n")
 
 
+def check_header(eval_dir: str | Path, header: dict[str, Any], free: Collection[str] = ()) -> bool:
+    """Whether the directory holds this evaluation already, to be gone on with.
+
+    Args:
+        header: of the evaluation that is about to start.
+        free: keys of its `config` that may differ.
+
+    Raises:
+        ValueError: it holds another one; names the first key that differs, of `config` or else of the header.
+    """
+    if not (Path(eval_dir) / "eval.json").exists():
+        return False
+    before = read_header(eval_dir)
+    ours = json.loads(json.dumps(header))  # as it would be read back
+    for part in ("config", "decoder", None):
+        old, new = (h.get(part, {}) if part else {k: h[k] for k in _IDENTITY} for h in (before, ours))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key not in free:
+                raise ValueError(
+                    f"{eval_dir} holds an evaluation with {key} = {old.get(key)!r}, this one has {new.get(key)!r}; "
+                    "choose another directory to keep both"
+                )
+    return True
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a file under a temporary name and rename it: a reader sees the old file or the new one."""
     path = Path(path)
@@ -162,10 +238,14 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 def _parse(line: bytes) -> Record | None:
     """The JSON object in a line, or None."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())  # of bytes it would look for the encoding first
     except ValueError:  # JSON and Unicode errors alike
         return None
     return value if isinstance(value, dict) else None
+
+
+def _fields(record: Record) -> dict[str, tuple[type, ...]]:
+    return _FIELDS if "thought_tokens" not in record else {**_FIELDS, **_OPTIONAL}
 
 
 def _check(value: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str) -> None:

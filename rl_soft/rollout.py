@@ -1,12 +1,12 @@
 """Soft rollouts: prefill, think, answer on one KV cache.
 
-Each row walks through the phases THINK -> FORCED -> ANSWER -> DONE. A thought is a Gumbel top-K sample of the
+Each row walks through the phases THINK -> FORCED -> ANSWER -> DONE. A gumbel thought is a Gumbel top-K sample of the
 next-token distribution; an answer token is the strongest id of the same sample (the Gumbel-max trick), so one draw
-of noise and one top-K serve both. FORCED positions (<eot>, the answer prompt) are fed, not sampled: they have no
-density and stay out of the loss.
+of noise and one top-K serve both. Other kinds draw their answer tokens apart. FORCED positions (<eot>, the answer
+prompt) are fed, not sampled: they have no density and stay out of the loss.
 
 Prompts that repeat are prefilled once and share their cache rows; rows that are done leave the batch. The noise of a
-row depends on its seed and position only (`noise.gumbel`), so a rollout does not depend on the batch it is in.
+row depends on its seed and position only (`noise`), so a rollout does not depend on the batch it is in.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rl_soft.densities import GumbelTopK, SoftToken, gumbel_topk_log_prob
+from rl_soft.densities import GumbelTopK, SoftToken
 from rl_soft.layout import Layout, Thinking
-from rl_soft.policy import mix_embeddings, next_thought, position_ids
+from rl_soft.policy import density_of, mix_embeddings, next_thought, position_ids
 
 THINK, FORCED, ANSWER, DONE = 0, 1, 2, 3
 
@@ -35,10 +35,10 @@ class Rollout:
     mask: Tensor  # (B, T) bool, the positions that exist
     action_mask: Tensor  # (B, T) bool, of those the sampled ones (thoughts and answer tokens)
     thought_mask: Tensor  # (B, T) bool, of those the thoughts
-    support: Tensor  # (B, T, K) int64
-    log_weights: Tensor  # (B, T, K) float32, logsumexp 0; a token is [0, -inf, ...]
+    support: Tensor  # (B, T, K) int64, the strongest weight first
+    log_weights: Tensor  # (B, T, K) float32, logsumexp 0; -inf at absent slots; a token is [0, -inf, ...]
     log_probs: Tensor  # (B, T) float32: density at thoughts, probability at answer tokens, 0 elsewhere
-    top_log_probs: Tensor  # (B, T) float32: ln pi of the strongest id, 0 where nothing was sampled
+    support_log_probs: Tensor  # (B, T, K) float32: ln pi of the slots' ids, 0 where nothing was sampled
     entropy: Tensor  # (B, T) float32, nats, of the categorical that the action was drawn from
     outside: Tensor  # (B, T) float32, probability mass outside the support
     finished: Tensor  # (B,) bool, ended by an end-of-sequence token
@@ -97,6 +97,7 @@ def rollout(
     device, B = logits.device, len(prompt_ids)
     K, T = thinking.support_size(logits.shape[-1]), layout.max_completion_length
     embedding = model.get_input_embeddings()
+    log_prob, parameter = density_of(thinking)
     eos = torch.tensor(list(eos_ids), device=device)
     end = torch.tensor(layout.end_ids, device=device)
     placeholder = layout.bot_id if thinking.phase == "latent" else None
@@ -112,7 +113,8 @@ def rollout(
     support = torch.full((B, T, K), pad_id, device=device)
     log_weights = torch.full((B, T, K), -torch.inf, device=device)
     log_weights[..., 0] = 0.0
-    log_probs, top_log_probs, entropy, outside = (torch.zeros(B, T, device=device) for _ in range(4))
+    support_log_probs = torch.zeros(B, T, K, device=device)
+    log_probs, entropy, outside = (torch.zeros(B, T, device=device) for _ in range(3))
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     all_seeds = torch.zeros(B, dtype=torch.int64, device=device) if seeds is None else seeds.to(device)
 
@@ -142,7 +144,7 @@ def rollout(
         phi_support = phi.gather(-1, slots)
         absent = weights.isneginf()
         log_outside = phi.scatter(-1, torch.where(absent, slots[:, :1], slots), -torch.inf).logsumexp(-1)
-        density = gumbel_topk_log_prob(phi_support, log_outside, weights, thinking.thought_tau)
+        density = torch.where(is_thought, log_prob(phi_support, log_outside, weights, parameter), phi_support[:, 0])
 
         shown = ids if placeholder is None else torch.where(is_thought, placeholder, ids)
         completion_ids[rows, t] = torch.where(live, shown, pad_id)
@@ -150,7 +152,7 @@ def rollout(
         support[rows, t] = torch.where(live[:, None], slots, pad_id)
         log_weights[rows, t] = weights
         log_probs[rows, t] = torch.where(sampled, density, 0.0)
-        top_log_probs[rows, t] = torch.where(sampled, phi_support[:, 0], 0.0)
+        support_log_probs[rows, t] = torch.where(sampled[:, None], phi_support, 0.0)
         entropy[rows, t] = torch.where(sampled, -(phi.exp() * phi.clamp(min=-1e4)).sum(-1), 0.0)
         outside[rows, t] = torch.where(sampled, log_outside.exp(), 0.0)
 
@@ -206,7 +208,7 @@ def rollout(
         support=support[:, :T],
         log_weights=log_weights[:, :T],
         log_probs=log_probs[:, :T],
-        top_log_probs=top_log_probs[:, :T],
+        support_log_probs=support_log_probs[:, :T],
         entropy=entropy[:, :T],
         outside=outside[:, :T],
         finished=finished,
@@ -217,7 +219,7 @@ def rollout(
 def _draw(scaled: Tensor, is_thought: Tensor, thinking: Thinking, seeds: Tensor | None, step: int) -> SoftToken:
     """A thought or a token a row, from logits already divided by each row's temperature; slot 0 is the token."""
     action = next_thought(scaled, replace(thinking, thought_temperature=1.0), seeds, step)
-    if thinking.thought == "soft" and seeds is not None:  # a soft thought draws nothing, an answer token does
+    if thinking.thought in ("soft", "dirichlet") and seeds is not None:  # an answer token has Gumbel noise of its own
         token = GumbelTopK(scaled, 1, 1.0).sample(seeds=seeds, step=step).support
         action.support[:, :1] = torch.where(is_thought[:, None], action.support[:, :1], token)
     return action

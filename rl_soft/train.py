@@ -3,6 +3,7 @@
     run(recipe)  codi:  train_codi  -> output_dir/model
                  grpo:  train_codi if the warm start is missing, evaluate before, SoftGRPOTrainer.train, evaluate
                         after, report.md and passk.png
+                 ppo:   the same with SoftPPOTrainer
 
 Stages that are finished are skipped, so that the same command resumes a run that was stopped anywhere.
 """
@@ -13,11 +14,12 @@ import difflib
 import importlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,19 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from rl_soft import data, policy
 from rl_soft.config import Recipe, batch_plan, check_output_dir, device_defaults, load_recipe, write_config
-from rl_soft.evaluate import accuracy, evaluate
+from rl_soft.evaluate import accuracy, check_golds, evaluate
+from rl_soft.guards import (
+    Checkpoints,
+    KnownFailures,
+    check_resumable,
+    last_checkpoint,
+    lost_processes,
+    set_aside_unfinished,
+)
 from rl_soft.layout import Layout, Thinking
 
 logger = logging.getLogger("rl_soft")
@@ -40,8 +49,9 @@ logger = logging.getLogger("rl_soft")
 def run(recipe: Recipe) -> Path:
     """Run a recipe, or what is left of it; returns the run directory."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.method == "grpo":
+    if recipe.method != "codi":
         batch_plan(recipe, world_size)  # before anything is trained
+    rows = load_rows(recipe)
     warm_start = warm_start_of(recipe)
     if warm_start is not None and check_output_dir(warm_start) and (warm_start.output_dir / "model").exists():
         logger.info("warm start: %s", warm_start.output_dir / "model")
@@ -55,9 +65,9 @@ def run(recipe: Recipe) -> Path:
         logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
         write_config(recipe)
     if recipe.method == "codi":
-        train_codi(recipe)
+        train_codi(recipe, *rows)
     else:
-        train_grpo(recipe, warm_start)
+        train_rl(recipe, warm_start, *rows)
     return recipe.output_dir
 
 
@@ -65,7 +75,7 @@ def run(recipe: Recipe) -> Path:
 # Stages
 
 
-def train_codi(recipe: Recipe) -> None:
+def train_codi(recipe: Recipe, train: list[data.Row], test: list[data.Row]) -> None:
     from transformers import TrainingArguments
     from trl.models import unwrap_model_for_generation
 
@@ -74,12 +84,16 @@ def train_codi(recipe: Recipe) -> None:
     if (recipe.output_dir / "model").exists():
         return
     args = TrainingArguments(**training_values(recipe, remove_unused_columns=False, label_names=["student_labels"]))
+    if args.gradient_checkpointing:
+        raise ValueError(
+            "gradient_checkpointing is not available for codi: gradients flow from the answer to the thoughts through "
+            "the cache, which checkpointed layers drop; lower per_device_train_batch_size instead"
+        )
     check_processes(args)
     start = starting_policy(recipe, None)
     thinking = recipe.thinking
     layout = Layout(thinking, start.tokenizer)
     thinking.support_size(start.model.config.vocab_size)
-    train, test = load_rows(recipe)
     held_out = min(recipe.extra.validation_problems, len(train) // 5)
     validation, train = train[:held_out], train[held_out:]
     data.assert_disjoint(train, test)
@@ -105,21 +119,18 @@ def train_codi(recipe: Recipe) -> None:
     PartialState().wait_for_everyone()
 
 
-def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
+def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], test: list[data.Row]) -> None:
     from datasets import Dataset
-    from trl import GRPOConfig
     from trl.models import unwrap_model_for_generation
 
-    from rl_soft.rl import SoftGRPOTrainer
-
+    config_class, trainer_class, options = rl_classes(recipe)
     plan = batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     start = starting_policy(recipe, warm_start)
     thinking = recipe.thinking
     check_thinking(recipe, start.thinking)
     thinking.support_size(start.model.config.vocab_size)
     layout = Layout(thinking, start.tokenizer)
-    train, test = load_rows(recipe)
-    args = GRPOConfig(
+    args = config_class(
         **{
             "disable_dropout": True,  # with dropout on, the recomputed density is not the rollout's
             "gradient_checkpointing": False,
@@ -153,7 +164,7 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
     if not trained:
         with gathered(start.model):
             evaluation("before", start.model, recipe.model.warm_start or recipe.model.model_name_or_path)
-        trainer = SoftGRPOTrainer(
+        trainer = trainer_class(
             start.model,
             reward_funcs=reward_functions(recipe.extra.rewards),
             args=args,
@@ -163,7 +174,9 @@ def train_grpo(recipe: Recipe, warm_start: Recipe | None) -> None:
             layout=layout,
             ratio=recipe.extra.ratio,
             rest_weight=recipe.extra.rest_weight,
+            thought_epsilon=recipe.extra.thought_epsilon,
             chunk_size=recipe.extra.chunk_size,
+            **options,
         )
         boundary = recipe.extra.updates_per_rollout * args.num_iterations
         fit(trainer, recipe, {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip"}, boundary)
@@ -235,10 +248,11 @@ def check_thinking(recipe: Recipe, trained: Thinking | None) -> None:
 
 
 def load_rows(recipe: Recipe) -> tuple[list[data.Row], list[data.Row]]:
-    """Training and held-out problems, which never overlap (asserted by question hash)."""
+    """Training and held-out problems, which never overlap (asserted by question hash); their golds can be read."""
     d = recipe.data
     options, columns = d.dataset_options or {}, d.dataset_columns
     train = data.load(d.dataset, "train", d.train_size, d.data_seed_train, options, columns)
+    check_golds(train, d.dataset)
     if not d.eval_problems:
         return train, []
     test = data.load(
@@ -249,12 +263,27 @@ def load_rows(recipe: Recipe) -> tuple[list[data.Row], list[data.Row]]:
         (d.eval_dataset_options or {}) if d.eval_dataset else options,
         columns,
     )
+    check_golds(test, d.eval_dataset or d.dataset)
     data.assert_disjoint(train, test)
     return train, test
 
 
 def row_columns(row: data.Row) -> dict[str, Any]:
     return {"id": row.id, "answer": row.answer, "answer_type": row.answer_type, "source": row.source}
+
+
+def rl_classes(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
+    """The method's configuration, its trainer, and the keyword arguments that only this trainer has."""
+    if recipe.method == "ppo":
+        from rl_soft.ppo import SoftPPOConfig, SoftPPOTrainer
+
+        names = ("gamma", "lam", "vf_coef", "value_clip", "value_learning_rate")
+        return SoftPPOConfig, SoftPPOTrainer, {name: getattr(recipe.extra, name) for name in names}
+    from trl import GRPOConfig
+
+    from rl_soft.rl import SoftGRPOTrainer
+
+    return GRPOConfig, SoftGRPOTrainer, {}
 
 
 def reward_functions(entries: list[str | dict[str, dict]]) -> list[Callable]:
@@ -354,11 +383,19 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
     trainer.add_callback(MetricsFile(recipe.output_dir / "metrics.jsonl"))
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(recipe.path.stem, shown))
+    save_steps = trainer.args.save_steps
+    if trainer.args.save_strategy == "steps" and save_steps % boundary:
+        logger.info("save_steps %g: a checkpoint waits for its rollout's last step (%d each)", save_steps, boundary)
     interrupt = Interrupt(boundary)
-    trainer.add_callback(interrupt)
-    last = get_last_checkpoint(str(recipe.output_dir)) if recipe.output_dir.exists() else None
-    with interrupt:
-        trainer.train(resume_from_checkpoint=last)
+    for added in (KnownFailures(), interrupt, Checkpoints(trainer.args)):
+        trainer.add_callback(added)
+    if trainer.is_world_process_zero():
+        set_aside_unfinished(recipe.output_dir)
+    last = last_checkpoint(recipe.output_dir)
+    if last is not None:
+        check_resumable(last, trainer.args)
+    with interrupt, lost_processes(), suppress(Finished):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if interrupt.stopped:
         if trainer.is_world_process_zero():
             logger.info("stopped at step %d with a checkpoint; the same command resumes", trainer.state.global_step)
@@ -371,10 +408,16 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path):
         self.path = path
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            with self.path.open("a") as file:
+                file.write("\n")  # a killed run left half a line
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
 
 
 class Progress(TrainerCallback):
@@ -397,7 +440,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.bar is not None and logs:
-            self.values |= {short: f"{logs[key]:.3g}" for key, short in self.shown.items() if key in logs}
+            present = {short: logs[key] for key, short in self.shown.items() if logs.get(key) is not None}
+            self.values |= {short: f"{value:.3g}" for short, value in present.items()}
             self.bar.set_postfix(self.values, refresh=False)
             self.bar.update(state.global_step - self.bar.n)
 
@@ -407,11 +451,19 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
+class Finished(Exception):
+    """A checkpoint of the last step was loaded: there is nothing left to train."""
+
+
 class Interrupt(TrainerCallback):
-    """SIGINT or SIGTERM on any process: all of them save at the next rollout boundary and stop."""
+    """SIGINT or SIGTERM on any process: all of them save at the next rollout boundary and stop.
+
+    A buffered rollout is not part of a checkpoint, so every checkpoint waits for such a boundary.
+    """
 
     def __init__(self, boundary: int):
         self.boundary, self.asked, self.stopped = boundary, False, False
+        self.owed = False  # a checkpoint that waits for the boundary
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -426,9 +478,17 @@ class Interrupt(TrainerCallback):
     def _ask(self, *_: object) -> None:
         self.asked = True
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # the host would train one step more before it looks
+            raise Finished
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step % self.boundary:  # a buffered rollout is not part of a checkpoint
+        if state.global_step % self.boundary and not control.should_training_stop:
+            self.owed |= control.should_save
+            control.should_save = False
             return control
+        control.should_save |= self.owed
+        self.owed = False
         asked = torch.tensor(float(self.asked), device=args.device)
         processes = PartialState()
         if processes.num_processes > 1:

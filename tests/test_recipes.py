@@ -4,13 +4,15 @@ pytest tests/test_recipes.py
 """
 
 import ast
+import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 from rl_soft.cli import main
 from rl_soft.config import batch_plan, load_recipe, parse_overrides
@@ -47,8 +49,9 @@ def write(tmp_path, **values):
         ({"thought_tau": "hot"}, "thought_tau must be float, got 'hot'"),
         ({"thought_k": True}, "thought_k must be int, got True"),
         ({"thought": "soft"}, "thought soft has no density"),
-        ({"thought": "gumble"}, "thought must be one of token, soft, gumbel, got 'gumble'"),
+        ({"thought": "gumble"}, "thought must be one of token, soft, gumbel, dirichlet, got 'gumble'"),
         ({"use_vllm": True}, "use_vllm is not available"),
+        ({"ds3_gather_for_generation": False}, "ds3_gather_for_generation must be true"),
         ({"max_completion_length": 64}, "max_completion_length is derived from"),
         ({"output_dir": None}, "output_dir is missing"),
         ({"dataset": None}, "dataset is missing"),
@@ -138,3 +141,89 @@ def test_a_recipe_is_a_program():
     )  # fmt: skip
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].endswith("did you mean thought_tau?")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_recipe_passes_the_check(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    main(["check", str(path)])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(path.read_text())
+    assert {k for k in given.keys() - shown.keys() if k != "_"} == set()
+
+
+# -- recipes of models that a test cannot load: the same recipe on a tiny random model of the same architecture -----
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+R1 = "{{ bos_token }}{% for m in messages %}<|User|>{{ m.content }}{% endfor %}<|Assistant|><think>\n"
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+LARGE = {  # folder of recipes -> architecture, chat template, special tokens, other tokens, its training data
+    "r1_distill_qwen1.5b": ("qwen2", R1, {"bos_token": "<|begin|>", "eos_token": "<|end|>"}, ["<think>", "</think>"],
+                            {"problem": "{a} + {b}?", "solution": "Add.", "answer": "{c}"}),
+    "llama3.2_3b": ("llama", LLAMA, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, [],
+                    {"problem": "{a} + {b}?", "solution": "Add.", "answer": "{c}"}),
+    "qwen2.5_0.5b": ("qwen2", CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, [],
+                     {"question": "{a} + {b}?", "answer": "{a} + {b} = {c}\n#### {c}"}),
+}  # fmt: skip
+
+
+def tiny_pretrained(folder, model_type, template, special, others):
+    """A folder such as the hub has: a random model, a byte-level tokenizer and its chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens.train_from_iterator(["####"] * 9, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    tokens.add_tokens(others)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, chat_template=template, **special)
+    config = AutoConfig.for_model(
+        **{**TINY, "model_type": model_type, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 1024,
+           "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("folder", LARGE)
+def test_a_large_model_s_recipe_runs_on_a_tiny_one(folder, tmp_path):
+    """The recipe as it is, but for the model, the data's place, sizes and lengths: evaluation, two steps, report."""
+    from rl_soft import train
+
+    model_type, template, special, others, columns = LARGE[folder]
+    tiny_pretrained(tmp_path / "model", model_type, template, special, others)
+    for name, first in (("train", 10), ("evaluation", 50)):
+        pairs = [(a, b) for a in range(first, first + 8) for b in range(8)]
+        rows = [{k: v.format(a=a, b=b, c=a + b) for k, v in columns.items()} for a, b in pairs]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = ROOT / f"recipes/{folder}/grpo_gumbel.yaml"
+    before = load_recipe(path)
+    smaller = {
+        "output_dir": str(tmp_path / "run"), "model_name_or_path": str(tmp_path / "model"), "max_steps": 2,
+        "dataset_options": {"path": str(tmp_path / "train.jsonl")}, "eval_problems": 2, "num_thoughts": 6,
+        "eval_dataset": before.data.eval_dataset or before.data.dataset,
+        "eval_dataset_options": {"path": str(tmp_path / "evaluation.jsonl")},
+        "prompts_per_step": 4, "max_answer_tokens": 4,
+    }  # fmt: skip
+    recipe = load_recipe(path, smaller)
+    changed = {k for k in recipe.values if recipe.values[k] != before.values[k]}
+    assert changed <= smaller.keys(), "everything else is the recipe's own"
+    train.run(recipe)
+    run = tmp_path / "run"
+    logs = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in m]
+    assert [m["step"] for m in logs] == [1, 2]
+    assert all(m["thoughts/count"] > 0 for m in logs if "thoughts/count" in m)
+    assert all(math.isfinite(v) for m in logs for v in m.values() if isinstance(v, float))
+    assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == model_type
+    weights = "adapter_model.safetensors" if recipe.model.use_peft else "model.safetensors"
+    for name in (f"model/{weights}", "eval_before/records.jsonl", "eval_after/records.jsonl", "report.md"):
+        assert (run / name).stat().st_size > 0, name

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from urllib.parse import urlencode
 
 import pytest
@@ -123,6 +124,43 @@ def test_an_unfinished_last_line_is_cut_off(tmp_path, caplog, tail):
     assert len(records.read(path)) == 2
     assert "line 3 is unfinished" in caplog.text
     assert path.read_bytes() == whole
+
+
+def test_there_is_one_writer_at_a_time(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(records, "LOCK_SECONDS", 0.0)
+    path = tmp_path / "records.jsonl"
+    with records.Writer(path) as writer:
+        writer.append(record(0, 0))
+        with pytest.raises(ValueError, match="is being written by another process"):
+            records.Writer(path)
+        with path.open("a") as file:  # half a line, which is on its way
+            file.write('{"problem_id"')
+        size = path.stat().st_size
+        assert len(records.read(path)) == 1
+        assert path.stat().st_size == size and not caplog.text, "a reader leaves what is being written alone"
+    with records.Writer(path) as writer:  # the first is gone, and so is its half line
+        assert writer.done == {("p000", 0)}
+        writer.append(record(0, 1))
+    assert len(records.read(path)) == 2
+
+
+def test_an_evaluation_is_gone_on_with_or_refused(tmp_path):
+    header = {
+        "name": "x", "model": "m", "dataset": "d", "split": "test", "decoder": {"thought_k": 3, "thought": "gumbel"},
+        "n": 4, "seed": 0, "num_problems": 9, "config": {"thought_k": 3, "batch": 8, "options": {"a": (1, 2)}},
+    }  # fmt: skip
+    assert records.check_header(tmp_path, header) is False
+    records.write_header(tmp_path, header)
+    assert records.check_header(tmp_path, {**header, "name": "y", "model": "moved", "versions": {}}) is True
+    for changes, message in (
+        ({"seed": 1}, "seed = 0, this one has 1"),
+        ({"config": {**header["config"], "batch": 9}, "seed": 1}, "batch = 8, this one has 9"),
+        ({"decoder": {"thought_k": 4, "thought": "soft"}}, "thought = 'gumbel', this one has 'soft'"),
+        ({"config": {**header["config"], "new": 1}}, "new = None, this one has 1"),
+    ):
+        with pytest.raises(ValueError, match=f"holds an evaluation with {message}"):
+            records.check_header(tmp_path, {**header, **changes})
+    assert records.check_header(tmp_path, {**header, "config": {**header["config"], "batch": 9}}, free=["batch"])
 
 
 def test_a_missing_line_end_is_added(tmp_path):
@@ -301,6 +339,26 @@ def test_rebuilds_without_torch(pair):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     after = {path.name: path.read_bytes() for path in pair[0].iterdir()}
     assert {name: after[name] for name in before} == before  # to the byte, pictures too
+
+
+@pytest.mark.slow
+def test_a_thousand_problems_of_64_samples_take_less_than_five_seconds(tmp_path):
+    thoughts = [[["clips", 0.6], [" sold", 0.3], ["4", 0.1], [" x", 0.05]]] * 6
+    rows = [
+        record(
+            i, s, "correct" if (7 * i + 13 * s) % 101 < i / 10 else "wrong", text="so " * 100, thought_tokens=thoughts
+        )
+        for i in range(1000)
+        for s in range(-1, 64)
+    ]
+    folder = evaluation(tmp_path / "large", rows, n=64)
+    del rows
+    taken = []
+    while len(taken) < 3 and min(taken, default=9) >= 5:  # CPU time grows too where other work shares the caches
+        start = time.process_time()
+        report.build(folder)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 5, f"{taken} s of CPU time"
 
 
 def _built(folder):

@@ -61,7 +61,7 @@ def train(trainer, **kwargs):
 
 def soft_trainer(tmp_path, thinking=THINKING, made=None, **values):
     peft = values.pop("peft_config", None)
-    own = {k: values.pop(k) for k in ("ratio", "rest_weight") if k in values}
+    own = {k: values.pop(k) for k in ("ratio", "rest_weight", "thought_epsilon") if k in values}
     made = made or tiny_policy()
     return SoftGRPOTrainer(
         made.model, reward_funcs=odd_reward, args=config(tmp_path, **values), train_dataset=dataset(),
@@ -148,7 +148,7 @@ def test_the_density_is_recomputed_and_learning_moves_it(tmp_path, thought_k, ta
     assert all(torch.tensor(v).isfinite() for log in logs for v in log.values() if isinstance(v, float))
 
 
-@pytest.mark.parametrize("ratio", ["joint", "factored", "top1", "pathwise"])
+@pytest.mark.parametrize("ratio", ["joint", "factored", "top1", "conditional", "pathwise"])
 def test_every_ratio_is_recomputed_and_trains(tmp_path, ratio):
     logs = train(soft_trainer(tmp_path, ratio=ratio, num_iterations=2, max_steps=4))
     assert all(log["rollout/density_gap"] < 1e-4 for log in logs)
@@ -168,6 +168,38 @@ def test_factored_has_the_joint_gradient_on_policy(tmp_path):
     assert norms["top1"] != pytest.approx(norms["joint"], rel=1e-2)
 
 
+@pytest.mark.parametrize("ratio", ["top1", "conditional", "pathwise"])
+def test_with_one_slot_every_score_is_the_tokens(tmp_path, ratio):
+    """At K = 1 there is nothing but the strongest id; pathwise alone has no score of it, and no path to it either."""
+    thinking = replace(THINKING, thought_k=1)
+    joint, other = (
+        train(soft_trainer(tmp_path / r, thinking, ratio=r, max_steps=1))[0]["grad_norm"] for r in ("joint", ratio)
+    )
+    assert (other == pytest.approx(joint, rel=1e-4)) == (ratio != "pathwise")
+
+
+def test_gradients_flow_through_the_weights(tmp_path):
+    """Ratio conditional is top1 plus a path through the weights, which closes as tau falls and they become one-hot."""
+    norms = {}
+    for tau in (1e-4, 1.0):
+        thinking = replace(THINKING, thought_k=0, thought_tau=tau)
+        for ratio in ("top1", "conditional"):
+            logs = train(soft_trainer(tmp_path / f"{ratio}{tau}", thinking, ratio=ratio, max_steps=1))
+            norms[ratio, tau] = logs[0]["grad_norm"]
+    assert norms["conditional", 1.0] != pytest.approx(norms["top1", 1.0], rel=1e-3)
+    assert norms["conditional", 1e-4] == pytest.approx(norms["top1", 1e-4], rel=1e-3)
+
+
+def test_thoughts_have_a_clip_range_of_their_own(tmp_path):
+    """With a vanishing range on thoughts, the second pass over a rollout clips about every thought that moved."""
+    logs = {}
+    for name, values in {"same": {}, "narrow": {"thought_epsilon": 1e-9}, "wide": {"thought_epsilon": 1e9}}.items():
+        logs[name] = train(soft_trainer(tmp_path / name, num_iterations=2, max_steps=2, **values))[1]
+    assert logs["narrow"]["thoughts/clip_fraction"] > logs["same"]["thoughts/clip_fraction"] >= 0
+    assert logs["wide"]["thoughts/clip_fraction"] == 0
+    assert logs["narrow"]["answer/clip_fraction"] == logs["same"]["answer/clip_fraction"]
+
+
 def test_noise_is_addressed_not_ordered(tmp_path):
     """Whatever the micro-batch, the same rows meet the same noise, so the runs agree."""
     one = train(soft_trainer(tmp_path / "a", per_device_train_batch_size=8))
@@ -177,18 +209,29 @@ def test_noise_is_addressed_not_ordered(tmp_path):
             assert a[key] == pytest.approx(b[key], abs=1e-4)
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
-def test_four_steps_are_two_and_resume_and_two(tmp_path, iterations):
-    values = {"num_iterations": iterations, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+@pytest.mark.parametrize(
+    "values,saved",
+    [
+        ({}, 2),
+        ({"num_iterations": 2}, 2),
+        ({"num_generations": 2, "max_steps": 6}, 2),  # 2 steps an epoch: the checkpoint is at its end
+        ({"num_generations": 2, "max_steps": 6}, 4),
+        ({"num_generations": 2, "max_steps": 6, "save_steps": 3}, 3),  # in the middle of the second epoch
+    ],
+    ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else str(v),
+)
+def test_steps_are_some_and_resume_and_the_others(tmp_path, values, saved):
+    values = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **values}
     whole = soft_trainer(tmp_path / "a", **values)
     whole_logs = train(whole)
     resumed = soft_trainer(tmp_path / "b", **values)
-    logs = train(resumed, resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
-    for a, b in zip(whole_logs[2:], logs, strict=True):
+    logs = train(resumed, resume_from_checkpoint=str(tmp_path / f"a/checkpoint-{saved}"))
+    for a, b in zip(whole_logs[saved:], logs, strict=True):
         assert all(a.get(k) == b.get(k) for k in ("loss", "grad_norm", "reward"))
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert json.loads((tmp_path / "a/checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
+    state = json.loads((tmp_path / f"a/checkpoint-{saved}/trainer_state.json").read_text())
+    assert state["global_step"] == saved
 
 
 def test_adapter_opens_with_peft_alone(tmp_path):
@@ -210,6 +253,7 @@ def test_adapter_opens_with_peft_alone(tmp_path):
         (replace(THINKING, thought="soft"), {}, "point mass"),
         (THINKING, {"tools": [print]}, "tools cannot be used"),
         (THINKING, {"rollout_func": print}, "rollout_func cannot be used"),
+        (replace(THINKING, phase="explicit", end_of_thinking="#"), {"ratio": "conditional"}, "needs phase latent"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(tmp_path, thinking, values, message):

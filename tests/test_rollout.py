@@ -12,8 +12,9 @@ from conftest import rows, tiny_policy
 from rl_soft.densities import GumbelTopK, SoftToken
 from rl_soft.layout import Layout, Thinking
 from rl_soft.noise import address
-from rl_soft.policy import SoftInputs, add_soft_forward, mix_embeddings
+from rl_soft.policy import mix_embeddings
 from rl_soft.rollout import rollout
+from rl_soft.scored import SoftInputs, add_soft_forward, conditional_weights
 
 EXPLICIT = Thinking(
     phase="explicit", end_of_thinking="=", num_thoughts=9, thought_k=3, answer_prompt="", max_answer_tokens=5
@@ -65,13 +66,16 @@ def test_training_pass_recomputes_the_rollouts_density(model_type, tied, thinkin
     torch.testing.assert_close(scored.log_probs, out.log_probs, atol=1e-4, rtol=0)
     torch.testing.assert_close(scored.entropy, out.entropy, atol=1e-4, rtol=0)
     factored = made.model(attention_mask=attention_mask, soft=SoftInputs(*recorded, ratio="factored"))
-    torch.testing.assert_close(factored.log_probs, out.top_log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(factored.log_probs, out.support_log_probs[..., 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(factored.log_probs + factored.rest, out.log_probs, atol=1e-4, rtol=0)
     if layout.thinking.phase == "latent":  # the same noise makes the same thoughts, so the answers score alike
         pathwise = made.model(
             attention_mask=attention_mask, soft=SoftInputs(*recorded, ratio="pathwise", seeds=out.seeds)
         )
         torch.testing.assert_close(pathwise.log_probs, out.log_probs * ~out.thought_mask, atol=1e-4, rtol=0)
+        given = SoftInputs(*recorded, ratio="conditional", support_log_probs=out.support_log_probs)
+        conditional = made.model(attention_mask=attention_mask, soft=given)
+        torch.testing.assert_close(conditional.log_probs, out.support_log_probs[..., 0], atol=1e-4, rtol=0)
 
 
 def gap(attention, scale):
@@ -168,3 +172,23 @@ def test_more_slots_than_the_vocabulary_are_refused(tiny):
     wide = Layout(replace(layout.thinking, thought_k=99), made.tokenizer)
     with pytest.raises(ValueError, match="thought_k must be at most the vocabulary size 20, got 99"):
         run(made, wide, rows(1))
+
+
+def test_conditional_weights_follow_the_noise():
+    """Given the strongest id, the weights under a changed policy are those that the same noise makes: with noise of
+    the largest value M and cut-off Gumbels below it, drawn here directly, all K = V slots."""
+    torch.manual_seed(0)
+    old, new = (torch.randn(500, 6, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    tau, top = 0.5, torch.randint(6, (500, 1))
+    M = -torch.log(-torch.log(torch.rand(500, 1, dtype=torch.float64)))
+    g = -torch.log(-torch.log(torch.rand(500, 6, dtype=torch.float64)))
+
+    def thought(phi):
+        z = (-torch.logaddexp(-M, -(phi + g))).scatter(-1, top, M)  # (500, 6)
+        return (z / tau).log_softmax(-1)
+
+    order = thought(old).argsort(-1, descending=True)
+    assert torch.equal(order[:, :1], top)
+    x_old, x_new = thought(old).gather(-1, order), thought(new).gather(-1, order)
+    made = conditional_weights(x_old, (new - old).gather(-1, order), tau)
+    torch.testing.assert_close(made, x_new, atol=1e-9, rtol=0)
