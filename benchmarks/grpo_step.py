@@ -55,7 +55,8 @@ def step_times(side: str, args: argparse.Namespace) -> list[float]:
         return [float(sum(ids) % 7) for ids in completion_ids]
 
     class Clock(TrainerCallback):
-        times: list[float] = []
+        def __init__(self) -> None:
+            self.times: list[float] = []
 
         def on_step_end(self, *_: object, **__: object) -> None:
             self.times.append(time.perf_counter())

@@ -132,6 +132,7 @@ class RawGRPO(SoftGRPOTrainer):
         (4, {"num_iterations": 2, "max_steps": 4, "loss_type": "grpo"}),
         (4, {"ratio": "factored", "rest_weight": 0.5, "num_iterations": 2}),
         (4, {"ratio": "top1", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+        (4, {"ratio": "conditional", "num_iterations": 2}),
     ],
 )
 def test_without_a_critic_it_is_grpo_on_raw_rewards(tmp_path, k, values):
