@@ -220,7 +220,8 @@ def test_a_run_made_before_the_field_existed_is_still_that_run(tmp_path):
 
 
 def test_a_gumbel_warm_start_is_accepted():
-    recipe = load_recipe(ROOT / "recipes/grpo_gumbel.yaml", {"thought": "dirichlet", "thought_gamma": 4})
+    changes = {"thought": "dirichlet", "thought_gamma": 4, "ratio": "joint"}
+    recipe = load_recipe(ROOT / "recipes/grpo_gumbel.yaml", changes)
     warm = load_recipe(ROOT / "recipes/codi.yaml")
     assert warm.thinking.thought == "gumbel" and recipe.thinking.thought_gamma == 4.0
     check_thinking(recipe, warm.thinking)
