@@ -162,15 +162,24 @@ def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: T
         logits_to_keep=1,
     ).logits[:, -1]
     mask, position = think(inner, embedding, logits, cache, mask, soft.thinking, soft.seeds)
-    tail = soft.support[:, n:, 0]  # (B, C - n): what is fed after the thoughts, and the answer
+    states = _answer_states(model, soft, cache, mask, position, attention_mask)
+    return torch.cat([states.new_zeros(len(states), n + 1, states.shape[-1]), states], dim=1)
+
+
+def _answer_states(
+    model: Any, soft: SoftInputs, cache: Any, mask: Tensor, position: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """(B, C - n - 1, H) states after the thoughts, on the cache that holds prompt and thoughts: what is fed next, and
+    the answer. The first thing fed follows the last thought, so nothing before it needs a state."""
+    tail = soft.support[:, soft.thinking.num_thoughts :, 0]  # (B, C - n)
     states = model.base_model(
-        inputs_embeds=embedding(tail),
+        inputs_embeds=model.get_input_embeddings()(tail),
         attention_mask=torch.cat([mask, attention_mask[:, mask.shape[1] :]], dim=1),
         position_ids=position + torch.arange(tail.shape[1], device=position.device),
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state  # (B, C - n, H); its first position is fed, so nothing before it needs a state
-    return torch.cat([states.new_zeros(len(tail), n + 1, states.shape[-1]), states[:, :-1]], dim=1)
+    ).last_hidden_state
+    return states[:, :-1]
 
 
 def conditional_weights(log_weights: Tensor, change: Tensor, tau: float) -> Tensor:
@@ -216,15 +225,8 @@ def _conditional_states(model: Any, inner: Any, soft: SoftInputs, attention_mask
         weights = conditional_weights(soft.log_weights[:, t], new - old, thinking.thought_tau)
         embeds = mix_embeddings(embedding, support, weights)[:, None]  # (B, 1, H)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    tail = soft.support[:, n:, 0]  # (B, C - n): what is fed after the thoughts, and the answer
-    answer = model.base_model(
-        inputs_embeds=embedding(tail),
-        attention_mask=torch.cat([mask, attention_mask[:, mask.shape[1] :]], dim=1),
-        position_ids=positions + torch.arange(tail.shape[1], device=positions.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return torch.cat([*states, answer[:, :-1]], dim=1)
+    answer = _answer_states(model, soft, cache, mask, positions, attention_mask)
+    return torch.cat([*states, answer], dim=1)
 
 
 def reference_head(model: Any) -> Any:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, rows, tiny_policy
 from test_rl import soft_trainer, train
+from test_rollout import run
 
 from rl_soft.config import check_output_dir, load_recipe, write_config
 from rl_soft.densities import Dirichlet, SoftToken
 from rl_soft.layout import Layout, Thinking
-from rl_soft.noise import address
 from rl_soft.policy import density_of, mix_embeddings, next_thought
 from rl_soft.rollout import rollout
 from rl_soft.scored import SoftInputs, add_soft_forward
@@ -24,12 +24,6 @@ LATENT = Thinking(
 )
 EXPLICIT = replace(LATENT, phase="explicit", end_of_thinking="=", num_thoughts=9, answer_prompt="")
 BOTH = pytest.mark.parametrize("thinking", [LATENT, EXPLICIT], ids=["latent", "explicit"])
-
-
-def run(made, layout, problems, samples=1, **kwargs):
-    prompts = [layout.prompt_ids(r.question) for r in problems for _ in range(samples)]
-    seeds = torch.tensor([address(0, r.id, s) for r in problems for s in range(samples)])
-    return rollout(made.model, layout, prompts, seeds, [made.tokenizer.eos_token_id], **kwargs)
 
 
 @BOTH

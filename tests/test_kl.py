@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import tiny_policy
 from peft import LoraConfig
+from test_head import Wrapped
 from test_rl import THINKING, TOKENS, config, dataset, soft_trainer, train
 from torch import nn
 from trl import GRPOTrainer
@@ -30,17 +31,6 @@ from rl_soft.policy import mix_embeddings, position_ids
 from rl_soft.rl import SOFT_KEYS, SoftGRPOTrainer
 
 N, H, V = 37, 16, 211
-
-
-class Wrapped(nn.Module):
-    """A head that must be called."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, hidden):
-        return self.linear(hidden)
 
 
 def problem(bias=False, scale=1.0, distance=0.3):

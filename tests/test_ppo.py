@@ -13,8 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from test_parallel import launch
+from test_rl import Keep, odd_reward
 from test_run import metrics
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from rl_soft import policy, train
 from rl_soft.config import load_recipe
@@ -35,20 +36,6 @@ def config(tmp_path, **values):
             "seed": 0, "lr_scheduler_type": "constant", "max_completion_length": 16, **values,
         }
     )  # fmt: skip
-
-
-def odd_reward(completions, **kwargs):
-    """Varies between completions and needs no ability."""
-    return [sum(ord(c) for c in text) % 5 + 0.1 * len(text) for text in completions]
-
-
-class Keep(TrainerCallback):
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.logs.append(dict(logs))
 
 
 def fit(trainer, **kwargs):
