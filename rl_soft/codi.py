@@ -5,46 +5,58 @@ One model is teacher and student in the same step:
     teacher   question steps answer_prompt answer       cross-entropy on steps and answer         L_teacher
     student   question <bot> z_1 .. z_n <eot> answer    cross-entropy on the answer               L_student
     KD        at the position that predicts the first answer token, in every layer,               L_KD
-              | h_student - sg[h_teacher] | averaged over the width, divided by the layer's teacher std
+              distance of h_student and sg[h_teacher], both divided by the layer's teacher std
 
     L = alpha L_student + beta L_KD + gamma L_teacher                                              (Eq. 5)
 
-Where we differ from the released code: thoughts are mixtures of token embeddings (kind soft or gumbel); the distilled
-position comes from lengths; masks and position ids are right under left padding, so a result does not depend on its
-batch; the teacher runs once, detached for the KD target; the embedding layer, which has nothing to learn, is left out.
+A thought z is the projected last hidden state (the paper's, thought hidden), a mixture of token embeddings (soft,
+gumbel), or their gated sum (hybrid). One step costs 1 + n + 1 passes of the student and one of the teacher.
+
+Where we differ from the released code: the distilled position comes from lengths; masks and position ids are right
+under left padding, so a result does not depend on its batch; the teacher runs once, detached for the KD target; the
+embedding layer, which has nothing to learn, is left out; states are normalised before the distance; <bot> and <eot>
+are trained under LoRA too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.cache_utils import DynamicCache
 
-from rl_soft.config import CodiArguments
+from rl_soft import policy
+from rl_soft.config import CodiArguments, load_recipe
 from rl_soft.data import Row
 from rl_soft.layout import Layout
 from rl_soft.noise import address
-from rl_soft.policy import position_ids, think
-
-IGNORE = -100
+from rl_soft.policy import add_projector, last_state, position_ids, reads_hidden, think
+from rl_soft.projector import KeepsProjector, beside_adapter
+from rl_soft.supervised import IGNORE, pad, token_cross_entropy
 
 
 class CodiCollator:
-    """Rows -> student prompt (left-padded), student answer and teacher sequence (right-padded), labels, positions."""
+    """Rows -> student prompt (left-padded), student answer and teacher sequence (right-padded), labels, positions.
 
-    def __init__(self, layout: Layout, drop_last_step: bool):
-        self.layout, self.drop_last_step = layout, drop_last_step
+    Args:
+        kd_position: first: the states that predict the first answer token are distilled; answer: those of them all.
+    """
+
+    def __init__(self, layout: Layout, drop_last_step: bool, kd_position: str = "first"):
+        self.layout, self.drop_last_step, self.kd_position = layout, drop_last_step, kd_position
         self.pad_id = layout.tokenizer.pad_token_id
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         layout, prefix = self.layout, self.layout.forced_after_cap  # <eot> and the answer prompt
-        prompts, students, teachers, labels, student_labels, teacher_positions, seeds = [], [], [], [], [], [], []
-        for feature in features:
+        prompts, students, teachers, labels, student_labels, seeds = [], [], [], [], [], []
+        kd: list[tuple[int, int, int]] = []  # row, position in its student's answer, position in its teacher
+        for i, feature in enumerate(features):
             row: Row = feature["row"]
             question, answer = layout.question_ids(row.question), layout.answer_ids(row.answer)
             steps = layout.steps_ids(row, self.drop_last_step)
@@ -54,7 +66,8 @@ class CodiCollator:
             student_labels.append([IGNORE] * len(prefix) + answer)
             teachers.append([*lead, *answer])
             labels.append([IGNORE] * len(question) + teachers[-1][len(question) :])
-            teacher_positions.append(len(lead) - 1)  # the state there predicts the first answer token
+            for j in range(len(answer) if self.kd_position == "answer" else 1):
+                kd.append((i, len(prefix) - 1 + j, len(lead) - 1 + j))  # the states there predict answer[j]
             seeds.append(feature["seed"])
         return {
             "prompt_ids": pad(prompts, self.pad_id, left=True),  # (B, P)
@@ -64,87 +77,129 @@ class CodiCollator:
             "teacher_ids": pad(teachers, self.pad_id),  # (B, L)
             "teacher_mask": pad([[1] * len(t) for t in teachers], 0),
             "teacher_labels": pad(labels, IGNORE),
-            "teacher_positions": torch.tensor(teacher_positions),  # (B,)
+            "kd": torch.tensor(kd),  # (N, 3)
             "seeds": torch.tensor(seeds),  # (B,)
         }
 
 
-def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
-    width = max(map(len, rows))
-    fill = [[value] * (width - len(r)) for r in rows]
-    return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)])
+def distillation_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str = "l1", as_released: bool = False
+) -> Tensor:
+    """Mean over layers, positions and width of the distance to sg[teacher]; tensors (N, H), one a layer.
 
+    The std of the teacher's states is one number a layer, over positions and width, so that layers weigh alike.
 
-def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labelled positions; logits (B, T, V) at t predict labels (B, T) at t + 1."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
-
-
-def distillation_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
-    """Mean over layers of L1(student, sg[teacher]) / std(teacher); tensors (B, H), one a layer, embeddings left out.
-
-    The std is one number a layer, over batch and width (released code), so that layers weigh alike.
+    Args:
+        kind: l1, |d|; smooth_l1, d^2 / 2 below 1 and |d| - 1/2 above.
+        as_released: divide the distance by the std, as the released code does, instead of the states. For l1 this is
+            the same. smooth_l1 is then quadratic and vanishing where states are small (docs/codi.md).
     """
-    terms = [
-        (s.float() - t.detach().float()).abs().mean() / t.detach().float().std().clamp(min=1e-6)
-        for s, t in zip(student[1:], teacher[1:], strict=True)
-    ]
+    distance = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[kind]
+    terms = []
+    for s, t in zip(student, teacher, strict=True):
+        s, t = s.float(), t.detach().float()
+        std = t.std().clamp(min=1e-6)
+        terms.append(distance(s, t) / std if as_released else distance(s / std, t / std))
     return torch.stack(terms).mean()
 
 
-class CodiTrainer(Trainer):
-    """transformers' Trainer with the CODI loss."""
+class CodiTrainer(KeepsProjector, Trainer):
+    """transformers' Trainer with the CODI loss.
+
+    Args:
+        peft_config: a LoraConfig; None trains all weights. The rows of <bot> and <eot> are trained with the adapter
+            and saved in it.
+
+    Raises:
+        ValueError: gradient checkpointing, LoRA on a model without a folder, KD layers that the model has not, or a
+            separate teacher of another shape or vocabulary.
+    """
 
     model: Any
+    args: Any
 
-    def __init__(self, model: Any, args: Any, *, layout: Layout, codi: CodiArguments, **kwargs: Any):
-        super().__init__(model, args, data_collator=CodiCollator(layout, codi.drop_last_step), **kwargs)
+    def __init__(
+        self, model: Any, args: Any, *, layout: Layout, codi: CodiArguments, peft_config: Any = None, **kwargs: Any
+    ):
+        if args.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing is not available for codi: gradients flow from the answer to the thoughts "
+                "through the cache, which checkpointed layers drop; lower per_device_train_batch_size instead"
+            )
         self.layout, self.codi = layout, codi
+        self.kd_layers = kd_layers(codi, model.config.get_text_config().num_hidden_layers)
+        self.teacher = None if codi.teacher == "self" else separate_teacher(codi.teacher, model, layout, args)
+        base = model
+        if peft_config is not None:
+            model = with_adapter(model, layout, peft_config)
+        if reads_hidden(layout.thinking) and layout.thinking.num_thoughts and codi.use_projector:
+            gated = layout.thinking.thought == "hybrid"
+            add_projector(base, gated, codi.projector_size, args.seed, projector_dtype(base, args))
+        super().__init__(
+            model, args, data_collator=CodiCollator(layout, codi.drop_last_step, codi.kd_position), **kwargs
+        )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over this micro-batch
-        self._parts: dict[str, list[float]] = {}
+        self._parts: dict[str, list[Tensor]] = {}  # since the last log
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        student_logits, student_states = self.student(model, inputs)
-        teacher = model(
-            input_ids=inputs["teacher_ids"],
-            attention_mask=inputs["teacher_mask"],
-            position_ids=position_ids(inputs["teacher_mask"]),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        rows = torch.arange(len(inputs["teacher_ids"]), device=teacher.logits.device)
-        teacher_states = tuple(h[rows, inputs["teacher_positions"]] for h in teacher.hidden_states)
-        parts = {
-            "loss_student": token_cross_entropy(student_logits, inputs["student_labels"]),
-            "loss_kd": distillation_loss(student_states, teacher_states),
-            "loss_teacher": token_cross_entropy(teacher.logits, inputs["teacher_labels"]),
-        }
+        c, rows = self.codi, inputs["kd"][:, 0]
+        # The student's pass comes last: from its output, DDP finds every parameter that is in use.
+        teacher = self.run_teacher(model, inputs)
+        student_logits, states = self.student(model, inputs)
+        loss = student_loss = token_cross_entropy(student_logits, inputs["student_labels"])
+        loss, parts = c.alpha * loss, {"loss_student": student_loss}
+        if c.beta:
+            assert states is not None
+            at_student = [states[i][rows, inputs["kd"][:, 1]] for i in self.kd_layers]  # (N, H) each
+            at_teacher = [teacher.hidden_states[i][rows, inputs["kd"][:, 2]] for i in self.kd_layers]
+            parts["loss_kd"] = distillation_loss(at_student, at_teacher, c.kd_loss, c.kd_as_released)
+            loss = loss + c.beta * parts["loss_kd"]
+        if c.gamma and self.teacher is None:
+            parts["loss_teacher"] = token_cross_entropy(teacher.logits, inputs["teacher_labels"])
+            loss = loss + c.gamma * parts["loss_teacher"]
         for name, value in parts.items():
-            self._parts.setdefault(name, []).append(value.item())
-        c = self.codi
-        loss = c.alpha * parts["loss_student"] + c.beta * parts["loss_kd"] + c.gamma * parts["loss_teacher"]
+            self._parts.setdefault(name, []).append(value.detach())
         return (loss, {"logits": student_logits}) if return_outputs else loss
 
-    def student(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Question, n thoughts, answer: logits (B, S, V) and the states (B, H) a layer at the distilled position.
+    def run_teacher(self, model: Any, inputs: dict[str, Tensor]) -> Any:
+        """One pass over question, steps and answer, by this model or the frozen one; None where no loss reads it."""
+        c = self.codi
+        if not c.beta and not c.gamma:
+            return None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher is None):
+            return (self.teacher or model)(
+                input_ids=inputs["teacher_ids"],
+                attention_mask=inputs["teacher_mask"],
+                position_ids=position_ids(inputs["teacher_mask"]),
+                output_hidden_states=bool(c.beta),
+                use_cache=False,
+            )
+
+    def student(
+        self, model: Any, inputs: dict[str, Tensor], control: str = "none"
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Question, n thoughts, answer: logits (B, S, V) and, with KD, the states (B, S, H) a layer of the last pass.
 
         1 + n + 1 forward passes on one cache, with gradients through all of them.
         """
-        thinking, embedding = self.layout.thinking, self.model.get_input_embeddings()
+        thinking = self.layout.thinking
         mask, cache = inputs["prompt_mask"], DynamicCache(config=self.model.config)
-        logits = model(
+        out = model(
             input_ids=inputs["prompt_ids"],
             attention_mask=mask,
             position_ids=position_ids(mask),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]  # (B, V)
+            output_hidden_states=reads_hidden(thinking),
+        )
         seeds = inputs["seeds"] if self.codi.train_noise else None
         fresh = self.state.global_step * (thinking.num_thoughts + 1)  # new noise each time a row comes round
-        mask, position = think(model, embedding, logits, cache, mask, thinking, seeds, fresh)
+        mask, position = think(
+            model, self.model, out.logits[:, -1], last_state(out), cache, mask, thinking, seeds, fresh, control
+        )
         S = inputs["student_ids"].shape[1]
         out = model(
             input_ids=inputs["student_ids"],
@@ -152,15 +207,78 @@ class CodiTrainer(Trainer):
             position_ids=position + torch.arange(S, device=position.device),
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=True,
+            output_hidden_states=bool(self.codi.beta),
         )
-        at = len(self.layout.forced_after_cap) - 1
-        return out.logits, tuple(h[:, at] for h in out.hidden_states)
+        return out.logits, out.hidden_states
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        logs.update({name: sum(v) / len(v) for name, v in self._parts.items() if v})
-        self._parts = {}
+        """Adds the means of the loss's parts over the micro-batches of all processes since the last log."""
+        if self._parts and "loss" in logs:
+            means = torch.stack([torch.stack(values).mean() for values in self._parts.values()])
+            logs.update(zip(self._parts, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            self._parts = {}
         super().log(logs, *args, **kwargs)
+
+
+def kd_layers(codi: CodiArguments, depth: int) -> list[int]:
+    """Indices of the distilled hidden states; 0 is the embedding layer, `depth` the last. All but 0 by default."""
+    layers = list(range(1, depth + 1)) if codi.kd_layers is None else codi.kd_layers
+    for layer in layers:
+        if not 0 <= layer <= depth:
+            raise ValueError(f"kd_layers must be between 0 (embeddings) and {depth} (the last layer), got {layer}")
+    return layers
+
+
+def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
+    """`model` in a PEFT wrapper whose adapter holds the rows of <bot> and <eot> too."""
+    from peft import get_peft_model
+
+    if not model.name_or_path:
+        raise ValueError(
+            "use_peft: an adapter's folder names its base model by path, and model_config makes one in memory; "
+            "train it whole (use_peft false), or start from a saved model (model_name_or_path)"
+        )
+    peft_config.trainable_token_indices = [layout.bot_id, layout.eot_id]
+    adapted: Any = get_peft_model(model, beside_adapter(peft_config))
+    # A longer vocabulary makes peft save both embedding matrices whole; only these rows differ from the base's.
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
+
+
+def projector_dtype(model: Any, args: Any) -> torch.dtype:
+    """float32, in any model; ZeRO-3 partitions parameters of one dtype only."""
+    plugin = args.deepspeed_plugin
+    return model.dtype if plugin is not None and plugin.zero_stage == 3 else torch.float32
+
+
+def separate_teacher(source: str, model: Any, layout: Layout, args: Any) -> Any:
+    """The frozen teacher of the paper's ablation: a model trained on worked solutions, from a folder or its recipe.
+
+    Raises:
+        ValueError: it is missing, its hidden states are not of the student's shape, or ids mean other tokens in it.
+    """
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        raise ValueError("teacher: a separate teacher is not available under ZeRO-3; use ZeRO-2 or teacher self")
+    folder = source
+    if source.endswith((".yaml", ".yml")):
+        folder = str(load_recipe(source, {"seed": args.seed}).output_dir / "model")
+    if not Path(folder).exists() and (folder != source or source.startswith((".", "/", "runs/", "models/"))):
+        raise ValueError(f"teacher {source}: {folder} does not exist; train it first, or use teacher self")
+    made = policy.load(folder, str(model.dtype).removeprefix("torch."))
+    ours, theirs = (m.config.get_text_config() for m in (model, made.model))
+    for name in ("hidden_size", "num_hidden_layers"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"teacher {source}: {name} is {getattr(theirs, name)}, the student's {getattr(ours, name)}; "
+                "states are distilled one to one, so take a teacher of the same shape"
+            )
+    vocabulary = layout.tokenizer.get_vocab()
+    other = {t for t, i in made.tokenizer.get_vocab().items() if vocabulary.get(t) != i}
+    if other:
+        raise ValueError(
+            f"teacher {source}: {min(other)!r} has another id than in the student; use the same tokenizer"
+        )
+    return made.model.to(args.device).eval().requires_grad_(False)
 
 
 class CodiRows(torch.utils.data.Dataset):
@@ -174,21 +292,3 @@ class CodiRows(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.items[i]
-
-
-class StopAtAccuracy(TrainerCallback):
-    """Validate every few steps and stop the warm start before it saturates: RL needs something left to learn."""
-
-    def __init__(self, validate: Callable[[], float], codi: CodiArguments):
-        self.validate, self.codi = validate, codi
-        self.trainer: CodiTrainer | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step % self.codi.validation_every:
-            return control
-        accuracy = self.validate()
-        assert self.trainer is not None
-        self.trainer.log({"validation_accuracy": accuracy})
-        if self.codi.stop_at_accuracy is not None and accuracy >= self.codi.stop_at_accuracy:
-            control.should_training_stop = True
-        return control

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,9 +19,13 @@ import yaml
 
 from rl_soft.layout import Thinking
 
-METHODS = ("codi", "grpo", "ppo")
+METHODS = ("codi", "sft", "icot", "coconut", "grpo", "ppo")
+RL_METHODS = ("grpo", "ppo")
+KD_LOSSES, KD_POSITIONS = ("l1", "smooth_l1"), ("first", "answer")
 RATIOS = ("joint", "factored", "top1", "conditional", "pathwise")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 DTYPES = ("float32", "bfloat16", "float16")
+CONTROLS = ("none", "zero", "shuffle", "repeat")  # of `policy.disturb`
 
 
 @dataclass
@@ -104,8 +109,13 @@ class EvaluationArguments:
     confirm_run_unsafe_code: bool = field(
         default=False, metadata={"help": "Run the programs that the model writes (humaneval, mbpp)."}
     )
+    control: str = field(
+        default="none", metadata={"help": "What is done to the thoughts that are fed: none, zero, shuffle or repeat."}
+    )
 
     def __post_init__(self) -> None:
+        if self.control not in CONTROLS:
+            raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}")
         for name in ("model_name_or_path", "output_dir", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: rl-soft eval MODEL --dataset NAME --output_dir DIR")
@@ -119,19 +129,159 @@ class EvaluationArguments:
 
 
 @dataclass
-class CodiArguments:
-    """L = alpha L_student + beta L_KD + gamma L_teacher (CODI, arXiv 2502.21074, Eq. 5)."""
+class AnalysisArguments:
+    """`rl-soft analyze probe MODEL` and `rl-soft analyze cost MODEL --against COT_MODEL`."""
 
-    alpha: float = field(default=1.0, metadata={"help": "Weight of the student's cross-entropy on the answer."})
-    beta: float = field(default=1.0, metadata={"help": "Weight of the distillation loss on the hidden states."})
-    gamma: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy on steps and answer."})
-    drop_last_step: bool = field(default=False, metadata={"help": "Leave the teacher's last step out."})
-    train_noise: bool = field(default=True, metadata={"help": "Draw Gumbel noise on the student's thoughts (gumbel)."})
+    model_name_or_path: str = field(default="", metadata={"help": "Model folder of ours."})
+    against: str | None = field(default=None, metadata={"help": "cost: the model that writes its reasoning."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where the figures are also written."})
+    dataset: str = field(default="", metadata={"help": "Generator name, known data set, local file, or hub id."})
+    dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the source."})
+    dataset_columns: dict[str, str] | None = field(default=None, metadata={"help": "Names of a file's columns."})
+    split: str = field(default="evaluation", metadata={"help": "evaluation, train, or a split of the hub's."})
+    eval_problems: int | None = field(default=None, metadata={"help": "Number of problems; all if absent."})
+    data_seed_eval: int = field(default=2, metadata={"help": "Seed of generated problems or of the draw."})
+    eval_batch_size: int = field(default=64, metadata={"help": "probe: problems decoded together."})
+    top_k: int = field(default=5, metadata={"help": "probe: tokens of a thought that are looked at."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2."})
+
+    def __post_init__(self) -> None:
+        if not self.dataset:
+            raise ValueError("dataset is missing: rl-soft analyze KIND MODEL --dataset NAME")
+        for name in ("eval_problems", "eval_batch_size", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass
+class SupervisedArguments:
+    """What the methods that learn from worked solutions share."""
+
+    max_row_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows longer than this, with steps and thoughts, are left out and counted; without it a row "
+            "longer than the model is an error."
+        },
+    )
     stop_at_accuracy: float | None = field(
         default=None, metadata={"help": "Stop once sampled validation accuracy reaches this; None trains max_steps."}
     )
     validation_problems: int = field(default=256, metadata={"help": "Training-side problems held out for validation."})
     validation_every: int = field(default=50, metadata={"help": "Steps between validations."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_row_tokens", "validation_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class CodiArguments(SupervisedArguments):
+    """L = alpha L_student + beta L_KD + gamma L_teacher (CODI, arXiv 2502.21074, Eq. 5)."""
+
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the student's cross-entropy on the answer."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the distillation loss on the hidden states."})
+    gamma: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy on steps and answer."})
+    kd_loss: str = field(default="l1", metadata={"help": "Distance of the hidden states: l1 or smooth_l1."})
+    kd_as_released: bool = field(
+        default=False,
+        metadata={"help": "Divide the distance by the teacher's std, as the released code does, and not the states."},
+    )
+    kd_layers: list[int] | None = field(
+        default=None, metadata={"help": "Distilled layers, 0 for the embeddings; all but the embeddings if absent."}
+    )
+    kd_position: str = field(
+        default="first",
+        metadata={"help": "Distilled positions: first, what predicts the first answer token, or answer, all of them."},
+    )
+    teacher: str = field(
+        default="self",
+        metadata={"help": "self, or a folder or recipe of a model that is the frozen teacher (then gamma is unused)."},
+    )
+    use_projector: bool = field(
+        default=True, metadata={"help": "thought hidden: feed the state through the projector, or as it is."}
+    )
+    projector_size: int | None = field(
+        default=None, metadata={"help": "Width between the projector's layers; the model's if absent."}
+    )
+    drop_last_step: bool = field(default=False, metadata={"help": "Leave the teacher's last step out."})
+    train_noise: bool = field(
+        default=True, metadata={"help": "Draw Gumbel noise on the student's thoughts (gumbel and hybrid)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("kd_loss", KD_LOSSES), ("kd_position", KD_POSITIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("alpha", "beta", "gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.kd_layers is not None and (not self.kd_layers or not all(type(i) is int for i in self.kd_layers)):
+            raise ValueError(f"kd_layers must be a list of layer numbers, for example [1, 2], got {self.kd_layers}")
+        if self.projector_size is not None and self.projector_size < 1:
+            raise ValueError(f"projector_size must be at least 1, got {self.projector_size}")
+        if self.teacher != "self" and not self.beta:
+            raise ValueError(f"teacher {self.teacher}: with beta 0 nothing is distilled from it; use teacher self")
+
+
+@dataclass
+class SFTArguments(SupervisedArguments):
+    """Supervised fine-tuning on worked solutions (CoT), or on answers alone (No-CoT)."""
+
+    worked_steps: bool = field(default=True, metadata={"help": "Train on the steps (CoT); false: No-CoT."})
+
+
+@dataclass
+class ICoTArguments(SupervisedArguments):
+    """The removal schedule of iCoT (arXiv 2405.14838)."""
+
+    cot_epochs: float = field(default=0.0, metadata={"help": "Epochs with the whole chain before removal begins."})
+    remove_per_epoch: float = field(default=8.0, metadata={"help": "Tokens removed from the left in an epoch."})
+    remove_all_beyond: int | None = field(
+        default=None, metadata={"help": "Remove the whole chain once this many tokens are removed."}
+    )
+    removal_smoothing: float | None = field(
+        default=4.0,
+        metadata={"help": "lambda: o tokens more are removed with P(o) ~ exp(-lambda o); null: none more."},
+    )
+    reset_optimizer: bool = field(default=True, metadata={"help": "A fresh optimizer state at each removal."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cot_epochs < 0:
+            raise ValueError(f"cot_epochs must be at least 0, got {self.cot_epochs}")
+        for name in ("remove_per_epoch", "removal_smoothing", "remove_all_beyond"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass
+class CoconutArguments(SupervisedArguments):
+    """The curriculum of Coconut (arXiv 2412.06769)."""
+
+    thoughts_per_step: int = field(default=2, metadata={"help": "c, the thoughts that replace a step of text."})
+    cot_epochs: float = field(default=0.0, metadata={"help": "Epochs of stage 0: every step is text."})
+    epochs_per_stage: float = field(default=3.0, metadata={"help": "Epochs of each stage but the last."})
+    uniform_prob: float = field(
+        default=0.0, metadata={"help": "Share of rows trained at a random stage instead of the scheduled one."}
+    )
+    reset_optimizer: bool = field(default=True, metadata={"help": "A fresh optimizer state at each stage."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.thoughts_per_step < 1:
+            raise ValueError(f"thoughts_per_step must be at least 1, got {self.thoughts_per_step}")
+        if self.cot_epochs < 0:
+            raise ValueError(f"cot_epochs must be at least 0, got {self.cot_epochs}")
+        if self.epochs_per_stage <= 0:
+            raise ValueError(f"epochs_per_stage must be above 0, got {self.epochs_per_stage}")
+        if not 0 <= self.uniform_prob <= 1:
+            raise ValueError(f"uniform_prob must be between 0 and 1, got {self.uniform_prob}")
 
 
 @dataclass
@@ -200,8 +350,17 @@ class PPOArguments(RLArguments):
 
 GROUPS: dict[str, tuple[type, ...]] = {
     "codi": (Thinking, ModelArguments, DataArguments, EvalArguments, CodiArguments),
+    "sft": (Thinking, ModelArguments, DataArguments, EvalArguments, SFTArguments),
+    "icot": (Thinking, ModelArguments, DataArguments, EvalArguments, ICoTArguments),
+    "coconut": (Thinking, ModelArguments, DataArguments, EvalArguments, CoconutArguments),
     "grpo": (Thinking, ModelArguments, DataArguments, EvalArguments, RLArguments),
     "ppo": (Thinking, ModelArguments, DataArguments, EvalArguments, PPOArguments),
+}
+# The one way of thinking that a method trains: phase, thought.
+TRAINED_THINKING = {
+    "sft": ("explicit", "token"),
+    "icot": ("explicit", "token"),
+    "coconut": ("latent", "hidden"),
 }
 # Set by us from other fields; a recipe that names one of these would contradict itself.
 DERIVED = {
@@ -209,6 +368,13 @@ DERIVED = {
     "steps_per_generation": "prompts_per_step and updates_per_rollout",
     "gradient_accumulation_steps": "prompts_per_step and updates_per_rollout",
     "max_completion_length": "num_thoughts and max_answer_tokens",
+}
+DERIVED_SFT = {
+    "max_length": "max_row_tokens",
+    "packing": "nothing: a row is a sequence",
+    "padding_free": "nothing: a row is a sequence",
+    "completion_only_loss": "the rows: the loss is on what follows the question",
+    "dataset_kwargs": "the rows, which the layout makes",
 }
 REFUSED = {
     "use_vllm": "vLLM takes embeddings for prompts only, so soft thoughts cannot be decoded by it",
@@ -253,7 +419,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     eval: EvalArguments
-    extra: Any  # CodiArguments, RLArguments or PPOArguments
+    extra: Any  # the last class of the method's GROUPS
     training: dict[str, Any]
     values: dict[str, Any]  # flat, as resolved: what config.yaml stores
 
@@ -313,7 +479,11 @@ def _read_value(text: str) -> Any:
 
 def trainer_class(method: str) -> type:
     """The configuration dataclass of the host trainer (imported late: it is slow)."""
-    if method == "codi":
+    if method == "sft":
+        from trl import SFTConfig
+
+        return SFTConfig
+    if method not in RL_METHODS:
         from transformers import TrainingArguments
 
         return TrainingArguments
@@ -362,8 +532,9 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             raise ValueError(f"{key} must be true: rollouts end at different lengths on different processes")
         if method == "ppo" and key in GROUP_ONLY:
             raise ValueError(f"{key} is not available: {GROUP_ONLY[key]}")
-        if method != "codi" and key in DERIVED:
-            raise ValueError(f"{key} is derived from {DERIVED[key]}; remove it from {path}")
+        derived = DERIVED if method in RL_METHODS else DERIVED_SFT if method == "sft" else {}
+        if key in derived:
+            raise ValueError(f"{key} is derived from {derived[key]}; remove it from {path}")
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -389,40 +560,89 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
     if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
         raise ValueError(f"eval_k must be at most eval_samples ({evaluation.eval_samples}), got {evaluation.eval_k}")
-    if method != "codi" and thinking.thought == "soft":
+    check_thought(method, thinking, extra)
+    if method in TRAINED_THINKING and (thinking.phase, thinking.thought) != TRAINED_THINKING[method]:
+        phase, thought = TRAINED_THINKING[method]
         raise ValueError(
-            "thought soft has no density (it is a point mass): RL cannot train it; use gumbel, dirichlet or token"
+            f"method {method} trains phase {phase} with thought {thought}, got phase {thinking.phase} with thought "
+            f"{thinking.thought} ({path})"
         )
-    if method == "codi" and thinking.thought == "dirichlet":
+    if method == "coconut" and (thinking.num_thoughts < 1 or thinking.num_thoughts % extra.thoughts_per_step):
         raise ValueError(
-            "thought dirichlet cannot be trained by codi: its weights are drawn, and no gradient flows through the "
-            "draw; warm up with gumbel or soft, and run RL with thought dirichlet"
+            f"num_thoughts must be a multiple of thoughts_per_step ({extra.thoughts_per_step}), one for each step "
+            f"that thoughts replace, got {thinking.num_thoughts}"
         )
-    if method != "codi" and thinking.thought == "dirichlet" and extra.ratio != "joint":
-        raise ValueError(f"ratio {extra.ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
+    check_trackers(values.get("report_to"))
     training = {k: v for k, v in values.items() if k in trainer_fields and k != "temperature"}
     resolved = values | {key: value for part in parts for key, value in dataclasses.asdict(part).items()}
     return Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
 
 
-def load_evaluation(model: str, overrides: dict[str, Any]) -> tuple[EvaluationArguments, dict[str, Any]]:
-    """The arguments of `rl-soft eval`, and the fields of `Thinking` among them, which change the model's own.
+def check_thought(method: str, thinking: Thinking, extra: Any) -> None:
+    """Raises ValueError for a thought kind that the method cannot train."""
+    thought, rl = thinking.thought, method in RL_METHODS
+    if rl and thought == "soft":
+        raise ValueError(
+            "thought soft has no density (it is a point mass): RL cannot train it; use gumbel, dirichlet or token"
+        )
+    if rl and thought == "hidden":
+        raise ValueError(
+            "thought hidden has no density (it is a point mass): RL cannot train it; use hybrid, which a checkpoint "
+            "of thought hidden can go on to"
+        )
+    if method == "codi" and thought == "dirichlet":
+        raise ValueError(
+            "thought dirichlet cannot be trained by codi: its weights are drawn, and no gradient flows through the "
+            "draw; warm up with gumbel or soft, and run RL with thought dirichlet"
+        )
+    if method == "codi" and thought == "hybrid" and not extra.use_projector:
+        raise ValueError(
+            "use_projector false: thought hybrid is the projected state plus a mixture; use thought hidden"
+        )
+    if rl and thought == "dirichlet" and extra.ratio != "joint":
+        raise ValueError(f"ratio {extra.ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
+    if rl and thought == "hybrid" and extra.ratio in ("pathwise", "conditional"):
+        raise ValueError(
+            f"ratio {extra.ratio} is made for gumbel thoughts; thought hybrid takes joint, factored or top1"
+        )
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Raises ValueError for a tracker that is unknown or not installed, before anything is trained."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("none", "all"):
+            continue
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, n=1)
+            raise ValueError(
+                f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed; pip install {name}")
+
+
+def load_evaluation(
+    model: str, overrides: dict[str, Any], group: type = EvaluationArguments, command: str = "eval"
+) -> tuple[Any, dict[str, Any]]:
+    """The arguments of `rl-soft eval` or another command on a model, and the fields of `Thinking` among them, which
+    change the model's own.
 
     Raises:
         ValueError: an unknown key (with the nearest valid one), or a value of the wrong type or out of range.
     """
-    fields = {f.name: f for group in (EvaluationArguments, Thinking) for f in dataclasses.fields(group)}
+    fields = {f.name: f for part in (group, Thinking) for f in dataclasses.fields(part)}
     if "model_name_or_path" in overrides:
-        raise ValueError(f"model_name_or_path is the first argument of eval, here {model!r}; leave the key out")
+        raise ValueError(f"model_name_or_path is the first argument of {command}, here {model!r}; leave the key out")
     values = {"model_name_or_path": model, **overrides}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, sorted(fields), n=1)
             hint = f"; did you mean --{near[0]}?" if near else f"; known: {', '.join(sorted(fields))}"
-            raise ValueError(f"eval knows no --{key}{hint}")
+            raise ValueError(f"{command} knows no --{key}{hint}")
         values[key] = _check_type(fields[key], values[key])
-    names = {f.name for f in dataclasses.fields(EvaluationArguments)}
-    arguments = EvaluationArguments(**{key: value for key, value in values.items() if key in names})
+    names = {f.name for f in dataclasses.fields(group)}
+    arguments = group(**{key: value for key, value in values.items() if key in names})
     return arguments, {key: value for key, value in values.items() if key not in names}
 
 

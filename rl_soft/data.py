@@ -2,8 +2,8 @@
 
 Three kinds of source, told apart by their name:
 
-* generated: a reasoning-gym task (`chain_sum`, `gsm_symbolic`, any other by name). The hash of a question decides
-  whether it is for training or for evaluation, so the two never overlap, whatever the seeds.
+* generated: a reasoning-gym task (`chain_sum`, `gsm_symbolic`, any other by name) or our `chain_mod`. The hash of a
+  question decides whether it is for training or for evaluation, so the two never overlap, whatever the seeds.
 * a local `.jsonl`, `.json`, `.csv` or `.parquet` file.
 * the hub: a name of `CATALOGUE` (`gsm8k`, `svamp`, ...), whose fields and splits are known, or any `owner/name` id.
 
@@ -33,6 +33,7 @@ from typing import Any
 ANSWER_TYPES = ("number", "choice", "bool", "free", "code")
 EXPRESSION = "expression"  # of a stored row: a `number` kept as it is written, such as \frac{1}{2} or x^2 + 1
 SPLITS = ("train", "evaluation")
+OWN_TASKS = ("chain_mod",)
 STEP_FORMS = ("text", "equations")
 COLUMNS = ("question", "answer", "steps", "id", "family", "answer_type")
 # The scorers of the first two compare with tuples, which JSON returns as lists: a right answer would score 0.05. That
@@ -154,6 +155,9 @@ def _draw_task(task: str, seed: int, options: dict[str, Any]) -> Iterator[Row]:
     Item i of a reasoning-gym data set with seed s depends on s + i alone, so neighbouring seeds share almost all their
     items: ours start at a hash of the seed.
     """
+    if task == "chain_mod":
+        yield from _chain_mod(seed, options)
+        return
     from reasoning_gym import create_dataset
 
     options = dict(options)
@@ -201,6 +205,29 @@ def _chain_sum(entry: dict[str, Any], compact: bool) -> tuple[str, tuple[str, ..
     return entry["question"], tuple(steps)
 
 
+def _chain_mod(seed: int, options: Mapping[str, Any]) -> Iterator[Row]:
+    """Digits under +, - and *, from left to right, modulo 10: `7*3-4=` has the steps `7*3=1`, `1-4=7`.
+
+    Every result is one digit, and adding up the terms does not give the answer.
+    """
+    unknown = options.keys() - {"terms"}
+    terms = options.get("terms", 4)
+    if unknown or type(terms) is not int or terms < 2:
+        raise ValueError(f"chain_mod refuses the options {dict(options)}; it has terms, an integer of at least 2")
+    draw = random.Random(question_hash(f"seed {seed}"))
+    while True:
+        result = draw.randrange(10)
+        question, steps = str(result), []
+        for _ in range(terms - 1):
+            sign, term = draw.choice("+-*"), draw.randrange(10)
+            value = _SIGNS[sign](result, term) % 10
+            steps.append(f"{result}{sign}{term}={value}")
+            question, result = f"{question}{sign}{term}", value
+        question += "="
+        identity = f"chain_mod/{question_hash(question)}"
+        yield Row(identity, question, tuple(steps), str(result), "number", "chain_mod", None)
+
+
 def _gsm_symbolic(entry: dict[str, Any], compact: bool, form: str) -> tuple[str, tuple[str, ...]]:
     """The worked solution in lines, or its equations alone: no steps if these do not end in the answer."""
     question = entry["question"]
@@ -217,12 +244,13 @@ def _gsm_symbolic(entry: dict[str, Any], compact: bool, form: str) -> tuple[str,
 def _task_name(source: str) -> str:
     from reasoning_gym.factory import DATASETS
 
-    if source not in DATASETS:
-        known = [*CATALOGUE, *DATASETS]
+    if source not in DATASETS and source not in OWN_TASKS:
+        known = [*CATALOGUE, *OWN_TASKS, *DATASETS]
         nearest = difflib.get_close_matches(source.lower(), known, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown data source {source!r}; the nearest known is {nearest!r}. A source is one of "
-            f"{', '.join(CATALOGUE)}; a reasoning-gym task; a file ({', '.join(READERS)}); or a hub id owner/name"
+            f"{', '.join((*CATALOGUE, *OWN_TASKS))}; a reasoning-gym task; a file ({', '.join(READERS)}); or a hub id "
+            "owner/name"
         )
     return source
 
@@ -244,6 +272,7 @@ _OPERATORS: dict[type, Callable] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+_SIGNS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def equations(text: str) -> tuple[str, ...]:

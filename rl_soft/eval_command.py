@@ -17,11 +17,12 @@ import yaml
 from accelerate import PartialState
 
 from rl_soft import data, policy
-from rl_soft.config import EvaluationArguments, load_evaluation
+from rl_soft.config import AnalysisArguments, EvaluationArguments, load_evaluation
 from rl_soft.evaluate import FREE_KEYS, check_golds, evaluate, header_of
 from rl_soft.layout import Layout, Thinking
 from rl_soft.records import check_header
 from rl_soft.report import build
+from rl_soft.supervised import context_length
 from rl_soft.train import gathered, prepare_devices
 
 logger = logging.getLogger("rl_soft")
@@ -61,6 +62,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
     loaded = load_policy(model, arguments)
     thinking.support_size(loaded.model.config.vocab_size)
     layout = Layout(thinking, loaded.tokenizer)
+    check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
     loaded.model.to(state.device)
     logger.info("%d problems x (%d samples + greedy) into %s", len(rows), arguments.eval_samples, out)
     try:
@@ -72,6 +74,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
                 out,
                 batch_size=arguments.eval_batch_size,
                 run_code=arguments.confirm_run_unsafe_code,
+                control=arguments.control,
                 **described,
             )
     except KeyboardInterrupt:
@@ -102,7 +105,21 @@ def thinking_of(model: str, changes: dict[str, Any]) -> Thinking:
     return Thinking(**{"phase": "explicit", **changes})
 
 
-def load_rows(arguments: EvaluationArguments) -> list[data.Row]:
+def check_lengths(rows: list[data.Row], layout: Layout, context: int | None, dataset: str) -> None:
+    """Refuse, by name, questions that leave a model without positions for thoughts and answer."""
+    if context is None:
+        return
+    lengths = {row.id: len(layout.prompt_ids(row.question)) + layout.max_completion_length for row in rows}
+    long = [name for name, length in lengths.items() if length > context]
+    if long:
+        raise ValueError(
+            f"dataset {dataset}, row {long[0]}: question, thoughts and answer may take {lengths[long[0]]} tokens, and "
+            f"the model has {context} positions; so may {len(long) - 1} more rows: lower num_thoughts or "
+            f"max_answer_tokens, or leave them out with dataset_options: {{drop: [{', '.join(long[:20])}]}}"
+        )
+
+
+def load_rows(arguments: EvaluationArguments | AnalysisArguments) -> list[data.Row]:
     return data.load(
         arguments.dataset,
         arguments.split,
@@ -113,7 +130,7 @@ def load_rows(arguments: EvaluationArguments) -> list[data.Row]:
     )
 
 
-def load_policy(model: str, arguments: EvaluationArguments) -> policy.Policy:
+def load_policy(model: str, arguments: EvaluationArguments | AnalysisArguments) -> policy.Policy:
     try:
         return policy.load(model, arguments.dtype, arguments.attn_implementation)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub

@@ -134,14 +134,27 @@ def thought_tokens(layout: Layout, out: Rollout) -> list[list[list[list[Any]]]] 
 
 
 def sample_records(
-    model: PreTrainedModel, layout: Layout, tasks: Sequence[tuple[Row, int]], seed: int, run_code: bool = False
+    model: PreTrainedModel,
+    layout: Layout,
+    tasks: Sequence[tuple[Row, int]],
+    seed: int,
+    run_code: bool = False,
+    control: str = "none",
 ) -> list[dict[str, Any]]:
-    """One record for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix."""
+    """One record for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix.
+
+    `control` disturbs the thoughts (`policy.disturb`).
+    """
     seeds = [address(seed, row.id, sample) for row, sample in tasks]
     greedy = tasks[0][1] == GREEDY
     prompts = [layout.prompt_ids(row.question) for row, _ in tasks]
     out = rollout(
-        model, layout, prompts, None if greedy else torch.tensor(seeds), eos_token_ids(model, layout.tokenizer)
+        model,
+        layout,
+        prompts,
+        None if greedy else torch.tensor(seeds),
+        eos_token_ids(model, layout.tokenizer),
+        control=control,
     )
     thoughts = out.thought_mask.sum(-1).tolist()
     answers = (out.action_mask & ~out.thought_mask).sum(-1).tolist()
@@ -203,6 +216,7 @@ def evaluate(
     split: str = "evaluation",
     config: dict[str, Any] | None = None,
     run_code: bool = False,
+    control: str = "none",
 ) -> None:
     """Write eval.json and records.jsonl; samples already there are not drawn again.
 
@@ -211,6 +225,7 @@ def evaluate(
         batch_size: completions decoded together on a process.
         config: flat; with what else the evaluation is identified by. The same in every process.
         run_code: run the programs that answer rows of type `code`.
+        control: what is done to the thoughts that are fed.
 
     Raises:
         ValueError: the directory holds another evaluation, or records of other problems.
@@ -250,7 +265,7 @@ def evaluate(
                 part = missing[start : start + chunk]
                 share = -(-len(part) // state.num_processes)
                 mine = part[state.process_index * share : (state.process_index + 1) * share]
-                records = gather_object(sample_records(model, layout, mine, seed, run_code) if mine else [])
+                records = gather_object(sample_records(model, layout, mine, seed, run_code, control) if mine else [])
                 if writer is not None:
                     writer.append(*records)
                 bar.update(len(part))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BOT, EOT, PAD = "<bot>", "<eot>", "<pad>"
 PHASES = ("latent", "explicit")
-THOUGHTS = ("token", "soft", "gumbel", "dirichlet")
+THOUGHTS = ("token", "soft", "gumbel", "dirichlet", "hidden", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Thinking:
         default="gumbel",
         metadata={
             "help": "Thought kind: gumbel (Gumbel-Softmax mixture, random), dirichlet (random weights of the K most "
-            "probable ids), soft (their softmax mixture) or token."
+            "probable ids), soft (their softmax mixture), hidden (the projected last hidden state), hybrid (hidden "
+            "plus a gated gumbel mixture) or token."
         },
     )
     phase: str = field(
@@ -74,6 +75,8 @@ class Thinking:
             refuse("thought", f"one of {', '.join(THOUGHTS)}")
         if self.phase not in PHASES:
             refuse("phase", f"one of {', '.join(PHASES)}")
+        if self.thought in ("hidden", "hybrid") and self.phase != "latent":
+            refuse("phase", f"latent for thought {self.thought} (its thoughts spell no end of thinking)")
         if self.num_thoughts < 0 or (self.phase == "explicit" and self.num_thoughts < 1):
             refuse("num_thoughts", "at least 1 (explicit) or 0 (latent)")
         if self.thought_k < 0:
@@ -91,10 +94,14 @@ class Thinking:
             refuse("question_template", "a text that contains {question}")
 
     def support_size(self, vocab_size: int) -> int:
-        """K for a model of `vocab_size` tokens. Raises ValueError when thought_k exceeds the vocabulary."""
+        """K for a model of `vocab_size` tokens; a hidden thought mixes none, and records its state's strongest id.
+
+        Raises:
+            ValueError: thought_k exceeds the vocabulary.
+        """
         if self.thought_k > vocab_size:
             raise ValueError(f"thought_k must be at most the vocabulary size {vocab_size}, got {self.thought_k}")
-        if self.thought == "token":
+        if self.thought in ("token", "hidden"):
             return 1
         return self.thought_k or vocab_size
 

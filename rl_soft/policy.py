@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -30,9 +28,12 @@ from rl_soft.densities import Dirichlet, SoftToken, dirichlet_log_prob, gumbel_t
 from rl_soft.head import LogProb
 from rl_soft.layout import BOT, EOT, PAD, Thinking
 from rl_soft.noise import gumbel
+from rl_soft.projector import PROJECTOR_FILE, language_model, load_projector
+from rl_soft.projector import Projector as Projector
+from rl_soft.projector import add_projector as add_projector
 
 SIDE_FILE = "rl_soft.json"
-VALUE_HEAD_FILE = "value_head.safetensors"
+CONTROLS = ("none", "zero", "shuffle", "repeat")
 
 
 @dataclass
@@ -57,17 +58,18 @@ def next_thought(logits: Tensor, thinking: Thinking, seeds: Tensor | None = None
     Returns:
         SoftToken of support (B, K) int64 and log-weights (B, K) float32, the strongest weight first. Without noise, a
         gumbel thought has the weights softmax_S(phi / tau) of the K most probable ids; a soft thought softmax_S(phi),
-        and so has a dirichlet one, whose mean they are.
+        and so has a dirichlet one, whose mean they are. A hybrid thought is a gumbel one here; a hidden thought is
+        the strongest id, for the record alone, and draws no noise.
     """
     k = thinking.support_size(logits.shape[-1])
     if seeds is not None and thinking.thought == "dirichlet":
         d = Dirichlet(logits, k, thinking.thought_gamma, thinking.thought_temperature)
         return d.sample(seeds=seeds.to(logits.device), step=step)
     z = torch.log_softmax(logits.float() / thinking.thought_temperature, dim=-1)  # (B, V)
-    if seeds is not None and thinking.thought != "soft":
+    if seeds is not None and thinking.thought not in ("soft", "hidden"):
         z = z + gumbel(seeds.to(z.device), step, z.shape[-1])
     values, support = z.topk(k, dim=-1)  # (B, K)
-    tau = thinking.thought_tau if thinking.thought == "gumbel" else 1.0
+    tau = thinking.thought_tau if thinking.thought in ("gumbel", "hybrid") else 1.0
     return SoftToken(support, torch.log_softmax(values / tau, dim=-1))
 
 
@@ -97,92 +99,114 @@ def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -
     return mixture
 
 
+def reads_hidden(thinking: Thinking) -> bool:
+    """Whether what is fed as a thought depends on the last hidden state itself, and not only on its logits."""
+    return thinking.thought in ("hidden", "hybrid")
+
+
+def thought_input(model: Any, thinking: Thinking, slots: Tensor, log_weights: Tensor, hidden: Tensor | None) -> Tensor:
+    """What is fed for a thought; gradients flow to all that it is made of.
+
+    Args:
+        model: the causal LM, possibly in a PEFT wrapper.
+        slots, log_weights: (..., K) int64 and float32, the thought.
+        hidden: (..., H), what the LM head read at the position before (after the final norm); read by kinds hidden
+            and hybrid.
+
+    Returns:
+        (..., H): the mixture of embeddings; the projected hidden state, or that state itself where the model has no
+        projector (hidden: Coconut's thought); their gated sum (hybrid).
+
+    Raises:
+        ValueError: a hybrid thought and no projector.
+    """
+    if not reads_hidden(thinking):
+        return mix_embeddings(model.get_input_embeddings(), slots, log_weights)
+    assert hidden is not None
+    projector = getattr(model, "projector", None)
+    if thinking.thought == "hidden":
+        return hidden if projector is None else projector(hidden)
+    if projector is None:
+        raise ValueError("thought hybrid needs a model with a projector; start from a CODI run with hidden or hybrid")
+    return projector(hidden, mix_embeddings(model.get_input_embeddings(), slots, log_weights))
+
+
+def disturb(fed: Tensor, control: str, first: Tensor) -> Tensor:
+    """Controls of an analysis: what is fed for a thought, with its content taken away.
+
+    Args:
+        fed: (B, H), what would be fed at this step to rows that all have a thought here.
+        control: none; zero: a vector of zeros; shuffle: the thought of the row before (the last row's for the first),
+            so rows must be different problems; repeat: the row's first thought again.
+        first: (B, H), what was fed for the rows' first thoughts; `fed` itself at the first.
+
+    Raises:
+        ValueError: an unknown control.
+    """
+    if control == "none":
+        return fed
+    if control == "zero":
+        return torch.zeros_like(fed)
+    if control == "shuffle":
+        return fed.roll(1, dims=0)
+    if control == "repeat":
+        return first
+    raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")
+
+
 def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def last_state(output: Any) -> Tensor | None:
+    """(B, H), what the LM head read at the last position; None where the forward was not asked for hidden states."""
+    return output.hidden_states[-1][:, -1] if output.hidden_states else None
+
+
 def think(
+    forward: Any,
     model: Any,
-    embedding: nn.Module,
     logits: Tensor,
+    hidden: Tensor | None,
     cache: Any,
     mask: Tensor,
     thinking: Thinking,
     seeds: Tensor | None,
     step: int = 0,
+    control: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """n thoughts on a cache, differentiable from the first to the last.
 
     Args:
-        model: called with `inputs_embeds`; must return logits.
-        logits: (B, V) after the prompt, from which the first thought is made.
+        forward: called with `inputs_embeds`; must return logits, and hidden states when asked: `model` or a wrapper.
+        model: whose embeddings and projector make what is fed.
+        logits, hidden: (B, V) and (B, H) after the prompt, from which the first thought is made; see `last_state`.
         mask: (B, P) attention mask of what the cache holds.
         seeds, step: address of the noise, see `next_thought`.
+        control: what is done to the thoughts fed, see `disturb`.
 
     Returns:
         mask (B, P + n) and the position (B, 1) of the next input. The last thought's logits predict a fed position and
         are not needed.
     """
     position = mask.sum(-1, keepdim=True)  # (B, 1)
+    first: Tensor | None = None
     for t in range(thinking.num_thoughts):
         thought = next_thought(logits, thinking, seeds, step + t)  # (B, K)
+        fed = thought_input(model, thinking, thought.support, thought.log_weights, hidden)  # (B, H)
+        first = fed if first is None else first
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = model(
-            inputs_embeds=mix_embeddings(embedding, thought.support, thought.log_weights)[:, None],
+        out = forward(
+            inputs_embeds=disturb(fed, control, first)[:, None],
             attention_mask=mask,
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
+            output_hidden_states=reads_hidden(thinking),
+        )
+        logits, hidden = out.logits[:, -1], last_state(out)
         position = position + 1
     return mask, position
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The value head of PPO
-
-
-def add_value_head(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
-    """Give a causal LM (without its PEFT wrapper) `value_head`, V(s) = w h + b on its last hidden states.
-
-    It starts from the value_head.safetensors beside the weights that the model was loaded from, or from zero. Added
-    after LoRA, so that no adapter is put on it and nothing freezes it.
-    """
-    hidden_size = model.config.get_text_config().hidden_size
-    head = nn.utils.skip_init(nn.Linear, hidden_size, 1, dtype=dtype, device=model.device)  # draws no random numbers
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    model.value_head = head
-    if model.name_or_path and (Path(model.name_or_path) / VALUE_HEAD_FILE).exists():
-        load_value_head(model, Path(model.name_or_path))
-
-
-def state_values(model: Any, hidden: Tensor) -> Tensor | None:
-    """V of hidden states (B, C, H) -> (B, C) float32; None where the model has no value head."""
-    if not hasattr(model, "value_head"):
-        return None
-    with torch.autocast(hidden.device.type, enabled=False):
-        return model.value_head(hidden.to(model.value_head.weight.dtype))[..., 0].float()
-
-
-def split_value_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict without the value head, and the head's own."""
-    mark = "value_head."
-    head = {key.rpartition(mark)[2]: value for key, value in state.items() if mark in key}
-    return {key: value for key, value in state.items() if mark not in key}, head
-
-
-def save_value_head(folder: Path, head: dict[str, Tensor]) -> None:
-    temporary = folder / (VALUE_HEAD_FILE + ".tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in head.items()}, temporary)
-    os.replace(temporary, folder / VALUE_HEAD_FILE)
-
-
-def load_value_head(model: Any, folder: Path) -> None:
-    """Raises ValueError when the folder has no value head."""
-    if not (folder / VALUE_HEAD_FILE).exists():
-        raise ValueError(f"{folder} has no {VALUE_HEAD_FILE}: it was not written by PPO")
-    model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,6 +303,8 @@ def load(name_or_path: str, dtype: str = "float32", attn_implementation: str | N
         model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    if (path / PROJECTOR_FILE).exists():
+        load_projector(language_model(model), path)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,7 +7,7 @@ answer tokens alike; fed positions (<eot>, the answer prompt) are not actions an
 
 The value loss reaches the trunk: the hidden states are trained to carry the value, as in PPO with shared parameters
 (Schulman et al., arXiv 1707.06347, Eq. 9; Ziegler et al., arXiv 1909.08593). The head starts at zero, so the first
-update's value gradient moves the head alone.
+update's value gradient moves the head alone; its offset is the mean reward of the first rollout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
-from rl_soft.policy import add_value_head, load_value_head, save_value_head, split_value_head
 from rl_soft.rl import SOFT_KEYS, SoftGRPOTrainer
+from rl_soft.value_head import add_value_head, load_value_head, save_value_head, split_value_head
 
 
 @dataclass
@@ -168,14 +168,19 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         if "old_per_token_logps" in output:
             values = self._values[0]  # TRL's pass for the old densities comes before the reference's
         else:
-            values = self._values_of(output)
+            with self._clock.phase("scoring"):
+                values = self._values_of(output)
         self._values = []
 
         B = len(values)
         first = self.accelerator.process_index * B
         weighted = self._rewards_per_func * self.reward_weights.to(self._rewards_per_func)  # (N, F)
-        rewards = weighted.nansum(dim=1)[first : first + B]
-        scored = ~weighted.isnan().all(dim=1)[first : first + B]  # some reward function returned a number
+        all_rewards, all_scored = weighted.nansum(dim=1), ~weighted.isnan().all(dim=1)  # (N,)
+        rewards, scored = all_rewards[first : first + B], all_scored[first : first + B]
+        offset = self._language_model().value_head.offset
+        if self.model.training and offset.isnan() and all_scored.any():
+            offset.fill_(all_rewards[all_scored].mean())
+            values = values + offset
         in_loss = output["completion_mask"].bool() & output["tool_mask"].bool()
         mask = in_loss & scored[:, None]  # (B, C)
 

@@ -25,7 +25,6 @@ The policy ratio of a thought (S, x), with i* its strongest id (`ratio`; formula
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -38,9 +37,18 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, pad, use_adapter
 
+from rl_soft.clock import PhaseClock
 from rl_soft.guards import Guarded
 from rl_soft.layout import Layout
 from rl_soft.noise import address
+from rl_soft.projector import (
+    KeepsProjector,
+    add_projector,
+    add_reference_projector,
+    beside_adapter,
+    check_hybrid,
+    language_model,
+)
 from rl_soft.rollout import Rollout, rollout
 from rl_soft.scored import SoftInputs, add_soft_forward, reference_head
 
@@ -59,7 +67,7 @@ class EpochSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
-class SoftGRPOTrainer(Guarded, GRPOTrainer):
+class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
     """GRPO over soft rollouts.
 
     Args:
@@ -99,6 +107,11 @@ class SoftGRPOTrainer(Guarded, GRPOTrainer):
                 raise ValueError(f"{name} cannot be used with soft rollouts: they have a single turn")
         if layout.thinking.thought == "soft":
             raise ValueError("thought soft is a point mass and has no density; use gumbel, dirichlet or token for RL")
+        if layout.thinking.thought == "hidden":
+            raise ValueError("thought hidden is a point mass and has no density; use hybrid, gumbel or token for RL")
+        if layout.thinking.thought == "hybrid":
+            model = args[0] if args else kwargs.get("model")
+            check_hybrid(model, ratio, kwargs.get("args"), beside_adapter(kwargs.get("peft_config")))
         if layout.thinking.thought == "dirichlet" and ratio != "joint":
             raise ValueError(f"ratio {ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
         if ratio in ("pathwise", "conditional"):
@@ -121,6 +134,12 @@ class SoftGRPOTrainer(Guarded, GRPOTrainer):
         add_soft_forward(model.get_base_model() if is_peft_model(model) else model, chunk_size)
         if self.ref_model is not None:
             add_soft_forward(self.accelerator.unwrap_model(self.ref_model), chunk_size)
+        if layout.thinking.thought == "hybrid":
+            add_projector(language_model(model), gated=True)  # it is there, and may be frozen
+            if self.ref_model is not None:
+                add_reference_projector(self.accelerator.unwrap_model(self.ref_model))
+        self._clock = PhaseClock()
+        self.add_callback(self._clock)
         self._rows: list[dict[str, Any]] = []  # the inputs of the rollout under way
         self._rollout: Rollout | None = None  # the rollout just made, until it is in the batch
         self._slice: dict[str, Tensor] | None = None  # the soft tensors that the density method reads
@@ -161,17 +180,19 @@ class SoftGRPOTrainer(Guarded, GRPOTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list]:
-        started = time.perf_counter()
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ) as model:
+        with (
+            self._clock.phase("rollout"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+        ):
             out = rollout(model, self.layout, prompt_ids, self._row_seeds(), self.eos_token_ids)
         self._rollout = out
         lengths = out.lengths.tolist()
-        self._log_rollout(out, time.perf_counter() - started)
+        self._log_rollout(out)
         completions = [ids[:n] for ids, n in zip(out.completion_ids.tolist(), lengths, strict=True)]
         log_probs = [values[:n] for values, n in zip(out.log_probs.tolist(), lengths, strict=True)]
         return completions, log_probs
@@ -187,13 +208,18 @@ class SoftGRPOTrainer(Guarded, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
-        output = super()._generate_and_score_completions(inputs)
-        self._slice = None  # set by _soft_tensors for the old and reference passes
-        output.update(self._soft_tensors())
-        self._rollout = None
-        if self.full_kl_beta:
-            output["ref_states"] = self._reference_states(output)
-        return output
+        with self._clock.phase("scoring"):
+            output = super()._generate_and_score_completions(inputs)
+            self._slice = None  # set by _soft_tensors for the old and reference passes
+            output.update(self._soft_tensors())
+            self._rollout = None
+            if self.full_kl_beta:
+                output["ref_states"] = self._reference_states(output)
+            return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._clock.phase("reward"):
+            return super()._calculate_rewards(*args, **kwargs)
 
     def _soft_tensors(self) -> dict[str, Tensor]:
         """The rollout's recorded actions, padded exactly as TRL pads completion ids."""
@@ -343,7 +369,7 @@ class SoftGRPOTrainer(Guarded, GRPOTrainer):
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
-    def _log_rollout(self, out: Rollout, seconds: float) -> None:
+    def _log_rollout(self, out: Rollout) -> None:
         """Softness, entropy and outside mass of the thoughts; sums and counts over all processes, then the ratio."""
         thoughts, answers = out.thought_mask, out.action_mask & ~out.thought_mask
         weights = out.log_weights.exp()
@@ -367,10 +393,9 @@ class SoftGRPOTrainer(Guarded, GRPOTrainer):
             "thoughts/entropy": entropy_t / max(n_t, 1),
             "thoughts/count": n_t / rows,
             "answer/entropy": entropy_a / max(n_a, 1),
-            "rollout/seconds": seconds,
-            "rollout/tokens_per_second": (n_t + n_a) / max(seconds, 1e-9),
         }.items():
             metrics[name].append(value)
+        self._clock.count("rollout", n_t + n_a)
 
     @torch.no_grad()
     def _log_ratios(self, inputs: dict[str, Any]) -> None:
@@ -413,9 +438,12 @@ class SoftGRPOTrainer(Guarded, GRPOTrainer):
             metrics[f"{name}/clip_fraction"].append(clips / n)
         if self._kl is not None:
             metrics["kl"].append(kl_sum / max(count, 1.0))
+        if self.model.training:
+            self._clock.count("update", count)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.model.training:
+        if self.model.training and "loss" in logs:
+            logs |= self._clock.take()
             logs["rollout/density_gap"] = self._density_gap
             self._density_gap = 0.0
             if torch.cuda.is_available():

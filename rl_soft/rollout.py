@@ -1,74 +1,43 @@
-"""Soft rollouts: prefill, think, answer on one KV cache.
+"""Soft rollouts on one KV cache: rows enter when there is room, take steps together, and leave when they are done.
 
-Each row walks through the phases THINK -> FORCED -> ANSWER -> DONE. A gumbel thought is a Gumbel top-K sample of the
-next-token distribution; an answer token is the strongest id of the same sample (the Gumbel-max trick), so one draw
-of noise and one top-K serve both. Other kinds draw their answer tokens apart. FORCED positions (<eot>, the answer
-prompt) are fed, not sampled: they have no density and stay out of the loss.
+    enter    waiting rows take free places: their prompts are prefilled, each distinct one once
+    step     feed what was sampled to the model, sample what comes next (`walk`); no number leaves the device
+    leave    every few steps: which rows are done? The others move up, so that the first n places are taken
 
-Prompts that repeat are prefilled once and share their cache rows; rows that are done leave the batch. The noise of a
-row depends on its seed and position only (`noise`), so a rollout does not depend on the batch it is in.
+What a row becomes depends neither on the rows beside it nor on when it entered, since its noise is a function of its
+seed and position (`noise`). So a row that loses its place for want of memory starts again, and becomes the same.
+
+Shapes: B rows in all, S places, n rows that are live, m rows that enter, U distinct prompts, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rl_soft.densities import GumbelTopK, SoftToken
-from rl_soft.layout import Layout, Thinking
-from rl_soft.policy import density_of, mix_embeddings, next_thought, position_ids
+from rl_soft.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
+from rl_soft.graphs import Replay
+from rl_soft.layout import Layout
+from rl_soft.policy import disturb, mix_embeddings, position_ids, reads_hidden, thought_input
+from rl_soft.walk import DONE, Live, Walk
+from rl_soft.walk import Rollout as Rollout
 
-THINK, FORCED, ANSWER, DONE = 0, 1, 2, 3
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Rollout:
-    """B completions, right-padded to the longest, T positions of K slots. Tensors live on the model's device."""
-
-    prompt_ids: list[list[int]]
-    completion_ids: Tensor  # (B, T) int64; latent thoughts hold <bot>, explicit ones their strongest id
-    mask: Tensor  # (B, T) bool, the positions that exist
-    action_mask: Tensor  # (B, T) bool, of those the sampled ones (thoughts and answer tokens)
-    thought_mask: Tensor  # (B, T) bool, of those the thoughts
-    support: Tensor  # (B, T, K) int64, the strongest weight first
-    log_weights: Tensor  # (B, T, K) float32, logsumexp 0; -inf at absent slots; a token is [0, -inf, ...]
-    log_probs: Tensor  # (B, T) float32: density at thoughts, probability at answer tokens, 0 elsewhere
-    support_log_probs: Tensor  # (B, T, K) float32: ln pi of the slots' ids, 0 where nothing was sampled
-    entropy: Tensor  # (B, T) float32, nats, of the categorical that the action was drawn from
-    outside: Tensor  # (B, T) float32, probability mass outside the support
-    finished: Tensor  # (B,) bool, ended by an end-of-sequence token
-    seeds: Tensor  # (B,) int64
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.mask.sum(-1)  # (B,)
-
-
-def _prefill(model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int):
-    """Run every distinct prompt once. Returns last logits (B, V), cache, mask (B, P) and lengths (B,), per row."""
-    device = model.get_input_embeddings().weight.device
-    distinct: dict[tuple[int, ...], int] = {}
-    row_to_prompt = torch.tensor([distinct.setdefault(tuple(p), len(distinct)) for p in prompt_ids], device=device)
-    P = max(map(len, distinct))
-    ids = torch.tensor([[pad_id] * (P - len(p)) + list(p) for p in distinct], device=device)  # (U, P)
-    mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in distinct], device=device)
-    cache = DynamicCache(config=model.config)
-    out = model(
-        inputs_embeds=model.get_input_embeddings()(ids),
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.batch_select_indices(row_to_prompt)
-    mask = mask[row_to_prompt]
-    return out.logits[row_to_prompt, -1], cache, mask, mask.sum(-1)
+PREFILL_TOKENS = 4096  # of distinct prompts, padding included, that go through the model at once
+MEMORY_SHARE = 0.6  # of the free memory, that the cache may take where no budget is given
+LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between looks at which rows are done; a look makes the host wait
+IDLE = {"cuda": 0.5, "cpu": 0.0}  # share of the rows that may be done before others move up: a new shape, a new graph
+GRAIN = {"cuda": 256, "cpu": 1}  # columns that shapes are rounded up to, so that a graph serves many steps
+CHUNK = {"cuda": 1024, "cpu": 64}  # columns that the cache grows by
 
 
 @torch.no_grad()
@@ -78,7 +47,8 @@ def rollout(
     prompt_ids: Sequence[Sequence[int]],
     seeds: Tensor | None,
     eos_ids: Sequence[int],
-    compact_every: int = 8,
+    token_budget: int | None = None,
+    control: str = "none",
 ) -> Rollout:
     """One completion for each prompt.
 
@@ -87,139 +57,267 @@ def rollout(
         prompt_ids: B prompts; equal ones share a prefill.
         seeds: (B,) int64, see `noise.address`; None decodes greedily (no noise at all).
         eos_ids: ids that end a completion.
-        compact_every: steps between looks at which rows are done (each look synchronises the device).
+        token_budget: positions that the cache may hold, live rows times the longest that a row can get; other rows
+            wait for a place. None: what MEMORY_SHARE of the free memory holds.
+        control: what is done to the thoughts fed, see `policy.disturb`; `shuffle` needs all rows to be live at once.
 
     Returns:
         `Rollout`; log-densities are of the policy at the temperatures in `layout.thinking`.
+
+    Raises:
+        ValueError: a model that is no decoder-only language model, or one with layers that the cache does not know;
+            control `shuffle` and a budget that does not hold all rows.
     """
-    thinking, pad_id = layout.thinking, layout.tokenizer.pad_token_id
-    logits, cache, attention_mask, next_position = _prefill(model, prompt_ids, pad_id)
-    device, B = logits.device, len(prompt_ids)
-    K, T = thinking.support_size(logits.shape[-1]), layout.max_completion_length
-    embedding = model.get_input_embeddings()
-    log_prob, parameter = density_of(thinking)
-    eos = torch.tensor(list(eos_ids), device=device)
-    end = torch.tensor(layout.end_ids, device=device)
-    placeholder = layout.bot_id if thinking.phase == "latent" else None
+    check_model(model)
+    return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control).run()
 
-    # What is fed after the thoughts: row 0 when they ended on their own, row 1 when they hit the cap.
-    forced = [layout.forced_after_end, layout.forced_after_cap]
-    forced_length = torch.tensor([len(f) for f in forced], device=device)  # (2,)
-    width = max(1, *map(len, forced))
-    forced_ids = torch.tensor([f + [pad_id] * (width - len(f)) for f in forced], device=device)  # (2, F)
 
-    completion_ids = torch.full((B, T), pad_id, device=device)
-    mask, action_mask, thought_mask = (torch.zeros(B, T, dtype=torch.bool, device=device) for _ in range(3))
-    support = torch.full((B, T, K), pad_id, device=device)
-    log_weights = torch.full((B, T, K), -torch.inf, device=device)
-    log_weights[..., 0] = 0.0
-    support_log_probs = torch.zeros(B, T, K, device=device)
-    log_probs, entropy, outside = (torch.zeros(B, T, device=device) for _ in range(3))
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    all_seeds = torch.zeros(B, dtype=torch.int64, device=device) if seeds is None else seeds.to(device)
+def check_model(model: Any) -> None:
+    """Refuse, by name, a model that soft rollouts cannot be made with.
 
-    rows = torch.arange(B, device=device)  # the rows still in the batch
-    phase = torch.full((B,), THINK if thinking.num_thoughts else FORCED, device=device)
-    capped = torch.ones(B, dtype=torch.int64, device=device)  # which row of `forced`
-    fed, thoughts, answered = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
-    recent = torch.full((B, max(1, len(layout.end_ids))), -1, device=device)  # last strongest ids of the thoughts
+    Raises:
+        ValueError: an encoder-decoder, or a model that takes images or sound.
+    """
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model {name} is an encoder-decoder; soft rollouts need a decoder-only language model")
+    for part in ("vision_config", "audio_config"):
+        if getattr(model.config, part, None) is not None:
+            raise ValueError(f"model {name} has a {part}; load its language model alone, an AutoModelForCausalLM")
 
-    for t in range(T):
-        is_thought, is_forced, is_answer = phase == THINK, phase == FORCED, phase == ANSWER
-        live = phase != DONE
-        temperature = torch.where(is_thought, thinking.thought_temperature, thinking.temperature)
-        scaled = logits.float() / temperature[:, None]  # (L, V)
-        action = _draw(scaled, is_thought, thinking, None if seeds is None else all_seeds[rows], t)
-        top = action.support[:, 0]
 
-        ids = torch.where(is_forced, forced_ids[capped, fed.clamp(max=width - 1)], top)
-        slots = torch.where(is_thought[:, None], action.support, pad_id)  # (L, K)
-        slots[:, 0] = ids
-        weights = torch.full_like(action.log_weights, -torch.inf)
-        weights[:, 0] = 0.0
-        weights = torch.where(is_thought[:, None], action.log_weights, weights)
+@dataclass
+class Prefill:
+    """U prompts that went through the model together."""
 
-        phi = torch.log_softmax(scaled, dim=-1)
-        sampled = is_thought | is_answer
-        phi_support = phi.gather(-1, slots)
-        absent = weights.isneginf()
-        log_outside = phi.scatter(-1, torch.where(absent, slots[:, :1], slots), -torch.inf).logsumexp(-1)
-        density = torch.where(is_thought, log_prob(phi_support, log_outside, weights, parameter), phi_support[:, 0])
+    number: dict[tuple[int, ...], int]  # which is which
+    cache: DynamicCache
+    logits: Tensor  # (U, V)
+    hidden: Tensor | None  # (U, H)
 
-        shown = ids if placeholder is None else torch.where(is_thought, placeholder, ids)
-        completion_ids[rows, t] = torch.where(live, shown, pad_id)
-        mask[rows, t], action_mask[rows, t], thought_mask[rows, t] = live, sampled, is_thought
-        support[rows, t] = torch.where(live[:, None], slots, pad_id)
-        log_weights[rows, t] = weights
-        log_probs[rows, t] = torch.where(sampled, density, 0.0)
-        support_log_probs[rows, t] = torch.where(sampled[:, None], phi_support, 0.0)
-        entropy[rows, t] = torch.where(sampled, -(phi.exp() * phi.clamp(min=-1e4)).sum(-1), 0.0)
-        outside[rows, t] = torch.where(sampled, log_outside.exp(), 0.0)
 
-        # Which phase the next position of each row is in.
-        thoughts, fed, answered = thoughts + is_thought, fed + is_forced, answered + is_answer
-        recent = torch.where(is_thought[:, None], torch.cat([recent[:, 1:], top[:, None]], dim=1), recent)
-        said_end = is_thought & (recent == end).all(-1) if len(end) else torch.zeros_like(is_thought)
-        at_cap = is_thought & ~said_end & (thoughts >= thinking.num_thoughts)
-        is_eos = torch.isin(top, eos)
-        capped = torch.where(said_end, 0, capped)
-        ready = torch.where(capped == 0, forced_length[0], forced_length[1])
-        phase = torch.where(said_end | at_cap, torch.where(ready > 0, FORCED, ANSWER), phase)
-        phase = torch.where(is_forced & (fed >= ready), ANSWER, phase)
-        stops = is_answer & is_eos
-        if thinking.phase == "explicit":
-            stops = stops | (is_thought & is_eos)
-        phase = torch.where(stops | (is_answer & (answered >= thinking.max_answer_tokens)), DONE, phase)
-        finished[rows] |= stops
+class Engine:
+    """One rollout under way; arguments as in `rollout`."""
 
-        if t == T - 1:
-            break
-        if t % compact_every == compact_every - 1 or t + 1 >= T - thinking.max_answer_tokens:
-            keep = (phase != DONE).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            if len(keep) <= 0.75 * len(rows):
-                rows, phase, capped, fed, thoughts, answered, recent, slots, weights, attention_mask, next_position = (
-                    x[keep]
-                    for x in (
-                        rows, phase, capped, fed, thoughts, answered, recent, slots, weights, attention_mask,
-                        next_position,
-                    )
-                )  # fmt: skip
-                cache.batch_select_indices(keep)
+    cache: RowCache  # and `live`, made when the first prefill has shown what a row takes
+    live: Live
 
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-        logits = model(
-            inputs_embeds=mix_embeddings(embedding, slots, weights)[:, None],  # (L, 1, H)
-            attention_mask=attention_mask,
-            position_ids=next_position[:, None],
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        prompt_ids: Sequence[Sequence[int]],
+        seeds: Tensor | None,
+        eos_ids: Sequence[int],
+        token_budget: int | None,
+        control: str,
+    ) -> None:
+        self.model, self.thinking, self.pad_id = model, layout.thinking, layout.tokenizer.pad_token_id
+        self.embedding = model.get_input_embeddings()
+        self.device = self.embedding.weight.device
+        self.prompts = [tuple(p) for p in prompt_ids]
+        B, V = len(self.prompts), model.config.get_text_config().vocab_size
+        self.walk = Walk(layout, V, B, seeds, eos_ids, self.device)
+        self.token_budget, self.control = token_budget, control
+        self.windows = attention_windows(DynamicCache(config=model.config))
+        # Long prompts first: those that are prefilled together need little padding, and the width falls with time.
+        order = sorted(range(B), key=lambda i: (-len(self.prompts[i]), self.prompts[i]))
+        self.turn = {row: i for i, row in enumerate(order)}
+        self.waiting = order
+        self.n = 0  # live rows; they are in the first n places
+        self.limit = B  # the most that may be live
+        self.prefill_tokens = PREFILL_TOKENS
+        self.prefilled: Prefill | None = None  # the last one, as long as rows that wait need it
+        self.read: Tensor | None = None  # (., ., H), what the LM head read last, where thoughts are made of it
+        self.replay = Replay(self.device)
+
+    def run(self) -> Rollout:
+        looks, hook = LOOK_EVERY.get(self.device.type, 1), None
+        if reads_hidden(self.thinking):
+            head = self.model.get_output_embeddings()
+            hook = head.register_forward_pre_hook(lambda _, args: setattr(self, "read", args[0]))
+        try:
+            while self.n or self.waiting:
+                try:
+                    self.enter()
+                    self.leave()
+                    for _ in range(looks if self.n else 0):
+                        self.step()
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or self._wanted() <= 1:
+                        raise
+                self.give_way()  # outside of the handler, whose traceback holds on to tensors
+        finally:
+            if hook is not None:
+                hook.remove()
+        failed = int(self.walk.out.failed.sum())
+        if failed:
+            logger.warning("rollout: %d of %d rows stopped at logits that are not finite", failed, len(self.prompts))
+        return self.walk.result([list(p) for p in self.prompts])
+
+    # -- enter --------------------------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Waiting rows take the free places, as soon as a quarter of all places is free."""
+        if self.n and 4 * (self.limit - self.n) < self.limit:
+            return
+        while self.waiting and self.n < self.limit:
+            if self.prefilled is None or self.prompts[self.waiting[0]] not in self.prefilled.number:
+                self.prefilled = None
+                self.prefilled = self.prefill([self.prompts[i] for i in self.waiting[: self.limit - self.n]])
+                if not hasattr(self, "cache"):
+                    self.allocate(self.prefilled)
+            group, rows = self.prefilled, []
+            for i in self.waiting[: self.limit - self.n]:
+                if self.prompts[i] not in group.number:
+                    break
+                rows.append(i)
+            which = torch.tensor([group.number[self.prompts[i]] for i in rows], device=self.device)  # (m,)
+            lengths = torch.tensor([len(self.prompts[i]) for i in rows], device=self.device)
+            live = self.live.part(slice(self.n, self.n + len(rows)))
+            self.walk.start(live, torch.tensor(rows, device=self.device), lengths)
+            self.cache.enter(group.cache, which, lengths, len(self.prompts[rows[0]]), self.walk.T)
+            hidden = None if group.hidden is None else group.hidden[which]
+            self.walk.sample(live, group.logits[which], hidden)
+            self.n, self.waiting = self.n + len(rows), self.waiting[len(rows) :]
+        if self.prefilled and not (self.waiting and self.prompts[self.waiting[0]] in self.prefilled.number):
+            self.prefilled = None
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> Prefill:
+        """Run the first distinct ones of `prompts`, sorted by falling length: as many as may go at once, or one."""
+        P, number = len(prompts[0]), {prompts[0]: 0}
+        for prompt in prompts:
+            if (len(number) + 1) * P <= self.prefill_tokens:
+                number.setdefault(prompt, len(number))
+        ids = torch.tensor([[self.pad_id] * (P - len(p)) + list(p) for p in number], device=self.device)  # (U, P)
+        mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in number], device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        out = self.model(
+            inputs_embeds=self.embedding(ids),
+            attention_mask=mask,
+            position_ids=position_ids(mask),
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
-        next_position = next_position + 1
+            logits_to_keep=1,
+        )
+        return Prefill(number, cache, out.logits[:, -1], None if self.read is None else self.read[:, -1])
 
-    T = int(mask.sum(-1).max())
-    return Rollout(
-        prompt_ids=[list(p) for p in prompt_ids],
-        completion_ids=completion_ids[:, :T],
-        mask=mask[:, :T],
-        action_mask=action_mask[:, :T],
-        thought_mask=thought_mask[:, :T],
-        support=support[:, :T],
-        log_weights=log_weights[:, :T],
-        log_probs=log_probs[:, :T],
-        support_log_probs=support_log_probs[:, :T],
-        entropy=entropy[:, :T],
-        outside=outside[:, :T],
-        finished=finished,
-        seeds=all_seeds,
-    )
+    def allocate(self, group: Prefill) -> None:
+        """Places within the budget."""
+        B, kind, longest = len(self.prompts), self.device.type, len(self.prompts[self.waiting[0]]) + self.walk.T
+        budget = self.token_budget
+        if budget is None:
+            free = free_memory(self.device)
+            budget = B * longest if free is None else int(MEMORY_SHARE * free) // bytes_per_token(group.cache)
+        self.limit = max(1, min(self.limit, budget // longest))
+        if budget < B * longest:
+            message = "rollout: %d rows of up to %d positions are over the budget of %d positions; %d rows at a time"
+            logger.info(message, B, longest, budget, self.limit)
+        if self.control == "shuffle" and self.limit < B:
+            raise ValueError(f"control shuffle needs all {B} rows at once, and memory is for {self.limit}")
+        flash = "flash" in str(self.model.config._attn_implementation)  # it reads the mask as lengths
+        grain = 1 if flash else GRAIN.get(kind, 1)
+        self.replay.on &= grain > 1 and self.control == "none"
+        self.cache = RowCache(self.windows, self.limit, grain, CHUNK.get(kind, 64), self.device)
+        first = self.embedding.weight[:1] if self.control == "repeat" else None
+        self.live = self.walk.places(self.limit, group.hidden, first)
+
+    # -- step ---------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Feed what was sampled, sample what comes next, for all live rows."""
+        self.cache.reserve()
+        self.replay.run(self.cache.shapes(), self._step)
+        self.cache.end += 1
+
+    def _step(self) -> None:
+        """Reads and writes tensors in place, and looks at none of them, so that it can be replayed."""
+        live = self.live.part(slice(0, self.n))
+        out = self.model(
+            inputs_embeds=self.next_input(live)[:, None],  # (n, 1, H)
+            attention_mask=self.cache.attention_mask(),
+            position_ids=live.position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        live.position += 1
+        self.walk.sample(live, out.logits[:, -1], None if self.read is None else self.read[:, -1])
+        self.cache.at += 1
+
+    def next_input(self, live: Live) -> Tensor:
+        """(n, H): embeddings of tokens and of what is forced; of a thought, what its kind makes of it."""
+        token = mix_embeddings(self.embedding, live.slots, live.weights)
+        if not reads_hidden(self.thinking) and self.control == "none":
+            return token  # a mixture, if it is a thought
+        thought = thought_input(self.model, self.thinking, live.slots, live.weights, live.hidden)
+        if self.control == "shuffle":  # among those that think
+            now = live.is_thought.nonzero()[:, 0]
+            thought[now] = disturb(thought[now], self.control, thought[now])
+        elif live.first is not None:
+            live.first[:] = torch.where((live.thoughts == 1)[:, None], thought, live.first)
+            thought = disturb(thought, self.control, live.first)
+        else:
+            thought = disturb(thought, self.control, thought)
+        return torch.where(live.is_thought[:, None], thought, token)
+
+    # -- leave --------------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Rows that are done leave, and those in the last places move into the gaps. The one look at the device."""
+        on = self.live.phase[: self.n] != DONE
+        keep = on.nonzero()[:, 0]
+        n, idle = len(keep), IDLE.get(self.device.type, 0.0) * (0.5 if self.waiting else 1.0)
+        if n == self.n or n > (1 - idle) * self.n:
+            return
+        gaps, movers = (~on[:n]).nonzero()[:, 0], keep[keep >= n]
+        self.live.move(gaps, movers)
+        self.cache.leave(gaps, movers, n)
+        self.n = n
+        if not self.waiting:
+            self.cache.places = max(1, n)  # from the next time that the buffers grow
+
+    def _wanted(self) -> int:
+        """Rows that are live or would enter now."""
+        return max(self.n, min(self.limit, len(self.waiting)))
+
+    def give_way(self) -> None:
+        """Memory ran out: half of the rows go on, the others start again when there is a place."""
+        self.limit, self.prefill_tokens = self._wanted() // 2, self.prefill_tokens // 2
+        self.prefilled = None
+        self.replay.clear()
+        if hasattr(self, "cache"):
+            lost = self.live.row[self.limit : self.n]
+            self.walk.forget(lost)
+            self.waiting = sorted([*lost.tolist(), *self.waiting], key=self.turn.__getitem__)
+            self.n = min(self.n, self.limit)
+            self.cache.shrink(self.limit, self.n)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning("rollout: out of memory; it goes on with %d rows at a time", self.limit)
 
 
-def _draw(scaled: Tensor, is_thought: Tensor, thinking: Thinking, seeds: Tensor | None, step: int) -> SoftToken:
-    """A thought or a token a row, from logits already divided by each row's temperature; slot 0 is the token."""
-    action = next_thought(scaled, replace(thinking, thought_temperature=1.0), seeds, step)
-    if thinking.thought in ("soft", "dirichlet") and seeds is not None:  # an answer token has Gumbel noise of its own
-        token = GumbelTopK(scaled, 1, 1.0).sample(seeds=seeds, step=step).support
-        action.support[:, :1] = torch.where(is_thought[:, None], action.support[:, :1], token)
-    return action
+@contextmanager
+def merged_adapter(model: Any) -> Iterator[None]:
+    """A LoRA adapter added into the weights for a rollout, which then come back bit by bit, from copies.
+
+    A step has fewer and larger products then. The merged weights are rounded once more, so log-densities differ from
+    the training pass's by that: about 1e-6 in float32, and too much in bfloat16.
+
+    Raises:
+        ValueError: the model has no adapter, or its weights are not float32.
+    """
+    layers: list[Any] = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("merged_adapter: the model has no adapter")
+    if (dtype := next(layer.weight.dtype for layer in layers)) != torch.float32:
+        raise ValueError(f"merged_adapter: weights in {dtype} would lose part of the adapter; leave it unmerged")
+    copies = [layer.weight.detach().clone() for layer in layers]
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+        with torch.no_grad():
+            for layer, weight in zip(layers, copies, strict=True):
+                layer.weight.copy_(weight)

@@ -4,15 +4,17 @@
 ids and returns log-densities instead of logits. It is a method on the model itself (under any LoRA adapter), so that
 DDP, DeepSpeed and gradient-checkpointing hooks see an ordinary forward call.
 
-Three ways to the hidden states, by the ratio that is wanted (rl.py): one teacher-forced pass over the recorded
+Four ways to the hidden states. By the ratio that is wanted (rl.py): one teacher-forced pass over the recorded
 thoughts; or the thoughts one after another, made again from their noise (pathwise) or from their noise given their
-ids (conditional), with gradients from each position to the thoughts before it.
+ids (conditional), with gradients from each position to the thoughts before it. And for thought hybrid the recorded
+thoughts one after another, since each is fed together with the projected state before it.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,8 @@ from transformers.utils import ModelOutput
 from rl_soft.head import soft_log_prob, support_statistics
 from rl_soft.kl import categorical_kl
 from rl_soft.layout import Thinking
-from rl_soft.policy import density_of, mix_embeddings, position_ids, state_values, think
+from rl_soft.policy import density_of, mix_embeddings, position_ids, think, thought_input
+from rl_soft.value_head import state_values
 
 
 @dataclass
@@ -125,6 +128,8 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
 
 def _states(soft: SoftInputs) -> Any:
     """What computes the states (B, C, H) that predict each position of the completion."""
+    if soft.thinking.thought == "hybrid":
+        return _hybrid_states
     if soft.ratio == "conditional":
         return _recorded_states if soft.states_only else _conditional_states  # the reference takes what was fed
     return _pathwise_states if soft.ratio == "pathwise" else _recorded_states
@@ -161,7 +166,7 @@ def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: T
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
-    mask, position = think(inner, embedding, logits, cache, mask, soft.thinking, soft.seeds)
+    mask, position = think(inner, model, logits, None, cache, mask, soft.thinking, soft.seeds)
     states = _answer_states(model, soft, cache, mask, position, attention_mask)
     return torch.cat([states.new_zeros(len(states), n + 1, states.shape[-1]), states], dim=1)
 
@@ -201,30 +206,51 @@ def conditional_weights(log_weights: Tensor, change: Tensor, tau: float) -> Tens
 
 
 def _conditional_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
-    """The weights of each thought are made again given its recorded ids, so that gradients flow through them.
+    """The weights of each thought are made again given its recorded ids, so that gradients flow through them."""
+    head, thinking = model.get_output_embeddings(), soft.thinking
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    assert soft.support_log_probs is not None
+    log_probs = soft.support_log_probs
+
+    def fed(t: int, state: Tensor) -> Tensor:
+        support = soft.support[:, t]  # (B, K)
+        now = support_statistics(state, head, support, thinking.thought_temperature, softcap=softcap)[0]
+        weights = conditional_weights(soft.log_weights[:, t], now - log_probs[:, t], thinking.thought_tau)
+        return mix_embeddings(model.get_input_embeddings(), support, weights)
+
+    return _one_after_another(model, soft, attention_mask, fed)
+
+
+def _hybrid_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+    """The recorded mixtures are constants; the projected states that they are fed with are made again, so that the
+    states are those of the rollout, and gradients flow through them."""
+
+    def fed(t: int, state: Tensor) -> Tensor:
+        return thought_input(model, soft.thinking, soft.support[:, t], soft.log_weights[:, t], state)
+
+    return _one_after_another(model, soft, attention_mask, fed)
+
+
+def _one_after_another(
+    model: Any, soft: SoftInputs, attention_mask: Tensor, fed: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The states (B, C, H) with thought t fed as `fed(t, state before it (B, H))`, (B, H).
 
     Latent phase only: every row has its n thoughts first.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    thinking, n = soft.thinking, soft.thinking.num_thoughts
-    assert soft.support_log_probs is not None
+    n = soft.thinking.num_thoughts
     mask = attention_mask[:, : soft.prompt_ids.shape[1]]
     cache, positions = DynamicCache(config=model.config), position_ids(mask)
-    embeds, states = embedding(soft.prompt_ids), []
+    embeds, states = model.get_input_embeddings()(soft.prompt_ids), []
     for t in range(n + 1):
         last = model.base_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1:]  # (B, 1, H)
         states.append(last)
         positions = mask.sum(-1, keepdim=True)
-        if t == n:
-            break
-        support, old = soft.support[:, t], soft.support_log_probs[:, t]  # (B, K)
-        new = support_statistics(last[:, 0], head, support, thinking.thought_temperature, softcap=softcap)[0]
-        weights = conditional_weights(soft.log_weights[:, t], new - old, thinking.thought_tau)
-        embeds = mix_embeddings(embedding, support, weights)[:, None]  # (B, 1, H)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if t < n:
+            embeds = fed(t, last[:, 0])[:, None]  # (B, 1, H)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     answer = _answer_states(model, soft, cache, mask, positions, attention_mask)
     return torch.cat([*states, answer], dim=1)
 

@@ -1,8 +1,8 @@
 """One recipe from start to end: data, model, (warm start,) training, evaluation, report.
 
-    run(recipe)  codi:  train_codi  -> output_dir/model
-                 grpo:  train_codi if the warm start is missing, evaluate before, SoftGRPOTrainer.train, evaluate
-                        after, report.md and passk.png
+    run(recipe)  codi, sft, icot, coconut:  train_supervised  -> output_dir/model
+                 grpo:  the warm start if it is missing, evaluate before, SoftGRPOTrainer.train, evaluate after,
+                        report.md and passk.png
                  ppo:   the same with SoftPPOTrainer
 
 Stages that are finished are skipped, so that the same command resumes a run that was stopped anywhere.
@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import logging
-import math
 import os
-import signal
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -26,12 +22,21 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from rl_soft import data, policy
-from rl_soft.config import Recipe, batch_plan, check_output_dir, device_defaults, load_recipe, write_config
+from rl_soft.callbacks import Finished, Interrupt, MetricsFile, Progress, Validate
+from rl_soft.config import (
+    RL_METHODS,
+    Recipe,
+    batch_plan,
+    check_output_dir,
+    device_defaults,
+    load_recipe,
+    trainer_class,
+    write_config,
+)
 from rl_soft.evaluate import accuracy, check_golds, evaluate
 from rl_soft.guards import (
     Checkpoints,
@@ -42,6 +47,7 @@ from rl_soft.guards import (
     set_aside_unfinished,
 )
 from rl_soft.layout import Layout, Thinking
+from rl_soft.supervised import context_length, usable_rows
 
 logger = logging.getLogger("rl_soft")
 
@@ -49,7 +55,7 @@ logger = logging.getLogger("rl_soft")
 def run(recipe: Recipe) -> Path:
     """Run a recipe, or what is left of it; returns the run directory."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.method != "codi":
+    if recipe.method in RL_METHODS:
         batch_plan(recipe, world_size)  # before anything is trained
     rows = load_rows(recipe)
     warm_start = warm_start_of(recipe)
@@ -64,10 +70,8 @@ def run(recipe: Recipe) -> Path:
     if int(os.environ.get("RANK", "0")) == 0:
         logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
         write_config(recipe)
-    if recipe.method == "codi":
-        train_codi(recipe, *rows)
-    else:
-        train_rl(recipe, warm_start, *rows)
+    stage = train_rl if recipe.method in RL_METHODS else train_supervised
+    stage(recipe, warm_start, *rows)
     return recipe.output_dir
 
 
@@ -75,48 +79,97 @@ def run(recipe: Recipe) -> Path:
 # Stages
 
 
-def train_codi(recipe: Recipe, train: list[data.Row], test: list[data.Row]) -> None:
-    from transformers import TrainingArguments
+def train_supervised(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], test: list[data.Row]) -> None:
+    """CODI and what it is compared with: they learn from worked solutions, without rollouts of their own."""
     from trl.models import unwrap_model_for_generation
-
-    from rl_soft.codi import CodiRows, CodiTrainer, StopAtAccuracy
 
     if (recipe.output_dir / "model").exists():
         return
-    args = TrainingArguments(**training_values(recipe, remove_unused_columns=False, label_names=["student_labels"]))
-    if args.gradient_checkpointing:
+    make_trainer, forced = SUPERVISED[recipe.method]
+    args = trainer_class(recipe.method)(
+        **training_values(recipe, **{"gradient_checkpointing": False, **forced, **recipe.training})
+    )
+    if args.gradient_checkpointing and recipe.thinking.phase == "latent":
         raise ValueError(
-            "gradient_checkpointing is not available for codi: gradients flow from the answer to the thoughts through "
-            "the cache, which checkpointed layers drop; lower per_device_train_batch_size instead"
+            f"gradient_checkpointing is not available for {recipe.method}: gradients flow from the answer to the "
+            "thoughts through the cache, which checkpointed layers drop; lower per_device_train_batch_size instead"
         )
     check_processes(args)
-    start = starting_policy(recipe, None)
+    start = starting_policy(recipe, warm_start)
+    start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
     thinking = recipe.thinking
     layout = Layout(thinking, start.tokenizer)
     thinking.support_size(start.model.config.vocab_size)
+    data.assert_disjoint(train, test)
+    train = usable_rows(
+        train,
+        layout,
+        context_length(start.model),
+        recipe.extra.max_row_tokens,
+        getattr(recipe.extra, "worked_steps", True),
+        recipe.data.dataset,
+    )
     held_out = min(recipe.extra.validation_problems, len(train) // 5)
     validation, train = train[:held_out], train[held_out:]
-    data.assert_disjoint(train, test)
-    without_steps = sum(not row.steps for row in train)
-    if without_steps == len(train):
-        raise ValueError(f"dataset {recipe.data.dataset} has no worked steps; CODI distils them")
-
-    trainer = CodiTrainer(
-        start.model, args, layout=layout, codi=recipe.extra, train_dataset=CodiRows(train, recipe.seed)
-    )
+    trainer = make_trainer(recipe, start, args, layout, train)
 
     def validate() -> float:
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
             return accuracy(model, layout, validation, recipe.eval.eval_seed, recipe.eval.eval_batch_size)
 
-    stop = StopAtAccuracy(validate, recipe.extra)
-    stop.trainer = trainer
-    trainer.add_callback(stop)
+    if validation:
+        validation_every = Validate(validate, recipe.extra.validation_every, recipe.extra.stop_at_accuracy)
+        validation_every.trainer = trainer
+        trainer.add_callback(validation_every)
     fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, boundary=1)
     policy.save(
         recipe.output_dir / "model", trainer.save_model, start.tokenizer, thinking, trainer.is_world_process_zero()
     )
     PartialState().wait_for_everyone()
+
+
+def codi_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
+    from rl_soft.codi import CodiRows, CodiTrainer
+
+    data_set, adapter = CodiRows(rows, recipe.seed), lora_config(recipe)
+    return CodiTrainer(
+        start.model, args, layout=layout, codi=recipe.extra, train_dataset=data_set, peft_config=adapter
+    )
+
+
+def sft_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
+    from rl_soft.sft import sft_trainer
+
+    adapter = lora_config(recipe)
+    return sft_trainer(start.model, args, layout=layout, arguments=recipe.extra, rows=rows, peft_config=adapter)
+
+
+def icot_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
+    from peft import get_peft_model
+
+    from rl_soft.icot import ICoTTrainer
+
+    adapter = lora_config(recipe)
+    model = start.model if adapter is None else get_peft_model(start.model, adapter)
+    return ICoTTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)
+
+
+def coconut_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
+    from rl_soft.coconut import CoconutTrainer
+    from rl_soft.codi import with_adapter
+
+    adapter = lora_config(recipe)
+    model = start.model if adapter is None else with_adapter(start.model, layout, adapter)
+    return CoconutTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)
+
+
+# method -> its trainer, and the trainer's arguments that must be so
+SUPERVISED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "codi": (codi_trainer, {"remove_unused_columns": False, "label_names": ["student_labels"]}),
+    "sft": (sft_trainer, {}),
+    "icot": (icot_trainer, {"remove_unused_columns": False}),
+    "coconut": (coconut_trainer, {"remove_unused_columns": False}),
+}
 
 
 def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], test: list[data.Row]) -> None:
@@ -170,7 +223,7 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], t
             args=args,
             train_dataset=Dataset.from_list([{"prompt": r.question, **row_columns(r)} for r in train]),
             processing_class=start.tokenizer,
-            peft_config=lora_config(recipe) if recipe.model.use_peft else None,
+            peft_config=lora_config(recipe),
             layout=layout,
             ratio=recipe.extra.ratio,
             rest_weight=recipe.extra.rest_weight,
@@ -228,7 +281,7 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
         return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
     start = policy.load(source, m.dtype, m.attn_implementation)
-    if recipe.thinking.phase == "latent" and recipe.method == "codi":
+    if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
         policy.add_thought_tokens(start)
     return start
 
@@ -311,9 +364,12 @@ def reward_functions(entries: list[str | dict[str, dict]]) -> list[Callable]:
 
 
 def lora_config(recipe: Recipe) -> Any:
+    """The adapter that the recipe asks for, or None."""
+    m = recipe.model
+    if not m.use_peft:
+        return None
     from peft import LoraConfig
 
-    m = recipe.model
     return LoraConfig(
         r=m.lora_r,
         lora_alpha=m.lora_alpha,
@@ -400,102 +456,6 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
         if trainer.is_world_process_zero():
             logger.info("stopped at step %d with a checkpoint; the same command resumes", trainer.state.global_step)
         raise SystemExit(130)
-
-
-class MetricsFile(TrainerCallback):
-    """Append every log to metrics.jsonl, the ground truth; after a resume the last line of a step counts."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
-            with self.path.open("a") as file:
-                file.write("\n")  # a killed run left half a line
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
-
-
-class Progress(TrainerCallback):
-    """One line on rank 0: steps, time left, and the few numbers worth watching."""
-
-    def __init__(self, name: str, shown: dict[str, str]):
-        self.name, self.shown = name, shown
-        self.values: dict[str, str] = {}
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.name,
-                unit="step",
-                mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
-            )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if self.bar is not None and logs:
-            present = {short: logs[key] for key, short in self.shown.items() if logs.get(key) is not None}
-            self.values |= {short: f"{value:.3g}" for short, value in present.items()}
-            self.bar.set_postfix(self.values, refresh=False)
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-            self.bar.close()
-
-
-class Finished(Exception):
-    """A checkpoint of the last step was loaded: there is nothing left to train."""
-
-
-class Interrupt(TrainerCallback):
-    """SIGINT or SIGTERM on any process: all of them save at the next rollout boundary and stop.
-
-    A buffered rollout is not part of a checkpoint, so every checkpoint waits for such a boundary.
-    """
-
-    def __init__(self, boundary: int):
-        self.boundary, self.asked, self.stopped = boundary, False, False
-        self.owed = False  # a checkpoint that waits for the boundary
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:  # the host would train one step more before it looks
-            raise Finished
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step % self.boundary and not control.should_training_stop:
-            self.owed |= control.should_save
-            control.should_save = False
-            return control
-        control.should_save |= self.owed
-        self.owed = False
-        asked = torch.tensor(float(self.asked), device=args.device)
-        processes = PartialState()
-        if processes.num_processes > 1:
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        if asked > 0:
-            self.stopped = control.should_save = control.should_training_stop = True
-        return control
 
 
 def describe(recipe: Recipe) -> str:

@@ -107,6 +107,26 @@ def test_gsm_symbolic_in_words() -> None:
     assert len({row.family for row in rows}) > 50
 
 
+@pytest.mark.parametrize("terms", [2, 3, 5])
+def test_chains_modulo_ten_hold_and_end_in_the_answer(terms: int) -> None:
+    train = load("chain_mod", "train", 100, seed=1, options={"terms": terms})
+    evaluation = load("chain_mod", "evaluation", 20, seed=2, options={"terms": terms})
+    assert_disjoint(train, evaluation)
+    for row in train + evaluation:
+        first, *others = (step.partition("=") for step in row.steps)
+        assert len(row.steps) == terms - 1 and row.question.startswith(first[0])
+        for left, _, right in (first, *others):
+            assert eval(left) % 10 == int(right)
+        lefts = [left for left, _, _ in others]
+        assert [left[0] for left in lefts] == [right for _, _, right in (first, *others)][:-1]
+        assert row.question == first[0] + "".join(left[1:] for left in lefts) + "="
+        assert row.answer == row.steps[-1].partition("=")[2]
+    with pytest.raises(ValueError, match=r"chain_mod refuses the options .*'length': 3.*it has terms"):
+        load("chain_mod", "train", 5, options={"length": 3})
+    with pytest.raises(ValueError, match="fewer than size=200"):
+        load("chain_mod", "evaluation", 200, options={"terms": 2})
+
+
 def test_gsm_symbolic_as_equations() -> None:
     for row in load("gsm_symbolic", "evaluation", 200, options={"steps": "equations", "compact": True}):
         assert "final answer" not in row.question

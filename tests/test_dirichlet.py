@@ -31,7 +31,7 @@ BOTH = pytest.mark.parametrize("thinking", [LATENT, EXPLICIT], ids=["latent", "e
 def test_a_sample_does_not_depend_on_its_batch(model_type, thinking):
     made = tiny_policy(model_type)
     layout = Layout(thinking, made.tokenizer)
-    together = run(made, layout, rows(8), samples=3, compact_every=1)
+    together = run(made, layout, rows(8), samples=3)
     for i in range(8):
         alone = run(made, layout, rows(8)[i : i + 1], samples=3)
         for j in range(3):

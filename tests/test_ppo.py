@@ -22,6 +22,7 @@ from rl_soft.config import load_recipe
 from rl_soft.layout import Layout, Thinking
 from rl_soft.ppo import SoftPPOConfig, SoftPPOTrainer, clipped_value_loss, gae
 from rl_soft.rl import SoftGRPOTrainer
+from rl_soft.value_head import load_value_head
 
 THINKING = Thinking(thought_k=4, num_thoughts=3, answer_prompt="#", max_answer_tokens=4)
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -127,6 +128,7 @@ def test_without_a_critic_it_is_grpo_on_raw_rewards(tmp_path, k, values):
     thinking = replace(THINKING, thought_k=k)
     ours = make(tmp_path / "a", thinking=thinking, gamma=1.0, lam=1.0, vf_coef=0.0, **values)
     ours._whiten = lambda advantages, mask: advantages
+    head_of(ours).offset.zero_()
     ours_logs = fit(ours)
     grpo = make(tmp_path / "b", RawGRPO, thinking, **values)
     logs = fit(grpo)
@@ -155,8 +157,10 @@ def test_advantages_are_whitened_over_the_actions(tmp_path):
         assert advantages.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantages.var(correction=0).item() == pytest.approx(1, abs=1e-4)
         assert not batch["advantages"][~mask].any()
-    assert torch.equal(seen[0]["old_values"], torch.zeros_like(seen[0]["old_values"])), "the head starts at zero"
-    assert seen[-1]["old_values"].abs().max() > 0
+    first, offset = seen[0]["old_values"], head_of(trainer).offset
+    assert torch.equal(first, torch.full_like(first, offset.item())), "the head starts as a constant"
+    assert offset.item() == pytest.approx(trainer.state.log_history[0]["reward"]), "the first rollout's mean reward"
+    assert seen[-1]["old_values"].std() > 0
 
 
 def test_the_value_loss_reaches_the_trunk(tmp_path):
@@ -195,6 +199,7 @@ def test_the_head_learns_a_constant_reward_with_its_own_learning_rate(tmp_path, 
         thinking=replace(THINKING, max_answer_tokens=1), learning_rate=0.0, value_learning_rate=3e-2, value_clip=None,
         num_generations=1, num_iterations=4, max_steps=40,
     )  # fmt: skip
+    head_of(trainer).offset.zero_()  # all of it is the weights' to learn
     before = trunk_of(trainer)
     logs = fit(trainer)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.0, 0.0, 3e-2]
@@ -288,6 +293,7 @@ def test_the_folder_is_a_plain_one_with_a_file_beside(tmp_path):
         assert torch.equal(p, trunk[name]), name
     head = load_file(folder / "value_head.safetensors")
     assert torch.equal(head["weight"], head_of(trainer).weight) and head["weight"].any()
+    assert torch.equal(head["offset"], head_of(trainer).offset) and head["offset"].isfinite()
     loaded = policy.load(str(folder))
     assert not hasattr(loaded.model, "value_head"), "a policy has no use for it"
     assert torch.equal(head_of(make(tmp_path / "next", made=loaded)).weight, head["weight"]), "PPO goes on with it"
@@ -411,4 +417,4 @@ def test_what_the_trainer_cannot_do_is_refused_by_name(tmp_path):
         config(tmp_path, num_generations=1, per_device_train_batch_size=1)
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(ValueError, match=r"has no value_head\.safetensors"):
-        policy.load_value_head(None, tmp_path / "checkpoint-1")
+        load_value_head(None, tmp_path / "checkpoint-1")

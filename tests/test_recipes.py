@@ -49,7 +49,7 @@ def write(tmp_path, **values):
         ({"thought_tau": "hot"}, "thought_tau must be float, got 'hot'"),
         ({"thought_k": True}, "thought_k must be int, got True"),
         ({"thought": "soft"}, "thought soft has no density"),
-        ({"thought": "gumble"}, "thought must be one of token, soft, gumbel, dirichlet, got 'gumble'"),
+        ({"thought": "gumble"}, "thought must be one of token, soft, gumbel, dirichlet, hidden, hybrid, got 'gumble'"),
         ({"use_vllm": True}, "use_vllm is not available"),
         ({"ds3_gather_for_generation": False}, "ds3_gather_for_generation must be true"),
         ({"max_completion_length": 64}, "max_completion_length is derived from"),

@@ -106,6 +106,7 @@ class Replayed(GRPOTrainer):
 def test_one_slot_is_stock_grpo(tmp_path, values, lora):
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     values = {**values, "beta": values.get("beta", 0.0) if lora else 0.0}
+    values |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}  # weights then differ as gradients do
     thinking = replace(TOKENS, temperature=values.get("temperature", 1.0))
     torch.manual_seed(0)
     ours = soft_trainer(tmp_path / "a", thinking, peft_config=peft if lora else None, **values)
@@ -132,9 +133,9 @@ def test_one_slot_is_stock_grpo(tmp_path, values, lora):
     assert any(log["grad_norm"] > 1e-3 for log in ours_logs)
     for a, b in zip(ours_logs, stock_logs, strict=True):
         keys = [k for k in b if k in ("loss", "grad_norm", "entropy", "kl", "reward") or k.startswith("clip")]
-        assert {k: a[k] for k in keys} == pytest.approx({k: b[k] for k in keys}, abs=2e-5, rel=1e-4)
+        assert {k: a[k] for k in keys} == pytest.approx({k: b[k] for k in keys}, abs=1e-5, rel=1e-5)
     for (name, p), q in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=2e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5, msg=name)  # gradients within 1e-5
 
 
 @pytest.mark.parametrize("thought_k,tau", [(1, 0.5), (3, 0.1), (20, 1.0)])

@@ -37,7 +37,7 @@ def run(made, layout, problems, samples=1, **kwargs):
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
 def test_a_sample_does_not_depend_on_its_batch(model_type, thinking):
     made, layout = make(model_type, thinking)
-    together = run(made, layout, rows(8), samples=3, compact_every=1)
+    together = run(made, layout, rows(8), samples=3)
     for i in range(8):
         alone = run(made, layout, rows(8)[i : i + 1], samples=3)
         for j in range(3):

@@ -1,0 +1,236 @@
+"""The key-value cache of a rollout: preallocated, written in place, for rows that come and go.
+
+Rows are aligned at their newest input. What is fed at one step goes to one common *column*, `end`, whatever the row's
+length is, so a step is one strided write a layer, and a row that enters has its prompt put just left of `end`:
+
+    columns     0 1 2 3 4 5 6 7 8      row 0: a prompt of 4, three inputs since
+    row 0       . . p p p p x x x      row 1: entered one step ago with a prompt of 2
+    row 1       . . . . . . p p x      end = 9: where the next step writes; start = 2: the oldest column in use
+
+Distances between columns are distances between positions, so causal and sliding-window masks need no change; positions
+themselves are given to the model by the caller. A layer that slides keeps its window alone. Buffers grow by whole
+chunks, one layer after the other, and drop on the way what no row needs any more.
+
+Shapes: S places of which the first n are taken, A key-value heads, C columns of a buffer, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+RENUMBER = 1024  # columns that no row needs any more, after which the columns are numbered anew: masks stay short
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, two buffers (S, A, C, D); column c of the cache is column c - base of them.
+
+    Args:
+        cache: the cache that the layer belongs to.
+        window: sliding window, None where the layer sees everything.
+    """
+
+    def __init__(self, cache: RowCache, window: int | None) -> None:
+        super().__init__()
+        self.cache, self.window, self.base = cache, window, 0
+        self.is_sliding = window is not None
+        self.is_compileable = cache.grain > 1  # then transformers makes the mask without looking at its values
+
+    def span(self) -> tuple[int, int]:
+        """First and one past the last column that the step at `end` sees, rounded outwards to whole grains."""
+        c = self.cache
+        first = c.start if self.window is None else max(c.start, c.end - self.window + 1)
+        return first // c.grain * c.grain, -(-(c.end + 1) // c.grain) * c.grain
+
+    def reserve(self, prompts: Any = None) -> None:
+        """Room for the step at `end` and what is seen from there; the first buffers take after a layer of prompts."""
+        lo, hi = self.span()
+        held = self.keys
+        if held is not None and lo >= self.base and hi <= self.base + held.shape[2] and len(held) >= self.cache.places:
+            return
+        chunk = max(self.cache.grain, min(self.cache.chunk, self.cache.last + 1 - hi))
+        columns = hi - lo + chunk
+        old: Any = self if self.keys is not None else prompts
+        keys, values = self._grown(old.keys, columns, lo), self._grown(old.values, columns, lo)
+        self.keys, self.values, self.base = keys, values, lo  # all or nothing, where memory runs out
+        self.is_initialized = True
+        self.cache.version += 1
+
+    def _grown(self, old: Tensor, columns: int, base: int) -> Tensor:
+        """A buffer (S, A, columns, D) from column `base` on, with what `old` holds of the rows."""
+        new = old.new_zeros(self.cache.places, old.shape[1], columns, old.shape[3])  # 0 times what is masked must be 0
+        first, end, n = max(base, self.base), self.cache.end, self.cache.n
+        if self.keys is not None and n and end > first:
+            new[:n, :, first - base : end - base] = old[:n, :, first - self.base : end - self.base]
+        return new
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one step's (n, A, 1, D) keys and values; returns views (n, A, columns seen, D)."""
+        assert self.keys is not None and self.values is not None and key_states.shape[2] == 1
+        c = self.cache
+        lo, hi = (column - self.base for column in self.span())
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            if c.grain == 1:
+                buffer[: c.n, :, c.end - self.base] = new[:, :, 0]
+            else:  # the column is a number on the device, so that the step can be replayed
+                buffer[: c.n].index_copy_(2, c.at - self.base, new)
+        return self.keys[: c.n, :, lo:hi], self.values[: c.n, :, lo:hi]
+
+    def place(self, places: slice, keys: Tensor, values: Tensor, which: Tensor) -> None:
+        """Put prompts (U, A, P, D), right-aligned, just left of `end`; which (m,) is the prompt of each place."""
+        assert self.keys is not None and self.values is not None
+        at = self.cache.end - self.base
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            P = min(new.shape[2], at)
+            buffer[places, :, : at - P].zero_()  # whoever was here before may have left a NaN
+            buffer[places, :, at - P : at] = new[which, :, new.shape[2] - P :]
+
+    def move(self, to: Tensor, place: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        lo, end = max(self.span()[0] - self.base, 0), self.cache.end - self.base
+        for buffer in (self.keys, self.values):
+            buffer[to, :, lo:end] = buffer[place, :, lo:end]
+
+    def get_seq_length(self) -> Any:
+        return self.cache.end if self.cache.grain == 1 else self.cache.at[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        lo, hi = self.span()
+        return hi - lo, lo
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("a rollout's cache is filled by `RowCache.enter`")
+
+
+class RowCache(Cache):
+    """The layers, and the columns that they share.
+
+    Args:
+        windows: sliding window of each layer, None for full attention; see `attention_windows`.
+        places: S, rows at a time.
+        grain: shapes are rounded up to so many columns; 1 is exact. Above 1 no step reads a number from the host.
+        chunk: columns that a buffer grows by.
+    """
+
+    layers: Any
+
+    def __init__(self, windows: Sequence[int | None], places: int, grain: int, chunk: int, device: Any) -> None:
+        self.grain, self.chunk, self.places = grain, chunk, places
+        self.n = self.start = self.end = self.last = self.version = 0
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # `end`, on the device
+        self.first = torch.zeros(places, dtype=torch.int64, device=device)  # (S,) the column of each row's first input
+        super().__init__(layers=[RowLayer(self, window) for window in windows])
+
+    def attention_mask(self) -> Tensor:
+        """(n, columns up to the last one seen) bool, True from each row's first input on."""
+        hi = -(-(self.end + 1) // self.grain) * self.grain
+        return torch.arange(hi, device=self.first.device) >= self.first[: self.n, None]
+
+    def reserve(self) -> None:
+        """Room for the next step, in all layers."""
+        for layer in self.layers:
+            layer.reserve()
+
+    def shapes(self) -> tuple[Any, ...]:
+        """What a recorded step depends on: rows, buffers, columns seen."""
+        return (self.n, self.version, frozenset(layer.span() for layer in self.layers))
+
+    def enter(self, prompts: Any, which: Tensor, lengths: Tensor, longest: int, steps: int) -> None:
+        """Rows n .. n + m - 1 start from prefilled prompts.
+
+        Args:
+            prompts: of U prompts, padded on the left.
+            which: (m,) int64, the prompt of each new row.
+            lengths: (m,) int64, of their prompts; `longest` is the largest.
+            steps: the most inputs that a row is fed.
+        """
+        m = len(which)
+        if not self.n:
+            self.start = self.end = max(self.end, longest)
+        self.start, self.last = min(self.start, self.end - longest), self.end + steps
+        if self.start < 0 or self.start >= RENUMBER:
+            self._shift(self.start // self.grain * self.grain)
+        places = slice(self.n, self.n + m)
+        for layer, prompt in zip(self.layers, prompts.layers, strict=True):
+            layer.reserve(prompt)
+            layer.place(places, prompt.keys, prompt.values, which)
+        self.first[places] = self.end - lengths
+        self.at.fill_(self.end)
+        self.n += m
+
+    def _shift(self, columns: int) -> None:
+        """Number the columns from `columns` on."""
+        self.start, self.end, self.last = self.start - columns, self.end - columns, self.last - columns
+        self.first -= columns
+        for layer in self.layers:
+            layer.base -= columns
+
+    def leave(self, to: Tensor, place: Tensor, n: int) -> None:
+        """Rows `place` move to `to`; the first n stay."""
+        if len(to):
+            self.first[to] = self.first[place]
+            for layer in self.layers:
+                layer.move(to, place)
+        self.n = n
+        self.start = int(self.first[:n].min()) if n else self.end
+
+    def shrink(self, places: int, n: int) -> None:
+        """Give back the memory of all places but the first ones, layer by layer; n of them stay taken."""
+        self.places, self.n = places, n
+        self.version += 1
+        for layer in self.layers:
+            if layer.keys is not None:
+                layer.keys, layer.values = layer.keys[:places].clone(), layer.values[:places].clone()
+
+
+def attention_windows(prompts: DynamicCache) -> list[int | None]:
+    """The sliding window of each layer, as transformers has read it from the config; None for full attention.
+
+    Raises:
+        ValueError: a layer that is neither.
+    """
+    windows: list[int | None] = []
+    for layer in prompts.layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            windows.append(layer.sliding_window)
+        elif type(layer) is DynamicLayer:
+            windows.append(None)
+        else:
+            raise ValueError(
+                f"the model has a layer with {type(layer).__name__}; rollouts know full and sliding attention"
+            )
+    return windows
+
+
+def bytes_per_token(prompts: Any) -> int:
+    """Bytes of keys and values that one position of one row takes, over all layers."""
+    total = 0
+    for layer in prompts.layers:
+        for x in (layer.keys, layer.values):
+            total += x.shape[1] * x.shape[3] * x.element_size()
+    return total
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be had on the device now; None where nobody says."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,138 @@
+"""What every run of ours does around its training steps.
+
+MetricsFile   callback: every log as a line of metrics.jsonl
+Progress      callback: one line with steps, time left and the few numbers worth watching
+Interrupt     callback: Ctrl-C leaves a checkpoint and stops all processes
+Validate      callback: accuracy on held-out problems every few steps; stops a run where that is asked for
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log to metrics.jsonl, the ground truth; after a resume the last line of a step counts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            with self.path.open("a") as file:
+                file.write("\n")  # a killed run left half a line
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
+
+
+class Progress(TrainerCallback):
+    """One line on rank 0: steps, time left, and the few numbers worth watching."""
+
+    def __init__(self, name: str, shown: dict[str, str]):
+        self.name, self.shown = name, shown
+        self.values: dict[str, str] = {}
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.name,
+                unit="step",
+                mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs:
+            present = {short: logs[key] for key, short in self.shown.items() if logs.get(key) is not None}
+            self.values |= {short: f"{value:.3g}" for short, value in present.items()}
+            self.bar.set_postfix(self.values, refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.close()
+
+
+class Finished(Exception):
+    """A checkpoint of the last step was loaded: there is nothing left to train."""
+
+
+class Interrupt(TrainerCallback):
+    """SIGINT or SIGTERM on any process: all of them save at the next rollout boundary and stop.
+
+    A buffered rollout is not part of a checkpoint, so every checkpoint waits for such a boundary.
+    """
+
+    def __init__(self, boundary: int):
+        self.boundary, self.asked, self.stopped = boundary, False, False
+        self.owed = False  # a checkpoint that waits for the boundary
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # the host would train one step more before it looks
+            raise Finished
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step % self.boundary and not control.should_training_stop:
+            self.owed |= control.should_save
+            control.should_save = False
+            return control
+        control.should_save |= self.owed
+        self.owed = False
+        asked = torch.tensor(float(self.asked), device=args.device)
+        processes = PartialState()
+        if processes.num_processes > 1:
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        if asked > 0:
+            self.stopped = control.should_save = control.should_training_stop = True
+        return control
+
+
+class Validate(TrainerCallback):
+    """Accuracy on held-out problems every few steps, logged as validation_accuracy. With `stop_at` a warm start ends
+    before it saturates: RL needs something left to learn."""
+
+    trainer: Any = None  # set once the trainer, which needs its callbacks first, is there
+
+    def __init__(self, validate: Callable[[], float], every: int, stop_at: float | None):
+        self.validate, self.every, self.stop_at = validate, every, stop_at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step % self.every:
+            return control
+        accuracy, due = self.validate(), control.should_log
+        self.trainer.log({"validation_accuracy": accuracy})
+        control.should_log = due  # the host takes any log for the step's own
+        if self.stop_at is not None and accuracy >= self.stop_at:
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,70 @@
+"""Where the time of a training step goes: seconds and tokens a second of each phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+PHASES = (
+    "rollout",  # sampling
+    "reward",  # reward functions
+    "scoring",  # log-densities of the old policy and of the reference, advantages
+    "update",  # loss, gradients, optimizer
+)
+
+
+class PhaseClock(TrainerCallback):
+    """A stack of phases; time counts for the innermost alone, so that the phases of a step add up to the step.
+
+    As a callback it opens and closes `update` around each optimizer step. On a GPU every change of phase waits for
+    the device, a few times a step, since a phase would otherwise be charged for work that an earlier one has queued.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[str] = []
+        self._since = 0.0
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._tokens = {"rollout": 0.0, "update": 0.0}
+
+    def _switch(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._stack:
+            self._seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._switch()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._stack.pop()
+
+    def count(self, phase: str, tokens: float) -> None:
+        """Positions that the phase worked on, over all processes."""
+        self._tokens[phase] += tokens
+
+    def take(self) -> dict[str, float]:
+        """Metrics since the last call: `seconds/PHASE` for all phases, `tokens_per_second/PHASE` where any ran."""
+        self._switch()
+        seconds, tokens = self._seconds, self._tokens
+        self._seconds, self._tokens = dict.fromkeys(seconds, 0.0), dict.fromkeys(tokens, 0.0)
+        speeds = {f"tokens_per_second/{k}": n / max(seconds[k], 1e-9) for k, n in tokens.items() if n}
+        return {f"seconds/{k}": v for k, v in seconds.items()} | speeds
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._switch()
+        self._stack = ["update"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._switch()
+        self._stack = []

@@ -1,0 +1,216 @@
+"""The projector: what a last hidden state goes through before it is fed as a thought (CODI, arXiv 2502.21074, 3.3).
+
+    hidden   z = P(h)                     P = LayerNorm(W2 GELU(W1 h + b1) + b2)
+    hybrid   z = P(h) + gate * mixture    of the same thought's gumbel mixture of token embeddings
+
+It is `model.projector`, a module of the causal LM under any LoRA adapter, so that the optimizer, DeepSpeed and the
+model's moves see it; on disk it is projector.safetensors beside the weights, so that these open as a plain model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+PROJECTOR_FILE = "projector.safetensors"
+MARK = "projector."
+START_SHARE = 0.1  # of a hybrid thought: what a gate that is not yet trained gives the mixture, beside the state
+
+
+class Projector(nn.Module):
+    """Linear, exact GELU, Linear, LayerNorm, and the gate of a mixture, in the dtype of its weights.
+
+    Args:
+        width: H, of the hidden states and the embeddings.
+        size: width between the two linear layers (the paper: H).
+    """
+
+    def __init__(self, width: int, size: int, dtype: torch.dtype = torch.float32, device: Any = "cpu"):
+        super().__init__()
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.inner = nn.utils.skip_init(nn.Linear, width, size, **factory)  # draws no random numbers
+        self.outer = nn.utils.skip_init(nn.Linear, size, width, **factory)
+        self.norm = nn.LayerNorm(width, **factory)
+        self.gate = nn.Parameter(torch.zeros(1, **factory))
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Weights and biases as nn.Linear draws them, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from a seed of their own."""
+        generator = torch.Generator().manual_seed(seed)
+        for linear in (self.inner, self.outer):
+            bound = 1 / math.sqrt(linear.in_features)
+            for parameter in (linear.weight, linear.bias):
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, hidden: Tensor, mixture: Tensor | None = None) -> Tensor:
+        """(..., H) hidden states, and the mixtures (..., H) of a hybrid thought -> (..., H), dtype of `hidden`.
+
+        Computed in the dtype of the weights, whatever the autocast.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            inner = F.gelu(self.inner(hidden.to(self.inner.weight.dtype)))  # (..., size)
+            projected = self.norm(self.outer(inner))
+            if mixture is not None:
+                projected = projected + self.gate * mixture.to(projected.dtype)
+        return projected.to(hidden.dtype)
+
+
+def add_projector(
+    model: PreTrainedModel,
+    gated: bool,
+    size: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give a causal LM (without its PEFT wrapper) a trained `projector`; one that is there already is kept.
+
+    A new one draws random numbers from `seed` alone. Added after LoRA, so that no adapter is put on it and nothing
+    freezes it.
+
+    Args:
+        gated: whether the gate is trained too (thought hybrid). It starts from `start_gate`.
+        size: width between the linear layers; None is the width of the model.
+    """
+    projector: Any = getattr(model, "projector", None)
+    if projector is None:
+        width = model.config.get_text_config().hidden_size
+        model.projector = projector = Projector(width, size or width, dtype, model.device)
+        projector.draw(seed)
+        start_gate(model)
+    projector.requires_grad_(True)
+    projector.gate.requires_grad_(gated)
+
+
+@torch.no_grad()
+def start_gate(model: Any) -> None:
+    """Set the gate so that a mixture is START_SHARE as large as a projected state: small, and with a gradient.
+
+    Sizes are root mean squares: LayerNorm's weight on one side, the embeddings of the first ids on the other. A fixed
+    number would not do: embeddings are 0.02 large in one model and 1 in another.
+    """
+    embedding, projector = model.get_input_embeddings(), model.projector
+    weight = embedding.weight
+    partitioned = hasattr(weight, "ds_id")
+    if partitioned:  # ZeRO-3, while the model is loaded
+        import deepspeed
+    with deepspeed.zero.GatheredParameters([weight]) if partitioned else nullcontext():
+        ids = torch.arange(min(1024, len(weight)), device=weight.device)
+        embedded, projected = (x.float().square().mean().sqrt() for x in (embedding(ids), projector.norm.weight))
+    projector.gate.fill_((START_SHARE * projected / embedded).item())
+
+
+def check_hybrid(model: Any, ratio: str, args: Any, peft_config: Any) -> None:
+    """Raises ValueError where RL cannot train hybrid thoughts: each is fed with a state that is made again, so the
+    training pass takes them one after another, on a cache."""
+    if ratio in ("pathwise", "conditional"):
+        raise ValueError(f"ratio {ratio} is made for gumbel thoughts; thought hybrid takes joint, factored or top1")
+    if getattr(language_model(model), "projector", None) is None:
+        raise ValueError(
+            "thought hybrid needs a model with a projector; start from a CODI run with thought hidden or hybrid"
+        )
+    if getattr(args, "gradient_checkpointing", False):
+        raise ValueError(
+            "gradient_checkpointing: with thought hybrid gradients flow through the cache, which checkpointed layers "
+            "drop; use thought gumbel or gradient_checkpointing false"
+        )
+    if getattr(args, "beta", 0) and (peft_config is not None or hasattr(model, "peft_config")):
+        raise ValueError(
+            f"beta {args.beta}: the reference is the adapter switched off, and the projector of thought hybrid is "
+            "trained beside it; use beta 0, or train all weights (use_peft false)"
+        )
+
+
+def beside_adapter(peft_config: Any) -> Any:
+    """A LoraConfig whose `all-linear` leaves the projector out: it is trained whole."""
+    if peft_config is not None and not peft_config.exclude_modules:
+        peft_config.exclude_modules = rf"(.*\.)?{MARK[:-1]}\..*"
+    return peft_config
+
+
+def add_reference_projector(model: PreTrainedModel) -> None:
+    """The projector that the reference, loaded again by its path, started with."""
+    load_projector(model, Path(str(model.name_or_path)))
+    model.projector.requires_grad_(False)
+
+
+def split_projector(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict without the projector, and the projector's own."""
+    own = {key.rpartition(MARK)[2]: value for key, value in state.items() if f".{key}".rfind(f".{MARK}") >= 0}
+    return {key: value for key, value in state.items() if f".{key}".rfind(f".{MARK}") < 0}, own
+
+
+def save_projector(folder: Path, state: dict[str, Tensor]) -> None:
+    temporary = folder / (PROJECTOR_FILE + ".tmp")
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
+    os.replace(temporary, folder / PROJECTOR_FILE)
+
+
+def load_projector(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Give a causal LM (without its PEFT wrapper) the projector of a folder, in the shape in which it was saved.
+
+    A folder of thought hidden has no gate; it then starts from `start_gate`, so that hybrid can go on from it.
+
+    Raises:
+        ValueError: the folder has none, or it was made for another width.
+    """
+    file = folder / PROJECTOR_FILE
+    if not file.exists():
+        raise ValueError(f"{folder} has no {PROJECTOR_FILE}: it was not trained with thought hidden or hybrid")
+    state = load_file(file)
+    size, width = state["inner.weight"].shape
+    expected = model.config.get_text_config().hidden_size
+    if width != expected:
+        raise ValueError(f"{file} is made for a model of width {width}, this one has {expected}")
+    model.projector = Projector(width, size, dtype, model.device)
+    read_projector(model, state)
+
+
+def read_projector(model: Any, state: dict[str, Tensor]) -> None:
+    gate = {} if "gate" in state else {"gate": model.projector.gate.detach()}
+    model.projector.load_state_dict(state | gate)
+    if gate:
+        start_gate(model)
+
+
+def language_model(model: Any) -> Any:
+    """The causal LM itself, out of its PEFT wrapper, where side modules sit."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+class KeepsProjector:
+    """Mixin before a transformers Trainer: every folder that it writes has the projector in a file beside the weights,
+    and a checkpoint is read back from both."""
+
+    model: Any
+    args: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """DeepSpeed hands a gathered state in."""
+        projector = getattr(language_model(self.model), "projector", None)
+        if projector is None:
+            return super()._save(output_dir, state_dict)  # type: ignore[misc]
+        state, own = split_projector(self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state)  # type: ignore[misc]
+        if not projector.gate.requires_grad:
+            own.pop("gate")  # thought hidden has none
+        if self.args.should_save:
+            save_projector(Path(output_dir or self.args.output_dir), own)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        owner = language_model(self.model)
+        projector = getattr(owner, "projector", None)
+        if projector is not None:
+            del owner.projector  # it is in a file of its own, so the model's does not miss it
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if projector is not None:
+            owner.projector = projector
+            read_projector(owner, load_file(Path(resume_from_checkpoint) / PROJECTOR_FILE))

@@ -1,0 +1,100 @@
+"""What the methods that learn from worked solutions share: which rows they take, padding, the loss on tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rl_soft.data import Row
+from rl_soft.layout import Layout
+
+logger = logging.getLogger("rl_soft")
+IGNORE = -100
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """(B, T) int64."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(r)) for r in rows]
+    return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)])
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled positions; logits (B, T, V) at t predict labels (B, T) at t + 1."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def row_length(layout: Layout, row: Row, with_steps: bool = True) -> int:
+    """Positions of a row with its steps and its thoughts: no method feeds more."""
+    thoughts = layout.thinking.num_thoughts if layout.thinking.phase == "latent" else 0
+    steps = len(layout.steps_ids(row, False)) if with_steps else 0
+    fixed = len(layout.prompt_ids(row.question)) + len(layout.forced_after_cap) + len(layout.answer_ids(row.answer))
+    return fixed + thoughts + steps
+
+
+def usable_rows(
+    rows: list[Row], layout: Layout, context: int | None, limit: int | None, with_steps: bool, dataset: str
+) -> list[Row]:
+    """The rows to train on. What is unusual about them is counted in the log; none is left out without a word.
+
+    Args:
+        context: positions that the model has; None if it names none.
+        limit: `max_row_tokens`; longer rows are left out.
+        with_steps: whether the method reads the steps.
+
+    Raises:
+        ValueError: a row is longer than the model and no limit is given; no row has steps; no row is left.
+    """
+    kept: list[Row] = []
+    left_out: list[tuple[Row, int]] = []
+    for row in rows:
+        length = row_length(layout, row, with_steps)
+        if limit is not None and length > limit:
+            left_out.append((row, length))
+            continue
+        if context is not None and length > context:
+            raise ValueError(
+                f"dataset {dataset}, row {row.id}: {length} tokens with its steps and thoughts, and the model has "
+                f"{context} positions; leave such rows out with max_row_tokens: {context}"
+            )
+        kept.append(row)
+    if left_out:
+        first, length = left_out[0]
+        logger.info(
+            "%d of %d rows are longer than max_row_tokens %d and are left out; the first is %s with %d",
+            *(len(left_out), len(rows), limit, first.id, length),
+        )
+    if not kept:
+        raise ValueError(f"dataset {dataset}: no row has at most max_row_tokens = {limit} tokens")
+    without = [row for row in kept if not row.steps]
+    if with_steps and len(without) == len(kept):
+        raise ValueError(f"dataset {dataset} has no worked steps, which this method learns from")
+    if with_steps and without:
+        logger.info(
+            "%d of %d rows have no steps and train the answer alone; the first is %s",
+            *(len(without), len(kept), without[0].id),
+        )
+    return kept
+
+
+def context_length(model: Any) -> int | None:
+    """Positions that a model has, by its configuration."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def reset_optimizer(optimizer: Any) -> None:
+    """Set all optimizer state to zero, in place: for Adam's moments and step counts that is a fresh optimizer.
+
+    In place, since DeepSpeed keeps other references to the same tensors.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                state[name] = 0
