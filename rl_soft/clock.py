@@ -1,7 +1,9 @@
-"""Where the time of a training step goes: seconds and tokens a second of each phase."""
+"""Where the time of a training step goes: seconds and tokens a second of each phase; and the most memory held."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,3 +70,10 @@ class PhaseClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._switch()
         self._stack = []
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held since its start, GiB: on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

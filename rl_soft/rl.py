@@ -37,7 +37,7 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, pad, use_adapter
 
-from rl_soft.clock import PhaseClock
+from rl_soft.clock import PhaseClock, peak_gib
 from rl_soft.guards import Guarded
 from rl_soft.layout import Layout
 from rl_soft.noise import address
@@ -382,10 +382,12 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
                 (out.entropy * answers).sum(),
                 thoughts.sum(),
                 answers.sum(),
+                out.failed.sum(),
                 torch.tensor(float(len(thoughts)), device=thoughts.device),
             ]
         )
-        softness_sum, outside, entropy_t, entropy_a, n_t, n_a, rows = self.accelerator.reduce(sums, "sum").tolist()
+        sums = self.accelerator.reduce(sums, "sum").tolist()
+        softness_sum, outside, entropy_t, entropy_a, n_t, n_a, failed, rows = sums
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in {
             "thoughts/softness": softness_sum / max(n_t, 1),
@@ -393,6 +395,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             "thoughts/entropy": entropy_t / max(n_t, 1),
             "thoughts/count": n_t / rows,
             "answer/entropy": entropy_a / max(n_a, 1),
+            "rollout/failed": failed / rows,
         }.items():
             metrics[name].append(value)
         self._clock.count("rollout", n_t + n_a)
@@ -446,8 +449,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             logs |= self._clock.take()
             logs["rollout/density_gap"] = self._density_gap
             self._density_gap = 0.0
-            if torch.cuda.is_available():
-                logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # of this process, since the start
+            logs["memory/peak_gib"] = peak_gib()
         super().log(logs, *args, **kwargs)
 
 

@@ -194,8 +194,9 @@ class Walk:
 
         phi_support = phi.gather(-1, slots)  # (m, K)
         phi.clamp_(min=-1e4)  # p ln p is 0 at p = 0
-        entropy = -torch.linalg.vecdot(phi.exp(), phi)
-        log_outside = phi.scatter_(-1, torch.where(weights.isneginf(), slots[:, :1], slots), -torch.inf).logsumexp(-1)
+        p = phi.exp()
+        entropy = -torch.linalg.vecdot(p, phi)
+        log_outside = _log_outside(p, phi, torch.where(weights.isneginf(), slots[:, :1], slots))
         log_prob, parameter = density_of(thinking)
         density = torch.where(is_thought, log_prob(phi_support, log_outside, weights, parameter), phi_support[:, 0])
 
@@ -270,6 +271,14 @@ def draw(
         token = GumbelTopK(scaled, 1, 1.0).sample(seeds=seeds, step=step).support
         action.support[:, :1] = torch.where(is_thought[:, None], action.support[:, :1], token)
     return action
+
+
+def _log_outside(p: Tensor, phi: Tensor, ids: Tensor) -> Tensor:
+    """(m,) ln of the mass outside `ids` (m, K), summed over the complement; writes into p and phi, both (m, V)."""
+    mass = p.scatter_(-1, ids, 0.0).sum(-1)
+    if mass.device.type == "cpu" and bool((mass > 1e-30).all()):
+        return mass.log()
+    return phi.scatter_(-1, ids, -torch.inf).logsumexp(-1)  # nothing underflows; a GPU takes this way, and no look
 
 
 def _token_weights(like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from rl_soft.layout import Layout, Thinking
 from rl_soft.noise import address
 from rl_soft.policy import mix_embeddings, next_thought
 from rl_soft.rollout import merged_adapter, rollout
+from rl_soft.walk import _log_outside
 
 LATENT = Thinking(thought_k=3, num_thoughts=4, answer_prompt="#", max_answer_tokens=12)
 EXPLICIT = Thinking(
@@ -339,6 +340,18 @@ def test_models_that_cannot_think_in_soft_tokens_are_refused_by_name():
     )  # fmt: skip
     with pytest.raises(ValueError, match="rollouts know full and sliding attention"):
         rollout(AutoModelForCausalLM.from_config(mamba), layout, [[6, 7, 8]], None, [2])
+
+
+def test_the_mass_outside_is_right_where_it_underflows():
+    phi = torch.tensor([[0.0, -1.0, -2.0, -3.0], [0.0, -150.0, -160.0, -170.0]]).double().log_softmax(-1)
+    ids = torch.tensor([[0, 2], [0, 1]])
+    for rows_ in (slice(0, 1), slice(0, 2)):  # alone, the first takes the short way
+        own = phi[rows_].float()
+        expected = phi[rows_].scatter(-1, ids[rows_], -torch.inf).logsumexp(-1).float()
+        torch.testing.assert_close(_log_outside(own.exp(), own.clone(), ids[rows_]), expected, atol=1e-5, rtol=1e-6)
+    everything = torch.arange(4).expand(2, 4)
+    own = phi.float()
+    assert _log_outside(own.exp(), own.clone(), everything).isneginf().all()
 
 
 @pytest.mark.parametrize("control", ["zero", "shuffle", "repeat"])

@@ -40,7 +40,7 @@ RL = TASK | {
     "method": "grpo", "prompts_per_step": 4, "num_generations": 4, "per_device_train_batch_size": 8,
     "num_iterations": 2, "lr_scheduler_type": "linear", "warmup_steps": 2, "save_steps": 2, "save_total_limit": 1,
 }  # fmt: skip
-TIMES = ("seconds/", "tokens_per_second/", "step_time")  # what a second run may take
+TIMES = ("seconds/", "tokens_per_second/", "step_time", "memory/")  # what a second run may take
 
 
 @pytest.fixture(scope="module")
