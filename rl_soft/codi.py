@@ -239,7 +239,7 @@ def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
             "train it whole (use_peft false), or start from a saved model (model_name_or_path)"
         )
     peft_config.trainable_token_indices = [layout.bot_id, layout.eot_id]
-    adapted: Any = get_peft_model(model, beside_adapter(peft_config))
+    adapted: Any = get_peft_model(model, beside_adapter(peft_config) if hasattr(model, "projector") else peft_config)
     # A longer vocabulary makes peft save both embedding matrices whole; only these rows differ from the base's.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
