@@ -2,13 +2,21 @@
 
     for s in 1 2 3; do ./launch.sh recipes/grpo_gumbel.yaml --seed $s; done
     python benchmarks/results.py                # runs/grpo_gumbel-seed*; prints Markdown
+    python benchmarks/results.py --against "runs/joint-seed{seed}"    # also pass@1 after RL against that of other runs
 
-Copies each run's figures (report.json without its lists of problems) to docs/results/, so that the page's numbers have
-a committed source.
+Differences are paired by problem and sample address; over all seeds, whole problems are resampled, with the draws of
+every seed. Copies each run's figures (report.json without its lists of problems) to docs/results/, so that the page's
+numbers have a committed source.
 """
 
+import argparse
 import json
 from pathlib import Path
+
+import numpy as np
+
+from rl_soft import passk
+from rl_soft.records import GREEDY, read
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +29,35 @@ def points(row: dict) -> str:
     return f"{100 * row['mean']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
 
 
+def solved(run: Path) -> dict[str, float]:
+    """problem -> share of its samples that are correct, after RL."""
+    found: dict[str, list[bool]] = {}
+    for record in read(run / "eval_after" / "records.jsonl"):
+        if record["sample"] != GREEDY:
+            found.setdefault(record["problem_id"], []).append(record["outcome"] == "correct")
+    return {problem: float(np.mean(outcomes)) for problem, outcomes in sorted(found.items())}
+
+
+def compare(runs: list[Path], pattern: str) -> None:
+    """pass@1 of `runs` less that of the runs of the same seeds that `pattern` names."""
+    ours, theirs = [], []
+    print(f"\nseed: pass@1, against {pattern}, difference in points")
+    for run in runs:
+        seed = run.name.removeprefix("grpo_gumbel-seed")
+        a, b = solved(ROOT / pattern.format(seed=seed)), solved(run)
+        ours.append([b[problem] for problem in a])
+        theirs.append(list(a.values()))
+        difference = points(vars(passk.paired_bootstrap(theirs[-1], ours[-1])))
+        print(f"{seed}: {100 * np.mean(ours[-1]):.1f}, {100 * np.mean(theirs[-1]):.1f}, {difference}")
+    problems = [i for row in ours for i in range(len(row))]
+    pooled = passk.paired_bootstrap(np.ravel(theirs), np.ravel(ours), problems)
+    print(f"all: {points(vars(pooled))}")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", metavar="PATTERN", help="other runs, {seed} standing for the seed")
+    args = parser.parse_args()
     runs = sorted((ROOT / "runs").glob("grpo_gumbel-seed*"))
     out = ROOT / "docs" / "results"
     out.mkdir(exist_ok=True)
@@ -61,6 +97,8 @@ def main() -> None:
             f"| {sum(line['thoughts/clip_fraction'] for line in second) / len(second):.1%} "
             f"| {sum(line['answer/clip_fraction'] for line in second) / len(second):.1%} |"
         )
+    if args.against:
+        compare(runs, args.against)
 
 
 if __name__ == "__main__":

@@ -161,26 +161,10 @@ def limits(args: argparse.Namespace) -> dict[str, float]:
     """Bytes and multiply-adds a second that this machine reaches, and the shape of the model."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype)
+    from rl_soft.estimate import measure_speeds
 
-    def best(function: Any) -> float:
-        times = []
-        for _ in range(8):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    n = 2**27 if device == "cpu" else 2**30
-    flat = torch.ones(n, dtype=dtype, device=device)
-    x, y = (torch.ones(2048 if device == "cpu" else 8192, 4096, dtype=dtype, device=device) for _ in range(2))
-    read = flat.numel() * flat.element_size() / best(lambda: flat.sum())
-    products = len(x) * len(y) * x.shape[1] / best(lambda: x @ y.T)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    products, read, _ = measure_speeds(dtype, n=8192 if device == "cuda" else 2048, repeats=7)
     model, _ = load(args.model, args.dtype, device)
     embedding = model.get_input_embeddings().weight
     config = model.config

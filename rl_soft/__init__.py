@@ -1,3 +1,25 @@
-"""RL fine-tuning of language models whose thoughts are soft tokens."""
+"""RL fine-tuning of language models whose thoughts are soft tokens.
+
+`rl_soft.generate`, with `rl_soft.Thinking` and `rl_soft.Decoding`, is soft thinking with any causal language model;
+it is loaded when it is asked for, so that importing the package costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl_soft.decoding import Decoding as Decoding
+    from rl_soft.generation import Completion as Completion
+    from rl_soft.generation import generate as generate
+    from rl_soft.layout import Thinking as Thinking
 
 __version__ = "0.1.0"
+
+_HOME = {"generate": "generation", "Completion": "generation", "Decoding": "decoding", "Thinking": "layout"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

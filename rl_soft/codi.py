@@ -32,12 +32,13 @@ from transformers import Trainer
 from transformers.cache_utils import DynamicCache
 
 from rl_soft import policy
-from rl_soft.config import CodiArguments, load_recipe
+from rl_soft.arguments import CodiArguments
+from rl_soft.config import load_recipe
 from rl_soft.data import Row
 from rl_soft.layout import Layout
 from rl_soft.noise import address
 from rl_soft.policy import add_projector, last_state, position_ids, reads_hidden, think
-from rl_soft.projector import KeepsProjector, beside_adapter
+from rl_soft.projector import KeepsProjector, beside_adapter, refuse_checkpointing
 from rl_soft.supervised import IGNORE, pad, token_cross_entropy
 
 
@@ -121,11 +122,11 @@ class CodiTrainer(KeepsProjector, Trainer):
     def __init__(
         self, model: Any, args: Any, *, layout: Layout, codi: CodiArguments, peft_config: Any = None, **kwargs: Any
     ):
-        if args.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing is not available for codi: gradients flow from the answer to the thoughts "
-                "through the cache, which checkpointed layers drop; lower per_device_train_batch_size instead"
-            )
+        refuse_checkpointing(
+            args,
+            "gradient_checkpointing is not available for codi:",
+            "lower per_device_train_batch_size instead",
+        )
         self.layout, self.codi = layout, codi
         self.kd_layers = kd_layers(codi, model.config.get_text_config().num_hidden_layers)
         self.teacher = None if codi.teacher == "self" else separate_teacher(codi.teacher, model, layout, args)
@@ -197,7 +198,7 @@ class CodiTrainer(KeepsProjector, Trainer):
         )
         seeds = inputs["seeds"] if self.codi.train_noise else None
         fresh = self.state.global_step * (thinking.num_thoughts + 1)  # new noise each time a row comes round
-        mask, position = think(
+        mask, position, _ = think(
             model, self.model, out.logits[:, -1], last_state(out), cache, mask, thinking, seeds, fresh, control
         )
         S = inputs["student_ids"].shape[1]

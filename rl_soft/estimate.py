@@ -177,12 +177,12 @@ def _saved(model: Any, batch: int, length: int) -> float:
 # Time
 
 
-def measure_speeds(dtype: torch.dtype) -> tuple[float, float, float]:
-    """Multiply-adds a second of a large product, bytes a second of a read, seconds that a small operation costs."""
+def measure_speeds(dtype: torch.dtype, n: int | None = None, repeats: int = 3) -> tuple[float, float, float]:
+    """Multiply-adds a second of a product of two (n, n), bytes a second of a read, seconds of a small operation."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    n = 8192 if device == "cuda" else 1024
+    n = n or (8192 if device == "cuda" else 1024)
 
-    def best(function: Any, repeats: int = 3) -> float:
+    def best(function: Any) -> float:
         times = []
         for _ in range(repeats + 1):
             if device == "cuda":

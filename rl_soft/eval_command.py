@@ -17,11 +17,14 @@ import yaml
 from accelerate import PartialState
 
 from rl_soft import data, policy
-from rl_soft.config import AnalysisArguments, EvaluationArguments, load_evaluation
+from rl_soft.arguments import AnalysisArguments, EvaluationArguments, GenerateArguments
+from rl_soft.config import load_decoder
+from rl_soft.decoding import Decoding
 from rl_soft.evaluate import FREE_KEYS, check_golds, evaluate, header_of
+from rl_soft.generation import layout_for, tell_template
 from rl_soft.layout import Layout, Thinking
 from rl_soft.records import check_header
-from rl_soft.report import build
+from rl_soft.report import build, compare
 from rl_soft.supervised import context_length
 from rl_soft.train import gathered, prepare_devices
 
@@ -33,63 +36,105 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
 
     Args:
         model: a folder of ours, a transformers or PEFT folder, or a hub id.
-        overrides: fields of `EvaluationArguments`, and of `Thinking` to change the model's own.
+        overrides: fields of `EvaluationArguments`, of `Thinking` to change the model's own, and of `Decoding`. With
+            `thoughts` there is an evaluation a kind, on the same problems with the same noise, and their comparison.
 
     Raises:
         ValueError: arguments, data set and model that do not fit, or a directory that holds another evaluation.
     """
-    arguments, changes = load_evaluation(model, overrides)
-    thinking = thinking_of(model, changes)
+    arguments, changes, decoding = load_decoder(model, overrides)
+    thinkings = thinkings_of(model, changes, arguments)
     rows = load_rows(arguments)
     check_golds(rows, arguments.dataset, arguments.confirm_run_unsafe_code)
     out = Path(arguments.output_dir)
-    config = {**dataclasses.asdict(arguments), **thinking.to_dict()}
-    described: dict[str, Any] = {
-        "name": out.name,
+    plans = [
+        (thinking, folder, _describe(model, arguments, thinking, decoding, folder)) for folder, thinking in thinkings
+    ]
+    resuming = [
+        check_header(folder, header_of(thinking, len(rows), decoding=decoding, **described), FREE_KEYS)
+        for thinking, folder, described in plans
+    ]
+    if arguments.thoughts and (out / "eval.json").exists():
+        raise ValueError(f"output_dir {out} holds an evaluation of one kind of thought; choose another for several")
+    for taken in {out, *(folder for _, folder, _ in plans)}:
+        known = any(resuming) if taken == out else (taken / "eval.json").exists()
+        if not known and taken.exists() and any(taken.iterdir()):
+            raise ValueError(f"output_dir {taken} is not empty and holds no evaluation; choose another")
+
+    prepare_devices()
+    state = start_processes()
+    loaded = load_policy(model, arguments)
+    layouts = [layout_for(loaded.model, loaded.tokenizer, thinking) for thinking, _, _ in plans]
+    tell_template(layouts[0])
+    for layout in layouts:
+        check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
+    loaded.model.to(state.device)
+    try:
+        with gathered(loaded.model):
+            for layout, (_, folder, described) in zip(layouts, plans, strict=True):
+                logger.info("%d problems x (%d samples + greedy) into %s", len(rows), arguments.eval_samples, folder)
+                evaluate(
+                    loaded.model,
+                    layout,
+                    rows,
+                    folder,
+                    batch_size=arguments.eval_batch_size,
+                    run_code=arguments.confirm_run_unsafe_code,
+                    control=arguments.control,
+                    decoding=decoding,
+                    **described,
+                )
+    except KeyboardInterrupt:
+        logger.info("stopped; the same command goes on with what is missing")
+        raise SystemExit(130) from None
+    if state.is_main_process:
+        figures = {}
+        for _, folder, _ in plans:
+            figures = build(folder, arguments.eval_k)
+        if arguments.thoughts:
+            figures = compare([folder for _, folder, _ in plans], out, names=arguments.thoughts, ks=arguments.eval_k)
+        logger.info("%s; report: %s", figures["title"], out / "report.md")
+    return out
+
+
+def thinkings_of(model: str, changes: dict[str, Any], arguments: EvaluationArguments) -> list[tuple[Path, Thinking]]:
+    """What is evaluated into which folder: one thinking, or one for each of `thoughts`.
+
+    Raises:
+        ValueError: `thought` beside `thoughts`, or a kind that the other settings do not allow.
+    """
+    out, thinking = Path(arguments.output_dir), thinking_of(model, changes)
+    if not arguments.thoughts:
+        return [(out, thinking)]
+    if "thought" in changes:
+        raise ValueError(f"thought {changes['thought']} and thoughts {','.join(arguments.thoughts)}: give one of them")
+    return [(out / kind, dataclasses.replace(thinking, thought=kind)) for kind in arguments.thoughts]
+
+
+def _describe(
+    model: str, arguments: EvaluationArguments, thinking: Thinking, decoding: Decoding, folder: Path
+) -> dict[str, Any]:
+    """What `evaluate` writes down of one evaluation: the same, whether it is one of several or not."""
+    alone = dataclasses.replace(arguments, output_dir=str(folder), thoughts=None)
+    changed = {} if decoding == Decoding() else decoding.to_dict()
+    return {
+        "name": folder.name,
         "model_name": model,
         "dataset": arguments.dataset,
         "split": arguments.split,
         "samples": arguments.eval_samples,
         "seed": arguments.eval_seed,
-        "config": config,
+        "config": {**dataclasses.asdict(alone), **thinking.to_dict(), **changed},
     }
-    resuming = check_header(out, header_of(thinking, len(rows), **described), FREE_KEYS)
-    if not resuming and out.exists() and any(out.iterdir()):
-        raise ValueError(f"output_dir {out} is not empty and holds no evaluation; choose another")
-
-    prepare_devices()
-    state = start_processes()
-    loaded = load_policy(model, arguments)
-    thinking.support_size(loaded.model.config.vocab_size)
-    layout = Layout(thinking, loaded.tokenizer)
-    check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
-    loaded.model.to(state.device)
-    logger.info("%d problems x (%d samples + greedy) into %s", len(rows), arguments.eval_samples, out)
-    try:
-        with gathered(loaded.model):
-            evaluate(
-                loaded.model,
-                layout,
-                rows,
-                out,
-                batch_size=arguments.eval_batch_size,
-                run_code=arguments.confirm_run_unsafe_code,
-                control=arguments.control,
-                **described,
-            )
-    except KeyboardInterrupt:
-        logger.info("stopped; the same command goes on with what is missing")
-        raise SystemExit(130) from None
-    if state.is_main_process:
-        figures = build(out, arguments.eval_k)
-        logger.info("%s; report: %s", figures["title"], out / "report.md")
-    return out
 
 
 def describe(model: str, overrides: dict[str, Any]) -> str:
     """What would be evaluated, as YAML, for --dry-run."""
-    arguments, changes = load_evaluation(model, overrides)
-    values = {**dataclasses.asdict(arguments), **thinking_of(model, changes).to_dict()}
+    arguments, changes, decoding = load_decoder(model, overrides)
+    _, thinking = thinkings_of(model, changes, arguments)[0]
+    values = {**dataclasses.asdict(arguments), **thinking.to_dict(), **decoding.to_dict()}
+    if arguments.thoughts:
+        values.pop("thought")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -119,7 +164,7 @@ def check_lengths(rows: list[data.Row], layout: Layout, context: int | None, dat
         )
 
 
-def load_rows(arguments: EvaluationArguments | AnalysisArguments) -> list[data.Row]:
+def load_rows(arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> list[data.Row]:
     return data.load(
         arguments.dataset,
         arguments.split,
@@ -130,7 +175,7 @@ def load_rows(arguments: EvaluationArguments | AnalysisArguments) -> list[data.R
     )
 
 
-def load_policy(model: str, arguments: EvaluationArguments | AnalysisArguments) -> policy.Policy:
+def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> policy.Policy:
     try:
         return policy.load(model, arguments.dtype, arguments.attn_implementation)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub

@@ -25,6 +25,7 @@ from rewards.answers import Judgement, judge_many, unreadable_golds
 from rewards.code import judge_programs, readable_tests
 from rewards.scorers import judge_puzzles
 from rl_soft.data import UNSCORED, Row, question_hash
+from rl_soft.decoding import Decoding
 from rl_soft.layout import Layout, Thinking
 from rl_soft.noise import address
 from rl_soft.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
@@ -102,7 +103,8 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Every id that ends a completion: the tokenizer's and those of the generation config."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *ids]))
+    own = tokenizer.eos_token_id
+    return list(dict.fromkeys([*([] if own is None else [own]), *ids]))
 
 
 def completion_text(layout: Layout, out: Rollout, i: int) -> str:
@@ -140,10 +142,11 @@ def sample_records(
     seed: int,
     run_code: bool = False,
     control: str = "none",
+    decoding: Decoding | None = None,
 ) -> list[dict[str, Any]]:
     """One record for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix.
 
-    `control` disturbs the thoughts (`policy.disturb`).
+    `control` disturbs the thoughts (`policy.disturb`); `decoding` cuts the distributions (`decoding.Decoding`).
     """
     seeds = [address(seed, row.id, sample) for row, sample in tasks]
     greedy = tasks[0][1] == GREEDY
@@ -155,6 +158,7 @@ def sample_records(
         None if greedy else torch.tensor(seeds),
         eos_token_ids(model, layout.tokenizer),
         control=control,
+        decoding=decoding,
     )
     thoughts = out.thought_mask.sum(-1).tolist()
     answers = (out.action_mask & ~out.thought_mask).sum(-1).tolist()
@@ -217,6 +221,7 @@ def evaluate(
     config: dict[str, Any] | None = None,
     run_code: bool = False,
     control: str = "none",
+    decoding: Decoding | None = None,
 ) -> None:
     """Write eval.json and records.jsonl; samples already there are not drawn again.
 
@@ -226,12 +231,13 @@ def evaluate(
         config: flat; with what else the evaluation is identified by. The same in every process.
         run_code: run the programs that answer rows of type `code`.
         control: what is done to the thoughts that are fed.
+        decoding: how distributions are cut before positions are drawn; part of the header.
 
     Raises:
         ValueError: the directory holds another evaluation, or records of other problems.
     """
     state = PartialState()
-    header = header_of(layout.thinking, len(rows), name, model_name, dataset, split, samples, seed, config)
+    header = header_of(layout.thinking, len(rows), name, model_name, dataset, split, samples, seed, config, decoding)
     check_header(out_dir, header, FREE_KEYS)
     path = out_dir / "records.jsonl"
     writer: Writer | None = None
@@ -265,7 +271,8 @@ def evaluate(
                 part = missing[start : start + chunk]
                 share = -(-len(part) // state.num_processes)
                 mine = part[state.process_index * share : (state.process_index + 1) * share]
-                records = gather_object(sample_records(model, layout, mine, seed, run_code, control) if mine else [])
+                made = sample_records(model, layout, mine, seed, run_code, control, decoding) if mine else []
+                records = gather_object(made)
                 if writer is not None:
                     writer.append(*records)
                 bar.update(len(part))
@@ -287,13 +294,16 @@ def header_of(
     samples: int,
     seed: int,
     config: dict[str, Any] | None,
+    decoding: Decoding | None = None,
 ) -> dict[str, Any]:
+    """What eval.json holds; a decoding that does nothing is left out, as it was when there was none."""
+    changed = {} if decoding in (None, Decoding()) else decoding.to_dict()
     return {
         "name": name,
         "model": model_name,
         "dataset": dataset,
         "split": split,
-        "decoder": thinking.to_dict(),
+        "decoder": {**thinking.to_dict(), **changed},
         "n": samples,
         "seed": seed,
         "num_problems": num_problems,

@@ -13,7 +13,7 @@ import numpy as np
 
 from rl_soft.render import percent, points
 
-_COLOURS = ("#6e7781", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # grey, then Okabe and Ito's
+COLOURS = ("#6e7781", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # grey, then Okabe and Ito's
 
 
 def draw(report: dict[str, Any]) -> dict[str, bytes]:
@@ -27,13 +27,15 @@ def draw(report: dict[str, Any]) -> dict[str, bytes]:
     return pictures
 
 
-def _figure(width: float, height: float) -> Any:
+def canvas(width: float, height: float) -> Any:
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure  # Figure alone needs neither pyplot nor a display
 
     return Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
-def _png(figure: Any, title: str, caption: str) -> bytes:
+def png(figure: Any, title: str, caption: str) -> bytes:
+    """The figure with a title above and a caption below."""
     title = textwrap.fill(title, int(8 * figure.get_figwidth()), max_lines=2, placeholder=" …")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#57606a")
@@ -47,7 +49,8 @@ def _short(text: str, limit: int = 24) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _clean(axes: Any) -> None:
+def clean(axes: Any) -> None:
+    """The look of axes that all pictures share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#8c959f")
     axes.tick_params(colors="#424a53", labelsize=8.5)
@@ -60,10 +63,10 @@ def curves(report: dict[str, Any]) -> bytes:
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     reward, summaries = report["reward"], report["evaluations"]
-    figure = _figure(10.5 if reward else 6.6, 4.3)
+    figure = canvas(10.5 if reward else 6.6, 4.3)
     left = figure.subplots(1, 2 if reward else 1, width_ratios=[1.15, 1] if reward else None, squeeze=False)[0, 0]
-    _clean(left)
-    colours = _COLOURS if len(summaries) > 1 else _COLOURS[1:]
+    clean(left)
+    colours = COLOURS if len(summaries) > 1 else COLOURS[1:]
     labels, bounds = [], []
     for i, summary in enumerate(summaries):
         colour, rows = colours[i % len(colours)], summary["pass_at_k"]
@@ -125,7 +128,7 @@ def curves(report: dict[str, Any]) -> bytes:
         spread = f"{points(delta['low'])} to {points(delta['high'])}"
         caption += f"\nPaired change of pass@1: {points(delta['mean'])} points, 95 % CI {spread}."
     partial = "  (partial records)" if report["partial"] else ""
-    return _png(figure, report["title"] + partial, caption)
+    return png(figure, report["title"] + partial, caption)
 
 
 def _apart(labels: list[tuple[float, str, str, str]], gap: float, top: float) -> list[float]:
@@ -142,14 +145,14 @@ def _apart(labels: list[tuple[float, str, str, str]], gap: float, top: float) ->
 def _reward_panel(axes: Any, reward: dict[str, Any]) -> None:
     step, value = np.array(reward["step"]), np.array(reward["reward"])
     width = max(1, len(value) // 20)
-    _clean(axes)
+    clean(axes)
     if width > 1:
         totals = np.cumsum(np.insert(value, 0, 0.0))
         smooth = (totals[width:] - totals[:-width]) / width
-        axes.plot(step, value, color=_COLOURS[1], linewidth=0.8, alpha=0.35)
-        axes.plot(step[width - 1 :], smooth, color=_COLOURS[1], linewidth=2)
+        axes.plot(step, value, color=COLOURS[1], linewidth=0.8, alpha=0.35)
+        axes.plot(step[width - 1 :], smooth, color=COLOURS[1], linewidth=2)
     else:
-        axes.plot(step, value, color=_COLOURS[1], linewidth=2, marker="o", markersize=3)
+        axes.plot(step, value, color=COLOURS[1], linewidth=2, marker="o", markersize=3)
     axes.set_xlabel("training step", fontsize=9)
     note = f" (bold: mean of {width} steps)" if width > 1 else ""
     axes.set_title(f"Reward{note}", loc="left", fontsize=10)
@@ -160,7 +163,7 @@ def scatter(report: dict[str, Any]) -> bytes:
     from matplotlib.ticker import PercentFormatter
 
     pairs, by_name = report["comparisons"], {summary["name"]: summary for summary in report["evaluations"]}
-    figure = _figure(4.8 * len(pairs), 5.0)
+    figure = canvas(4.8 * len(pairs), 5.0)
     for i, (axes, pair) in enumerate(zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True)):
         a, b = (by_name[pair[side]]["problems"] for side in "ab")
         points = Counter(
@@ -172,9 +175,9 @@ def scatter(report: dict[str, Any]) -> bytes:
         )
         x, y = zip(*points, strict=True)
         area = [12 * count for count in points.values()]
-        _clean(axes)
+        clean(axes)
         axes.plot([0, 1], [0, 1], color="#8c959f", linewidth=0.8)
-        axes.scatter(x, y, s=area, color=_COLOURS[(i + 1) % len(_COLOURS)], alpha=0.55, linewidths=0, clip_on=False)
+        axes.scatter(x, y, s=area, color=COLOURS[(i + 1) % len(COLOURS)], alpha=0.55, linewidths=0, clip_on=False)
         axes.set_aspect("equal")
         axes.set_xlim(-0.03, 1.03)
         axes.set_ylim(-0.03, 1.03)
@@ -185,4 +188,4 @@ def scatter(report: dict[str, Any]) -> bytes:
         values = pair["pass_at_k"][0]
         split = f"{values['gained']} better, {values['lost']} worse, {values['tied']} equal"
         axes.set_title(split, loc="left", fontsize=10)
-    return _png(figure, "Problem by problem", "Area: number of problems at a point. Above the line: better.")
+    return png(figure, "Problem by problem", "Area: number of problems at a point. Above the line: better.")

@@ -52,7 +52,7 @@ def page(
         + "".join(f"<p>{escape(note)}</p>" for note in notes)
         + (f'<h2>Warnings</h2><ul class="warn">{warnings}</ul>' if warnings else "")
         + f'<div class="figures">{images}</div>'
-        + "".join(map(_table, tables))
+        + "".join(map(table, tables))
         + f"<h2>Problems</h2><p>{escape(_limits(problems))}</p>"
         + _BROWSER
         + f'<script type="application/json" id="data">{data.replace("<", chr(92) + "u003c")}</script>'
@@ -63,12 +63,13 @@ def page(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report['title'])}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(report['title'])}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main><script>{_SCRIPT}</script></body></html>\n"
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first their head, as markup."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -137,7 +138,7 @@ _BROWSER = """
 <div class="browser"><div id="list"></div><article id="problem"></article></div>
 """
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --line: #d0d7de; --soft: #f6f8fa; --text: #1f2328; --quiet: #57606a; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: #fff; }

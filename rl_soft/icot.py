@@ -14,19 +14,16 @@ Evaluation is that of a CoT model in the explicit phase: it writes what it still
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
-from rl_soft.config import ICoTArguments
+from rl_soft.arguments import ICoTArguments
 from rl_soft.data import Row
-from rl_soft.layout import Layout
 from rl_soft.noise import address, exponential
-from rl_soft.supervised import IGNORE, pad, reset_optimizer, token_cross_entropy
+from rl_soft.supervised import IGNORE, ScheduledTrainer, pad, token_cross_entropy
 
 MOST_EXTRA = 100  # tokens that smoothing removes at most
 
@@ -53,24 +50,16 @@ class Removal:
         return round(self.arguments.cot_epochs * self.steps_per_epoch)
 
 
-class ICoTTrainer(Trainer):
+class ICoTTrainer(ScheduledTrainer):
     """transformers' Trainer on chains of thought that get shorter."""
 
-    def __init__(self, model: Any, args: Any, *, layout: Layout, arguments: ICoTArguments, rows: list[Row], seed: int):
-        super().__init__(model, args, data_collator=lambda rows: {"rows": rows}, train_dataset=rows)
-        self.layout, self.arguments, self.seed = layout, arguments, seed
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over this micro-batch
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        longest = max(len(layout.steps_ids(row, drop_last_step=False)) for row in rows)
-        self.removal = Removal(arguments, math.ceil(len(rows) / batch), longest)
-        self._fresh_since = -1  # the step that last began with a fresh optimizer
+    arguments: ICoTArguments
+    schedule: Removal
+    logged_as = "removed_tokens"
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        step = self.state.global_step
-        if self.arguments.reset_optimizer and step > self._fresh_since and self.removal(step) > self.removal(step - 1):
-            reset_optimizer(self.optimizer)
-            self._fresh_since = step
-        return super().training_step(model, inputs, *args, **kwargs)
+    def make_schedule(self, rows: list[Row], steps_per_epoch: int) -> Removal:
+        longest = max(len(self.layout.steps_ids(row, drop_last_step=False)) for row in rows)
+        return Removal(self.arguments, steps_per_epoch, longest)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -87,7 +76,7 @@ class ICoTTrainer(Trainer):
         ids, labels = [], []
         for row, extra in zip(rows, self.extra_removal(rows, step), strict=True):
             question = layout.question_ids(row.question)
-            chain = layout.steps_ids(row, drop_last_step=False)[self.removal(step) + extra :]
+            chain = layout.steps_ids(row, drop_last_step=False)[self.schedule(step) + extra :]
             completion = [*chain, *layout.forced_after_cap, *layout.answer_ids(row.answer)]
             ids.append(question + completion)
             labels.append([IGNORE] * len(question) + completion)
@@ -101,13 +90,8 @@ class ICoTTrainer(Trainer):
     def extra_removal(self, rows: list[Row], step: int) -> list[int]:
         """o of each row: floor(E / lambda) with E standard exponential has the distribution above."""
         smoothing = self.arguments.removal_smoothing
-        if smoothing is None or step < self.removal.start:
+        if smoothing is None or step < self.schedule.start:
             return [0] * len(rows)
         seeds = torch.tensor([address(self.seed, row.id, 0) for row in rows])
         extra = (exponential(seeds, step, 1)[:, 0] / smoothing).floor()
         return [int(o) for o in extra.clamp(max=MOST_EXTRA)]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs["removed_tokens"] = self.removal(self.state.global_step - 1)
-        super().log(logs, *args, **kwargs)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BOT, EOT, PAD = "<bot>", "<eot>", "<pad>"
 PHASES = ("latent", "explicit")
 THOUGHTS = ("token", "soft", "gumbel", "dirichlet", "hidden", "hybrid")
+CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `policy.disturb`
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rl_soft.densities import Dirichlet, SoftToken, dirichlet_log_prob, gumbel_topk_log_prob
 from rl_soft.head import LogProb
-from rl_soft.layout import BOT, EOT, PAD, Thinking
+from rl_soft.layout import BOT, CONTROLS, EOT, PAD, Thinking
 from rl_soft.noise import gumbel
-from rl_soft.projector import PROJECTOR_FILE, language_model, load_projector
+from rl_soft.projector import PROJECTOR, load_projector
 from rl_soft.projector import Projector as Projector
 from rl_soft.projector import add_projector as add_projector
+from rl_soft.side_modules import language_model, module_file
 
 SIDE_FILE = "rl_soft.json"
-CONTROLS = ("none", "zero", "shuffle", "repeat")
 
 
 @dataclass
@@ -174,7 +174,8 @@ def think(
     seeds: Tensor | None,
     step: int = 0,
     control: str = "none",
-) -> tuple[Tensor, Tensor]:
+    keep_logits: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """n thoughts on a cache, differentiable from the first to the last.
 
     Args:
@@ -184,12 +185,14 @@ def think(
         mask: (B, P) attention mask of what the cache holds.
         seeds, step: address of the noise, see `next_thought`.
         control: what is done to the thoughts fed, see `disturb`.
+        keep_logits: whether the logits are wanted. In training they would be held for nothing.
 
     Returns:
-        mask (B, P + n) and the position (B, 1) of the next input. The last thought's logits predict a fed position and
-        are not needed.
+        mask (B, P + n), the position (B, 1) of the next input, and, where they are kept, the n + 1 logits (B, V) seen
+        at <bot> and at each thought. The last thought's predict a fed position.
     """
     position = mask.sum(-1, keepdim=True)  # (B, 1)
+    seen = [logits] if keep_logits else []
     first: Tensor | None = None
     for t in range(thinking.num_thoughts):
         thought = next_thought(logits, thinking, seeds, step + t)  # (B, K)
@@ -205,8 +208,10 @@ def think(
             output_hidden_states=reads_hidden(thinking),
         )
         logits, hidden = out.logits[:, -1], last_state(out)
+        if keep_logits:
+            seen.append(logits)
         position = position + 1
-    return mask, position
+    return mask, position, seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +308,7 @@ def load(name_or_path: str, dtype: str = "float32", attn_implementation: str | N
         model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    if (path / PROJECTOR_FILE).exists():
+    if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tokenizer.pad_token_id is None:

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
+from rl_soft.arguments import refuse_pathwise
 from rl_soft.rl import SOFT_KEYS, SoftGRPOTrainer
-from rl_soft.value_head import add_value_head, load_value_head, save_value_head, split_value_head
+from rl_soft.side_modules import language_model, save_module, split_module, taken_out
+from rl_soft.value_head import VALUE_HEAD, add_value_head, load_value_head
 
 
 @dataclass
@@ -114,11 +116,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         value_learning_rate: float = 1e-4,
         **kwargs: Any,
     ):
-        if kwargs.get("ratio") == "pathwise":
-            raise ValueError(
-                "ratio pathwise: thoughts are then not actions and have no values; use joint, factored or top1, "
-                "or method grpo"
-            )
+        refuse_pathwise(kwargs.get("ratio"))
         self.gamma, self.lam, self.vf_coef, self.value_clip = gamma, lam, vf_coef, value_clip
         self.value_learning_rate = value_learning_rate
         super().__init__(*args, **kwargs)
@@ -138,8 +136,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
 
     def _language_model(self) -> Any:
         """The causal LM under any wrapper, where the value head sits."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if is_peft_model(model) else model
+        return language_model(self.accelerator.unwrap_model(self.model))
 
     # -- advantages ---------------------------------------------------------------------------------------------------
 
@@ -289,15 +286,13 @@ class SoftPPOTrainer(SoftGRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A plain model or adapter folder, and the head in a file beside it. DeepSpeed hands a gathered state in."""
-        state, head = split_value_head(self.model.state_dict() if state_dict is None else state_dict)
+        state, head = split_module(self.model.state_dict() if state_dict is None else state_dict, VALUE_HEAD)
         super()._save(output_dir, state)
         if self.args.should_save:
-            save_value_head(Path(output_dir or self.args.output_dir), head)
+            save_module(Path(output_dir or self.args.output_dir), VALUE_HEAD, head)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        language_model = self._language_model()
-        head = language_model.value_head
-        del language_model.value_head  # it is in a file of its own, so the model's does not miss it
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        language_model.value_head = head
-        load_value_head(language_model, Path(resume_from_checkpoint))
+        owner = self._language_model()
+        with taken_out(owner, VALUE_HEAD):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_value_head(owner, Path(resume_from_checkpoint))

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache
 
 from rl_soft.data import Row
 from rl_soft.layout import Layout
-from rl_soft.policy import disturb, last_state, next_thought, position_ids, reads_hidden, thought_input
+from rl_soft.policy import last_state, position_ids, reads_hidden, think
 from rl_soft.records import write_atomic
 from rl_soft.supervised import pad
 
@@ -64,22 +64,8 @@ def thought_logits(model: Any, layout: Layout, rows: Sequence[Row], control: str
         logits_to_keep=1,
         output_hidden_states=reads_hidden(thinking),
     )
-    seen, position, first = [out.logits[:, -1]], mask.sum(-1, keepdim=True), None
-    for _ in range(thinking.num_thoughts):
-        thought = next_thought(out.logits[:, -1], thinking)
-        fed = thought_input(model, thinking, thought.support, thought.log_weights, last_state(out))  # (B, H)
-        first = fed if first is None else first
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        out = model(
-            inputs_embeds=disturb(fed, control, first)[:, None],
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=reads_hidden(thinking),
-        )
-        seen.append(out.logits[:, -1])
-        position = position + 1
+    start = out.logits[:, -1], last_state(out)
+    seen = think(model, model, *start, cache, mask, thinking, None, control=control, keep_logits=True)[2]
     return torch.stack(seen, dim=1).float()
 
 

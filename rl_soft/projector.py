@@ -3,26 +3,25 @@
     hidden   z = P(h)                     P = LayerNorm(W2 GELU(W1 h + b1) + b2)
     hybrid   z = P(h) + gate * mixture    of the same thought's gumbel mixture of token embeddings
 
-It is `model.projector`, a module of the causal LM under any LoRA adapter, so that the optimizer, DeepSpeed and the
-model's moves see it; on disk it is projector.safetensors beside the weights, so that these open as a plain model.
+It is `model.projector`, on disk projector.safetensors (side_modules.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-PROJECTOR_FILE = "projector.safetensors"
-MARK = "projector."
+from rl_soft.side_modules import language_model, module_file, save_module, split_module, taken_out
+
+PROJECTOR = "projector"
 START_SHARE = 0.1  # of a hybrid thought: what a gate that is not yet trained gives the mixture, beside the state
 
 
@@ -108,6 +107,18 @@ def start_gate(model: Any) -> None:
     projector.gate.fill_((START_SHARE * projected / embedded).item())
 
 
+def refuse_checkpointing(args: Any, lead: str, instead: str) -> None:
+    """Raises ValueError where layers are checkpointed and gradients flow from a thought to those before it.
+
+    Args:
+        args: the trainer's, or None.
+        lead: how the message begins, with the key and what it does not go with.
+        instead: how it ends, with the way out.
+    """
+    if getattr(args, "gradient_checkpointing", False):
+        raise ValueError(f"{lead} gradients flow through the cache, which checkpointed layers drop; {instead}")
+
+
 def check_hybrid(model: Any, ratio: str, args: Any, peft_config: Any) -> None:
     """Raises ValueError where RL cannot train hybrid thoughts: each is fed with a state that is made again, so the
     training pass takes them one after another, on a cache."""
@@ -117,11 +128,11 @@ def check_hybrid(model: Any, ratio: str, args: Any, peft_config: Any) -> None:
         raise ValueError(
             "thought hybrid needs a model with a projector; start from a CODI run with thought hidden or hybrid"
         )
-    if getattr(args, "gradient_checkpointing", False):
-        raise ValueError(
-            "gradient_checkpointing: with thought hybrid gradients flow through the cache, which checkpointed layers "
-            "drop; use thought gumbel or gradient_checkpointing false"
-        )
+    refuse_checkpointing(
+        args,
+        "gradient_checkpointing: with thought hybrid",
+        "use thought gumbel or gradient_checkpointing false",
+    )
     if getattr(args, "beta", 0) and (peft_config is not None or hasattr(model, "peft_config")):
         raise ValueError(
             f"beta {args.beta}: the reference is the adapter switched off, and the projector of thought hybrid is "
@@ -132,7 +143,7 @@ def check_hybrid(model: Any, ratio: str, args: Any, peft_config: Any) -> None:
 def beside_adapter(peft_config: Any) -> Any:
     """A LoraConfig whose `all-linear` leaves the projector out: it is trained whole."""
     if peft_config is not None and not peft_config.exclude_modules:
-        peft_config.exclude_modules = rf"(.*\.)?{MARK[:-1]}\..*"
+        peft_config.exclude_modules = rf"(.*\.)?{PROJECTOR}\..*"
     return peft_config
 
 
@@ -140,18 +151,6 @@ def add_reference_projector(model: PreTrainedModel) -> None:
     """The projector that the reference, loaded again by its path, started with."""
     load_projector(model, Path(str(model.name_or_path)))
     model.projector.requires_grad_(False)
-
-
-def split_projector(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict without the projector, and the projector's own."""
-    own = {key.rpartition(MARK)[2]: value for key, value in state.items() if f".{key}".rfind(f".{MARK}") >= 0}
-    return {key: value for key, value in state.items() if f".{key}".rfind(f".{MARK}") < 0}, own
-
-
-def save_projector(folder: Path, state: dict[str, Tensor]) -> None:
-    temporary = folder / (PROJECTOR_FILE + ".tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
-    os.replace(temporary, folder / PROJECTOR_FILE)
 
 
 def load_projector(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -162,9 +161,9 @@ def load_projector(model: PreTrainedModel, folder: Path, dtype: torch.dtype = to
     Raises:
         ValueError: the folder has none, or it was made for another width.
     """
-    file = folder / PROJECTOR_FILE
+    file = module_file(folder, PROJECTOR)
     if not file.exists():
-        raise ValueError(f"{folder} has no {PROJECTOR_FILE}: it was not trained with thought hidden or hybrid")
+        raise ValueError(f"{folder} has no {file.name}: it was not trained with thought hidden or hybrid")
     state = load_file(file)
     size, width = state["inner.weight"].shape
     expected = model.config.get_text_config().hidden_size
@@ -181,11 +180,6 @@ def read_projector(model: Any, state: dict[str, Tensor]) -> None:
         start_gate(model)
 
 
-def language_model(model: Any) -> Any:
-    """The causal LM itself, out of its PEFT wrapper, where side modules sit."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
 class KeepsProjector:
     """Mixin before a transformers Trainer: every folder that it writes has the projector in a file beside the weights,
     and a checkpoint is read back from both."""
@@ -195,22 +189,20 @@ class KeepsProjector:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """DeepSpeed hands a gathered state in."""
-        projector = getattr(language_model(self.model), "projector", None)
+        projector = getattr(language_model(self.model), PROJECTOR, None)
         if projector is None:
             return super()._save(output_dir, state_dict)  # type: ignore[misc]
-        state, own = split_projector(self.model.state_dict() if state_dict is None else state_dict)
+        state, own = split_module(self.model.state_dict() if state_dict is None else state_dict, PROJECTOR)
         super()._save(output_dir, state)  # type: ignore[misc]
         if not projector.gate.requires_grad:
             own.pop("gate")  # thought hidden has none
         if self.args.should_save:
-            save_projector(Path(output_dir or self.args.output_dir), own)
+            save_module(Path(output_dir or self.args.output_dir), PROJECTOR, own)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         owner = language_model(self.model)
-        projector = getattr(owner, "projector", None)
-        if projector is not None:
-            del owner.projector  # it is in a file of its own, so the model's does not miss it
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        if projector is not None:
-            owner.projector = projector
-            read_projector(owner, load_file(Path(resume_from_checkpoint) / PROJECTOR_FILE))
+        if getattr(owner, PROJECTOR, None) is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        with taken_out(owner, PROJECTOR):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        read_projector(owner, load_file(module_file(Path(resume_from_checkpoint), PROJECTOR)))

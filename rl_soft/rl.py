@@ -47,10 +47,11 @@ from rl_soft.projector import (
     add_reference_projector,
     beside_adapter,
     check_hybrid,
-    language_model,
+    refuse_checkpointing,
 )
 from rl_soft.rollout import Rollout, rollout
 from rl_soft.scored import SoftInputs, add_soft_forward, reference_head
+from rl_soft.side_modules import language_model
 
 SOFT_KEYS = (
     "support", "log_weights", "action_mask", "thought_mask", "sampled_log_probs", "support_log_probs", "seeds",
@@ -117,11 +118,11 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         if ratio in ("pathwise", "conditional"):
             if layout.thinking.phase != "latent":
                 raise ValueError(f"ratio {ratio} needs phase latent, where every row has its thoughts first; use top1")
-            if getattr(kwargs.get("args"), "gradient_checkpointing", False):
-                raise ValueError(
-                    f"gradient_checkpointing: with ratio {ratio} gradients flow through the cache, which checkpointed "
-                    "layers drop; use ratio top1 or gradient_checkpointing false"
-                )
+            refuse_checkpointing(
+                kwargs.get("args"),
+                f"gradient_checkpointing: with ratio {ratio}",
+                "use ratio top1 or gradient_checkpointing false",
+            )
         _prepare_reference(args[0] if args else kwargs.get("model"), kwargs.get("args"), kwargs.get("peft_config"))
         self.layout, self.ratio, self.rest_weight = layout, ratio, rest_weight
         self.thought_epsilon = thought_epsilon

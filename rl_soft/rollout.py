@@ -13,7 +13,7 @@ Shapes: B rows in all, S places, n rows that are live, m rows that enter, U dist
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
+from rl_soft.decoding import Decoding
 from rl_soft.graphs import Replay
 from rl_soft.layout import Layout
 from rl_soft.policy import disturb, mix_embeddings, position_ids, reads_hidden, thought_input
@@ -39,6 +40,9 @@ IDLE = {"cuda": 0.5, "cpu": 0.0}  # share of the rows that may be done before ot
 GRAIN = {"cuda": 256, "cpu": 1}  # columns that shapes are rounded up to, so that a graph serves many steps
 CHUNK = {"cuda": 1024, "cpu": 64}  # columns that the cache grows by
 
+# Is shown the records as they stand, one position wider than in the end, and which rows (B,) are done.
+Watch = Callable[[Rollout, Tensor], None]
+
 
 @torch.no_grad()
 def rollout(
@@ -49,6 +53,8 @@ def rollout(
     eos_ids: Sequence[int],
     token_budget: int | None = None,
     control: str = "none",
+    decoding: Decoding | None = None,
+    watch: Watch | None = None,
 ) -> Rollout:
     """One completion for each prompt.
 
@@ -60,6 +66,8 @@ def rollout(
         token_budget: positions that the cache may hold, live rows times the longest that a row can get; other rows
             wait for a place. None: what MEMORY_SHARE of the free memory holds.
         control: what is done to the thoughts fed, see `policy.disturb`; `shuffle` needs all rows to be live at once.
+        decoding: how distributions are cut before positions are drawn, and the cold stop; None does neither.
+        watch: called every few steps, and at the end; changes nothing.
 
     Returns:
         `Rollout`; log-densities are of the policy at the temperatures in `layout.thinking`.
@@ -69,7 +77,7 @@ def rollout(
             control `shuffle` and a budget that does not hold all rows.
     """
     check_model(model)
-    return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control).run()
+    return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch).run()
 
 
 def check_model(model: Any) -> None:
@@ -111,14 +119,16 @@ class Engine:
         eos_ids: Sequence[int],
         token_budget: int | None,
         control: str,
+        decoding: Decoding | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.model, self.thinking, self.pad_id = model, layout.thinking, layout.tokenizer.pad_token_id
         self.embedding = model.get_input_embeddings()
         self.device = self.embedding.weight.device
         self.prompts = [tuple(p) for p in prompt_ids]
         B, V = len(self.prompts), model.config.get_text_config().vocab_size
-        self.walk = Walk(layout, V, B, seeds, eos_ids, self.device)
-        self.token_budget, self.control = token_budget, control
+        self.walk = Walk(layout, V, B, seeds, eos_ids, self.device, decoding)
+        self.token_budget, self.control, self.watch = token_budget, control, watch
         self.windows = attention_windows(DynamicCache(config=model.config))
         # Long prompts first: those that are prefilled together need little padding, and the width falls with time.
         order = sorted(range(B), key=lambda i: (-len(self.prompts[i]), self.prompts[i]))
@@ -143,6 +153,8 @@ class Engine:
                     self.leave()
                     for _ in range(looks if self.n else 0):
                         self.step()
+                    if self.watch is not None:
+                        self.watch(self.walk.out, self.done())
                     continue
                 except RuntimeError as error:
                     if not is_out_of_memory(error) or self._wanted() <= 1:
@@ -276,6 +288,13 @@ class Engine:
         self.n = n
         if not self.waiting:
             self.cache.places = max(1, n)  # from the next time that the buffers grow
+
+    def done(self) -> Tensor:
+        """(B,) bool: the rows that take no further step."""
+        done = torch.ones(len(self.prompts), dtype=torch.bool, device=self.device)
+        done[self.waiting] = False
+        done[self.live.row[: self.n]] = self.live.phase[: self.n] == DONE
+        return done
 
     def _wanted(self) -> int:
         """Rows that are live or would enter now."""

@@ -166,7 +166,7 @@ def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: T
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
-    mask, position = think(inner, model, logits, None, cache, mask, soft.thinking, soft.seeds)
+    mask, position, _ = think(inner, model, logits, None, cache, mask, soft.thinking, soft.seeds)
     states = _answer_states(model, soft, cache, mask, position, attention_mask)
     return torch.cat([states.new_zeros(len(states), n + 1, states.shape[-1]), states], dim=1)
 

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer
 
-from rl_soft.config import SFTArguments
+from rl_soft.arguments import SFTArguments
 from rl_soft.data import Row
 from rl_soft.layout import Layout
 from rl_soft.supervised import IGNORE

@@ -1,14 +1,17 @@
-"""What the methods that learn from worked solutions share: which rows they take, padding, the loss on tokens."""
+"""What the methods that learn from worked solutions share: which rows they take, padding, the loss on tokens, and the
+trainer of those that change what they teach as training goes on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Trainer
 
 from rl_soft.data import Row
 from rl_soft.layout import Layout
@@ -98,3 +101,43 @@ def reset_optimizer(optimizer: Any) -> None:
                 value.zero_()
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 state[name] = 0
+
+
+class ScheduledTrainer(Trainer):
+    """transformers' Trainer over rows, where a schedule says what an optimizer step teaches (iCoT, Coconut).
+
+    The schedule is logged at every step. Where it advances, the optimizer's state starts afresh, if
+    `arguments.reset_optimizer`: its moments belong to another loss. The step alone decides, so a resume repeats it.
+
+    Args:
+        arguments: the method's own keys.
+        seed: of the noise of rows, see `noise.address`.
+    """
+
+    model: Any
+    schedule: Callable[[int], int]  # of the optimizer step; never falls
+    logged_as: str
+
+    def __init__(self, model: Any, args: Any, *, layout: Layout, arguments: Any, rows: list[Row], seed: int):
+        super().__init__(model, args, data_collator=lambda rows: {"rows": rows}, train_dataset=rows)
+        self.layout, self.arguments, self.seed = layout, arguments, seed
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over this micro-batch
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.schedule = self.make_schedule(rows, math.ceil(len(rows) / batch))
+        self._fresh_since = 0  # the step that last began with a fresh optimizer
+
+    def make_schedule(self, rows: list[Row], steps_per_epoch: int) -> Callable[[int], int]:
+        raise NotImplementedError
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        step = self.state.global_step
+        if self.arguments.reset_optimizer and 0 < step != self._fresh_since:  # once, at its first micro-batch
+            if self.schedule(step) > self.schedule(step - 1):
+                reset_optimizer(self.optimizer)
+            self._fresh_since = step
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs[self.logged_as] = self.schedule(self.state.global_step - 1)
+        super().log(logs, *args, **kwargs)

@@ -89,11 +89,6 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, train: list[data
     args = trainer_class(recipe.method)(
         **training_values(recipe, **{"gradient_checkpointing": False, **forced, **recipe.training})
     )
-    if args.gradient_checkpointing and recipe.thinking.phase == "latent":
-        raise ValueError(
-            f"gradient_checkpointing is not available for {recipe.method}: gradients flow from the answer to the "
-            "thoughts through the cache, which checkpointed layers drop; lower per_device_train_batch_size instead"
-        )
     check_processes(args)
     start = starting_policy(recipe, warm_start)
     start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
@@ -443,7 +438,8 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
     if trainer.args.save_strategy == "steps" and save_steps % boundary:
         logger.info("save_steps %g: a checkpoint waits for its rollout's last step (%d each)", save_steps, boundary)
     interrupt = Interrupt(boundary)
-    for added in (KnownFailures(), interrupt, Checkpoints(trainer.args)):
+    known = [KnownFailures()] if recipe.method in RL_METHODS else []  # a supervised loss is to bring the entropy down
+    for added in (*known, interrupt, Checkpoints(trainer.args)):
         trainer.add_callback(added)
     if trainer.is_world_process_zero():
         set_aside_unfinished(recipe.output_dir)

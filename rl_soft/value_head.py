@@ -1,21 +1,21 @@
 """The value head of PPO: V(s) = w h + b + offset on the policy's last hidden states.
 
-It is `model.value_head`, a module of the causal LM under any LoRA adapter; on disk it is value_head.safetensors beside
-the weights, so that these open as a plain model.
+It is `model.value_head`, on disk value_head.safetensors (side_modules.py).
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-VALUE_HEAD_FILE = "value_head.safetensors"
+from rl_soft.side_modules import module_file
+
+VALUE_HEAD = "value_head"
 
 
 class ValueHead(nn.Linear):
@@ -45,7 +45,7 @@ def add_value_head(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -
     after LoRA, so that no adapter is put on it and nothing freezes it.
     """
     model.value_head = ValueHead(model.config.get_text_config().hidden_size, dtype, model.device)
-    if model.name_or_path and (Path(model.name_or_path) / VALUE_HEAD_FILE).exists():
+    if model.name_or_path and module_file(Path(model.name_or_path), VALUE_HEAD).exists():
         load_value_head(model, Path(model.name_or_path))
 
 
@@ -57,21 +57,9 @@ def state_values(model: Any, hidden: Tensor) -> Tensor | None:
         return model.value_head(hidden.to(model.value_head.weight.dtype))[..., 0]
 
 
-def split_value_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict without the value head, and the head's own."""
-    mark = "value_head."
-    head = {key.rpartition(mark)[2]: value for key, value in state.items() if mark in key}
-    return {key: value for key, value in state.items() if mark not in key}, head
-
-
-def save_value_head(folder: Path, head: dict[str, Tensor]) -> None:
-    temporary = folder / (VALUE_HEAD_FILE + ".tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in head.items()}, temporary)
-    os.replace(temporary, folder / VALUE_HEAD_FILE)
-
-
 def load_value_head(model: Any, folder: Path) -> None:
     """Raises ValueError when the folder has no value head."""
-    if not (folder / VALUE_HEAD_FILE).exists():
-        raise ValueError(f"{folder} has no {VALUE_HEAD_FILE}: it was not written by PPO")
-    model.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+    file = module_file(folder, VALUE_HEAD)
+    if not file.exists():
+        raise ValueError(f"{folder} has no {file.name}: it was not written by PPO")
+    model.value_head.load_state_dict(load_file(file))

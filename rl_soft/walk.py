@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_soft.decoding import Decoding
 from rl_soft.densities import GumbelTopK, SoftToken
 from rl_soft.layout import Layout, Thinking
 from rl_soft.noise import gumbel
@@ -30,7 +31,11 @@ THINK, FORCED, ANSWER, DONE = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Rollout:
-    """B completions, right-padded to the longest, T positions of K slots. Tensors live on the model's device."""
+    """B completions, right-padded to the longest, T positions of K slots. Tensors live on the model's device.
+
+    Log-densities, entropy and outside mass are those of the whole distribution at its temperature, also where it was
+    cut (`decoding`) before a position was drawn from it.
+    """
 
     prompt_ids: list[list[int]]
     completion_ids: Tensor  # (B, T) int64; latent thoughts hold <bot>, explicit ones their strongest id
@@ -41,7 +46,7 @@ class Rollout:
     log_weights: Tensor  # (B, T, K) float32, logsumexp 0; -inf at absent slots; a token is [0, -inf, ...]
     log_probs: Tensor  # (B, T) float32: density at thoughts, probability at answer tokens, 0 elsewhere
     support_log_probs: Tensor  # (B, T, K) float32: ln pi of the slots' ids, 0 where nothing was sampled
-    entropy: Tensor  # (B, T) float32, nats, of the categorical that the action was drawn from
+    entropy: Tensor  # (B, T) float32, nats
     outside: Tensor  # (B, T) float32, probability mass outside the support
     finished: Tensor  # (B,) bool, ended by an end-of-sequence token
     failed: Tensor  # (B,) bool, stopped by logits that are not finite; all of action_mask is off there
@@ -71,6 +76,7 @@ class Live:
     weights: Tensor  # (S, K) float32, its log-weights
     hidden: Tensor | None = None  # (S, H), what the LM head has read; kept where a thought is made of it
     first: Tensor | None = None  # (S, H), the first thought; kept for control `repeat`
+    cold: Tensor | None = None  # (S,) int64, the last thoughts in a row that were cold; kept for the cold stop
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
@@ -97,6 +103,7 @@ class Walk:
         B: rows; the records have one position more than a completion can have, which rows that are done write to.
         seeds: (B,) int64; None decodes greedily.
         eos_ids: ids that end a completion.
+        decoding: cuts and the cold stop; None for neither.
     """
 
     def __init__(
@@ -107,7 +114,9 @@ class Walk:
         seeds: Tensor | None,
         eos_ids: Sequence[int],
         device: torch.device,
+        decoding: Decoding | None = None,
     ) -> None:
+        self.decoding = decoding or Decoding()
         self.layout, self.thinking, self.greedy, self.device = layout, layout.thinking, seeds is None, device
         self.pad_id = pad_id = layout.tokenizer.pad_token_id
         self.T = T = layout.max_completion_length
@@ -150,6 +159,7 @@ class Walk:
             weights=torch.zeros(S, self.K, device=self.device),
             hidden=None if hidden is None else hidden.new_zeros(S, hidden.shape[-1]),
             first=None if first is None else first.new_zeros(S, first.shape[-1]),
+            cold=torch.zeros(S, dtype=torch.int64, device=self.device) if self.decoding.cold_stop_entropy else None,
         )
 
     def start(self, live: Live, row: Tensor, position: Tensor) -> None:
@@ -157,6 +167,8 @@ class Walk:
         phase = THINK if self.thinking.num_thoughts else FORCED
         live.write(row=row, seed=self.out.seeds[row], t=0, phase=phase, position=position)
         live.write(thoughts=0, fed=0, answered=0, capped=1, recent=-1)
+        if live.cold is not None:
+            live.write(cold=0)
 
     def forget(self, row: Tensor) -> None:
         """As if these rows had not begun."""
@@ -183,7 +195,11 @@ class Walk:
         temperature = torch.where(is_thought, thinking.thought_temperature, thinking.temperature)
         scaled = logits.float() / temperature[:, None]  # (m, V)
         phi = torch.log_softmax(scaled, dim=-1)
-        action = draw(scaled, phi, is_thought, thinking, None if self.greedy else live.seed, live.t)
+        seeds = None if self.greedy else live.seed
+        if self.decoding.cuts:
+            action = self._draw_cut(phi, is_thought, seeds, live.t)
+        else:
+            action = draw(scaled, phi, is_thought, thinking, seeds, live.t)
         top = action.support[:, 0]
 
         forced = self.forced_ids[live.capped, live.fed.clamp(max=self.forced_ids.shape[1] - 1)]
@@ -225,6 +241,10 @@ class Walk:
         recent = torch.where(is_thought[:, None], torch.cat([live.recent[:, 1:], top[:, None]], dim=1), live.recent)
         said_end = is_thought & (recent == self.end).all(-1) if len(self.end) else torch.zeros_like(is_thought)
         at_cap = is_thought & ~said_end & (thoughts >= thinking.num_thoughts)
+        if live.cold is not None:  # what the last of too many cold thoughts ends is ended as at the cap
+            is_cold = is_thought & (entropy < self.decoding.cold_stop_entropy)
+            live.write(cold=torch.where(is_cold, live.cold + 1, 0))
+            at_cap = at_cap | (is_thought & ~said_end & (live.cold >= self.decoding.cold_stop_length))
         capped = torch.where(said_end, 0, live.capped)
         ready = torch.where(capped == 0, self.forced_length[0], self.forced_length[1])
         phase = torch.where(said_end | at_cap, torch.where(ready > 0, FORCED, ANSWER), live.phase)
@@ -239,6 +259,14 @@ class Walk:
         live.write(is_thought=thought, slots=slots, weights=weights)
         if live.hidden is not None:
             live.write(hidden=hidden)
+
+    def _draw_cut(self, phi: Tensor, is_thought: Tensor, seeds: Tensor | None, step: Tensor) -> SoftToken:
+        """`draw` from what is left of phi (m, V); where fewer than K ids are, the other slots are absent."""
+        left = self.decoding.cut(phi, is_thought, self.thinking)
+        wide = replace(self.thinking, thought_k=self.decoding.slots_drawn(self.thinking, self.K))
+        support, log_weights = draw(left, left, is_thought, wide, seeds, step)
+        log_weights = log_weights[:, : self.K].log_softmax(-1)
+        return SoftToken(support[:, : self.K].masked_fill(log_weights.isneginf(), self.pad_id), log_weights)
 
     def _record(self, live: Live, **values: Tensor) -> None:
         for name, value in values.items():

@@ -12,13 +12,13 @@ import torch
 from conftest import rows, tiny_policy
 
 from rl_soft import cost, probe
+from rl_soft.arguments import AnalysisArguments, EvaluationArguments
 from rl_soft.cli import main
-from rl_soft.config import CONTROLS, AnalysisArguments, EvaluationArguments, load_evaluation
+from rl_soft.config import load_evaluation
 from rl_soft.data import Row
 from rl_soft.eval_command import check_lengths
 from rl_soft.evaluate import eos_token_ids, sample_records
 from rl_soft.layout import Layout, Thinking
-from rl_soft.policy import CONTROLS as POLICY_CONTROLS
 from rl_soft.policy import add_projector
 from rl_soft.records import GREEDY
 from rl_soft.rollout import rollout
@@ -100,10 +100,6 @@ def test_the_probe_refuses_what_it_cannot_read():
 
 
 # -- controls ------------------------------------------------------------------------------------------------------
-
-
-def test_controls_have_one_list():
-    assert CONTROLS == POLICY_CONTROLS
 
 
 @pytest.mark.parametrize("thought", ["soft", "hidden"])
@@ -209,7 +205,7 @@ def test_analyze_writes_its_figures(folders, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["probes", "MODEL", *DATA], "analyze must be one of probe, cost, got 'probes'"),
+        (["probes", "MODEL", *DATA], "one of probe, cost, traces, branching, lens, plane, all, got 'probes'"),
         (["cost", "MODEL", *DATA], "against is missing"),
         (["probe", "MODEL", *DATA, "--topk", "2"], "did you mean --top_k"),
         (["probe", "MODEL"], "dataset is missing"),

@@ -16,9 +16,10 @@ from conftest import ROOT, TINY, rows, tiny_policy
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from rl_soft import data, policy, train
+from rl_soft import data, policy, supervised, train
+from rl_soft.arguments import CoconutArguments, ICoTArguments
 from rl_soft.coconut import CoconutTrainer, Curriculum
-from rl_soft.config import CoconutArguments, ICoTArguments, load_recipe
+from rl_soft.config import load_recipe
 from rl_soft.evaluate import eos_token_ids, sample_records
 from rl_soft.icot import ICoTTrainer, Removal
 from rl_soft.layout import Layout, Thinking
@@ -291,9 +292,7 @@ def test_four_steps_are_two_a_resume_and_two(tmp_path, method, monkeypatch):
 @pytest.mark.parametrize("method,at", [("icot", [2, 3]), ("coconut", [1, 2, 3])])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_optimizer_is_reset_once_at_each_removal_and_each_stage(tmp_path, method, at, accumulation, monkeypatch):
-    from rl_soft import coconut, icot
-
-    module, resets, steps = {"icot": icot, "coconut": coconut}[method], [], []
+    resets, steps = [], []
     step_begin = train.Interrupt.on_step_begin
 
     def counted(self, args, state, control, **kwargs):
@@ -301,7 +300,7 @@ def test_the_optimizer_is_reset_once_at_each_removal_and_each_stage(tmp_path, me
         return step_begin(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(train.Interrupt, "on_step_begin", counted)
-    monkeypatch.setattr(module, "reset_optimizer", lambda optimizer: resets.append(steps[-1]))
+    monkeypatch.setattr(supervised, "reset_optimizer", lambda optimizer: resets.append(steps[-1]))
     values = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation}
     train.run(recipe(tmp_path, method, **values))
     assert resets == at

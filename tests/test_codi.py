@@ -11,8 +11,9 @@ from conftest import ROOT, TINY, VOCABULARY, rows, tiny_policy
 from transformers import TrainingArguments
 
 from rl_soft import policy
+from rl_soft.arguments import CodiArguments
 from rl_soft.codi import IGNORE, CodiRows, CodiTrainer, distillation_loss
-from rl_soft.config import CodiArguments, load_recipe
+from rl_soft.config import load_recipe
 from rl_soft.layout import Layout, Thinking
 
 KINDS = ["hidden", "soft", "gumbel", "hybrid"]

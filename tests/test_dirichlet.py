@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, rows, tiny_policy
 from test_rl import soft_trainer, train
-from test_rollout import run
+from test_rollout import check_batch_of_any_size, make, run
 
 from rl_soft.config import check_output_dir, load_recipe, write_config
 from rl_soft.densities import Dirichlet, SoftToken
@@ -29,17 +29,7 @@ BOTH = pytest.mark.parametrize("thinking", [LATENT, EXPLICIT], ids=["latent", "e
 @BOTH
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_a_sample_does_not_depend_on_its_batch(model_type, thinking):
-    made = tiny_policy(model_type)
-    layout = Layout(thinking, made.tokenizer)
-    together = run(made, layout, rows(8), samples=3)
-    for i in range(8):
-        alone = run(made, layout, rows(8)[i : i + 1], samples=3)
-        for j in range(3):
-            n = int(alone.lengths[j])
-            assert int(together.lengths[3 * i + j]) == n
-            assert torch.equal(together.support[3 * i + j, :n], alone.support[j, :n])
-            assert torch.equal(together.completion_ids[3 * i + j, :n], alone.completion_ids[j, :n])
-            torch.testing.assert_close(together.log_probs[3 * i + j, :n], alone.log_probs[j, :n], atol=5e-5, rtol=1e-5)
+    check_batch_of_any_size(*make(model_type, thinking), atol=5e-5)
 
 
 @BOTH

@@ -1,7 +1,7 @@
 """Several processes: the run of one, whatever the ZeRO stage; and when one of them fails, all end.
 
 pytest tests/test_parallel.py            ZeRO-3, a dead process, a reward that fails on one process
-pytest tests/test_parallel.py -m slow    the other stages, and the kill and resume of two processes
+pytest tests/test_parallel.py -m slow    the other stages, the supervised methods, the kill and resume of two processes
 This file is also the program that the launcher starts: `test_parallel.py ACTION RECIPE`.
 """
 
@@ -230,6 +230,45 @@ def test_two_processes_are_one_and_skip_a_step_together(tmp_path, warm_start, on
         assert batch["7.prompt_ids"].shape[0] == 1 and "8.prompt_ids" not in batch
         rows = json.loads((tmp_path / f"rl/nonfinite/step-6-process-{rank}.json").read_text())["rows"]
         assert [row["loss"] in ("inf", "-inf", "nan") for row in rows] == [rank == 1] * 8
+
+
+TEXT = {"thought": "token", "phase": "explicit", "num_thoughts": 16, "end_of_thinking": "#", "answer_prompt": ""}
+# Chains modulo ten: all rows have as many tokens, so means over the halves of a batch have the batch's mean. For the
+# same reason no KD, whose scale is the standard deviation within a micro-batch.
+SUPERVISED = {
+    "codi": {"thought": "hidden", "beta": 0},
+    "sft": TEXT,
+    "icot": {**TEXT, "remove_per_epoch": 8, "removal_smoothing": None},
+    "coconut": {"thought": "hidden", "epochs_per_stage": 0.25, "thoughts_per_step": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("method", SUPERVISED)
+def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_start, method, stage):
+    """Losses and gradient norms; iCoT and Coconut reset the optimizer on the way. Both models open and are equal."""
+    if stage:
+        pytest.importorskip("deepspeed")
+    base = {k: v for k, v in CODI.items() if k not in ("model_config", "vocabulary")}
+    values = {**base, "dataset": "chain_mod", "dataset_options": {"terms": 3}, **SUPERVISED[method], "method": method}
+    values |= {"model_name_or_path": str(warm_start.with_suffix("") / "model"), "max_steps": 6, "learning_rate": 1e-3}
+    values |= {"validation_problems": 0, "output_dir": str(tmp_path / "rl"), "max_grad_norm": 0.5, "logging_steps": 1}
+    one = {**values, "per_device_train_batch_size": 8, "output_dir": str(tmp_path / "one")}
+    for name, recipe in (("two", {**values, "per_device_train_batch_size": 4}), ("one", one)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    train.run(load_recipe(tmp_path / "one.yaml"))
+    error = launch(tmp_path, stage, "-m", "rl_soft", tmp_path / "two.yaml").communicate(timeout=400)[1]
+    assert (tmp_path / "rl/model/config.json").exists(), error[-3000:]
+    two, one = ([m for m in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in m]
+                for name in ("rl", "one"))  # fmt: skip
+    assert len(one) == 6
+    for a, b in zip(two, one, strict=True):
+        for key in ("loss", "grad_norm", "removed_tokens", "stage"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), key
+    a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("rl", "one"))
+    assert a.keys() == b.keys()
+    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-3  # Adam's first steps turn rounding into whole steps
 
 
 @pytest.mark.parametrize(

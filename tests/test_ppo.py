@@ -6,14 +6,15 @@ pytest tests/test_ppo.py
 from dataclasses import replace
 
 import pytest
+import test_rl
 import torch
 import yaml
-from conftest import rows, tiny_policy
-from datasets import Dataset
+from conftest import tiny_policy
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from test_parallel import launch
-from test_rl import Keep, odd_reward
+from test_rl import dataset, odd_reward
+from test_rl import train as fit
 from test_run import metrics
 from transformers import AutoModelForCausalLM
 
@@ -29,21 +30,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_
 
 
 def config(tmp_path, **values):
-    return SoftPPOConfig(
-        **{
-            "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1,
-            "per_device_train_batch_size": 8, "num_generations": 2, "max_steps": 3, "learning_rate": 1e-2,
-            "gradient_checkpointing": False, "disable_dropout": True, "save_strategy": "no", "disable_tqdm": True,
-            "seed": 0, "lr_scheduler_type": "constant", "max_completion_length": 16, **values,
-        }
-    )  # fmt: skip
-
-
-def fit(trainer, **kwargs):
-    keep = Keep()
-    trainer.add_callback(keep)
-    trainer.train(**kwargs)
-    return keep.logs
+    return test_rl.config(tmp_path, SoftPPOConfig, **{"num_generations": 2, **values})
 
 
 OWN = ("ratio", "rest_weight", "gamma", "lam", "vf_coef", "value_clip", "value_learning_rate")
@@ -55,8 +42,7 @@ def make(tmp_path, kind=SoftPPOTrainer, thinking=THINKING, reward=odd_reward, ma
     torch.manual_seed(0)  # of the adapter's weights
     return kind(
         made.model, reward_funcs=reward, args=config(tmp_path, **values), processing_class=made.tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": r.question, "id": r.id, "answer": r.answer} for r in rows(8)]),
-        peft_config=peft, layout=Layout(thinking, made.tokenizer), **own,
+        train_dataset=dataset(), peft_config=peft, layout=Layout(thinking, made.tokenizer), **own,
     )  # fmt: skip
 
 

@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_policy
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_codi import batch_of, make
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rl_soft import policy
-from rl_soft.layout import BOT, EOT, Thinking
-from rl_soft.projector import Projector, add_projector, load_projector, split_projector
+from rl_soft.layout import BOT, CONTROLS, EOT, Thinking
+from rl_soft.projector import Projector, add_projector, load_projector
+from rl_soft.side_modules import language_model, split_module
 
 
 def on_disk(folder, model_type="llama"):
@@ -85,7 +86,14 @@ def test_a_state_dict_is_split_by_module_and_not_by_letters():
     state = dict.fromkeys(
         ("base_model.model.projector.gate", "projector.norm.bias", "model.multi_projector.w", "w"), 0
     )
-    assert split_projector(state) == ({"model.multi_projector.w": 0, "w": 0}, {"gate": 0, "norm.bias": 0})
+    assert split_module(state, "projector") == ({"model.multi_projector.w": 0, "w": 0}, {"gate": 0, "norm.bias": 0})
+
+
+def test_the_language_model_is_found_with_a_wrapper_and_without():
+    made = tiny_policy().model
+    wrapped = get_peft_model(made, lora())
+    assert language_model(wrapped) is made and hasattr(made, "peft_config")
+    assert language_model(made) is made
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
@@ -190,7 +198,7 @@ def test_controls_take_the_content_of_thoughts_away(tmp_path, thought):
 
     trainer.model.register_forward_hook(remember, with_kwargs=True)
     with torch.no_grad():
-        for control in policy.CONTROLS:
+        for control in CONTROLS:
             trainer.student(trainer.model, batch_of(trainer, 4), control)
     assert all(len(x) == 3 for x in fed.values())
     assert all((x == 0).all() for x in fed["zero"])

@@ -23,8 +23,8 @@ THINKING = Thinking(thought_k=3, num_thoughts=3, answer_prompt="#", max_answer_t
 TOKENS = replace(THINKING, thought="token", thought_k=1, num_thoughts=0, answer_prompt="")
 
 
-def config(tmp_path, **values):
-    return GRPOConfig(
+def config(tmp_path, kind=GRPOConfig, **values):
+    return kind(
         **{
             "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1,
             "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 3, "learning_rate": 1e-2,
