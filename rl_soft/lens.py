@@ -212,8 +212,8 @@ def says(summary: dict[str, Any]) -> list[str]:
         f"{shown(summary['last_path1'])} of the stronger path and {shown(summary['last_path2'])} of the weaker: "
         f"a top-1 share of {shown(summary['last_top1'])}.",
         f"The stronger path alone already holds {shown(summary['last_path2_in_path1'])} of the weaker there, since "
-        f"both often continue alike; the mixture holds {shown(summary['last_excess'])} more than that. Of what each path has to itself, "
-        f"{shown(summary['last_own_top1'])} of what is held is the stronger's.",
+        f"both often continue alike; the mixture holds {shown(summary['last_excess'])} more than that. Of what each "
+        f"path has to itself, {shown(summary['last_own_top1'])} of what is held is the stronger's.",
         f"The top-1 share is largest at layer {peak} of {summary['layers']}, with {number(top1[peak])}; at layer 1 "
         f"it is {number(top1[1])}.",
     ]

@@ -267,8 +267,8 @@ def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_star
         for key in ("loss", "grad_norm", "removed_tokens", "stage"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), key
     a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("rl", "one"))
-    assert a.keys() == b.keys()
-    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-3  # Adam's first steps turn rounding into whole steps
+    assert a.keys() ^ b.keys() <= {"lm_head.weight"}  # tied; ZeRO-2 writes it too
+    assert max((a[k] - b[k]).abs().max() for k in b) < 1e-5
 
 
 @pytest.mark.parametrize(
