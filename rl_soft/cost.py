@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from rl_soft.data import Row
-from rl_soft.evaluate import sample_records
+from rl_soft.evaluate import complete, judge
 from rl_soft.layout import Layout
 from rl_soft.passk import bootstrap
 from rl_soft.records import GREEDY, write_atomic
@@ -57,10 +57,11 @@ def measure(models: Sequence[tuple[Any, Layout]], rows: Sequence[Row], warm_up: 
         for i, (model, layout) in enumerate(models):
             _synchronise()
             started = time.perf_counter()
-            record = sample_records(model, layout, [(row, GREEDY)], seed=0)[0]
+            out = complete(model, layout, [(row, GREEDY)], seed=0)
             _synchronise()
             seconds = time.perf_counter() - started
             if turn >= warm_up:
+                record = judge(out, layout, [(row, GREEDY)])[0]  # which may take longer than the answer
                 length = reasoning_length(layout, record)
                 found[i].append((record["outcome"] == "correct", length, record["answer_tokens"], seconds))
     return [Cost(*(np.array(column) for column in zip(*each, strict=True))) for each in found]

@@ -144,22 +144,35 @@ def sample_records(
     control: str = "none",
     decoding: Decoding | None = None,
 ) -> list[dict[str, Any]]:
-    """One record for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix.
+    """Completions, judged: see `complete` and `judge`."""
+    out = complete(model, layout, tasks, seed, control, decoding)
+    return judge(out, layout, tasks, run_code)
+
+
+def complete(
+    model: PreTrainedModel,
+    layout: Layout,
+    tasks: Sequence[tuple[Row, int]],
+    seed: int,
+    control: str = "none",
+    decoding: Decoding | None = None,
+) -> Rollout:
+    """A completion for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix.
 
     `control` disturbs the thoughts (`policy.disturb`); `decoding` cuts the distributions (`decoding.Decoding`).
     """
-    seeds = [address(seed, row.id, sample) for row, sample in tasks]
     greedy = tasks[0][1] == GREEDY
+    seeds = None if greedy else torch.tensor([address(seed, row.id, sample) for row, sample in tasks])
     prompts = [layout.prompt_ids(row.question) for row, _ in tasks]
-    out = rollout(
-        model,
-        layout,
-        prompts,
-        None if greedy else torch.tensor(seeds),
-        eos_token_ids(model, layout.tokenizer),
-        control=control,
-        decoding=decoding,
-    )
+    eos_ids = eos_token_ids(model, layout.tokenizer)
+    return rollout(model, layout, prompts, seeds, eos_ids, control=control, decoding=decoding)
+
+
+def judge(
+    out: Rollout, layout: Layout, tasks: Sequence[tuple[Row, int]], run_code: bool = False
+) -> list[dict[str, Any]]:
+    """A record for each completion."""
+    seeds = out.seeds.tolist()  # 0 where there is no noise
     thoughts = out.thought_mask.sum(-1).tolist()
     answers = (out.action_mask & ~out.thought_mask).sum(-1).tolist()
     finished = out.finished.tolist()
@@ -182,7 +195,7 @@ def sample_records(
                 "thoughts": thoughts[i],
                 "answer_tokens": answers[i],
                 "truncated": not finished[i],
-                "seed": 0 if greedy else seeds[i],
+                "seed": seeds[i],
                 **({} if tokens is None else {"thought_tokens": tokens[i]}),
             }
         )
