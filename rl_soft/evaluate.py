@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from rewards.answers import Judgement, judge_many, unreadable_golds
 from rewards.code import judge_programs, readable_tests
 from rewards.scorers import judge_puzzles
-from rl_soft.data import UNSCORED, Row, question_hash
+from rl_soft.data import Row, question_hash
 from rl_soft.decoding import Decoding
+from rl_soft.generated import UNSCORED
 from rl_soft.layout import Layout, Thinking
 from rl_soft.noise import address
 from rl_soft.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header

@@ -13,7 +13,8 @@ from conftest import ROOT
 from rewards import sandbox
 from rewards.code import extract_program, judge_programs, readable_tests
 from rewards.scorers import judge_puzzles, plain_mathematics, readings
-from rl_soft.data import UNSCORED, load
+from rl_soft.data import load
+from rl_soft.generated import UNSCORED
 
 TESTS = "assert f(2) == 4\nassert f(3) == 9\n"
 RIGHT = "def f(x):\n    return x * x\n"

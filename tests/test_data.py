@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from rl_soft import data
-from rl_soft.data import CATALOGUE, Row, assert_disjoint, equations, load, question_hash, task_scorer
+from rl_soft.data import Row, assert_disjoint, load, question_hash
+from rl_soft.equations import equations, holds
+from rl_soft.generated import UNSCORED, task_scorer
+from rl_soft.stored import CATALOGUE
 
 SMALL = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1, "compact": True}
 
@@ -130,7 +132,7 @@ def test_chains_modulo_ten_hold_and_end_in_the_answer(terms: int) -> None:
 def test_gsm_symbolic_as_equations() -> None:
     for row in load("gsm_symbolic", "evaluation", 200, options={"steps": "equations", "compact": True}):
         assert "final answer" not in row.question
-        assert all(data._holds(step) for step in row.steps)
+        assert all(holds(step) for step in row.steps)
         assert float(row.steps[-1].rpartition("=")[2]) == float(row.answer)
 
 
@@ -167,7 +169,7 @@ def test_any_task_with_its_own_scorer() -> None:
 def test_scorers_accept_the_rows_of_every_task() -> None:
     from reasoning_gym.factory import DATASETS
 
-    for task in sorted(set(DATASETS) - {"composite", "knight_swap", *data.UNSCORED}):
+    for task in sorted(set(DATASETS) - {"composite", "knight_swap", *UNSCORED}):
         score = task_scorer(task)
         for row in load(task, "train", 3):
             assert not row.answer or score(row.answer, row) == 1.0, task

@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, VOCABULARY, tiny_policy
 from rl_soft import cli, eval_command, evaluate, policy, records, train
 from rl_soft.config import load_recipe, parse_overrides
 from rl_soft.data import Row, load
-from rl_soft.layout import Thinking
+from rl_soft.layout import Layout, Thinking
 
 THINKING = Thinking(thought_k=3, num_thoughts=3, answer_prompt="#", step_separator=";", max_answer_tokens=4)
 PROBLEMS, SAMPLES = 6, 5
@@ -135,13 +135,25 @@ def test_a_plain_model_thinks_in_the_explicit_phase(tmp_path):
 
 
 def test_a_peft_folder_is_a_model(model, tmp_path):
+    """Evaluated with its adapter in the weights, it answers as it does with the adapter beside them."""
     from peft import LoraConfig, get_peft_model
 
     made = policy.load(str(model))
-    adapted = get_peft_model(made.model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    bot = made.tokenizer.convert_tokens_to_ids("<bot>")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, trainable_token_indices=[bot]
+    )
+    adapted = get_peft_model(made.model, config)
     policy.save(tmp_path / "adapter", adapted.save_pretrained, made.tokenizer, THINKING, True)
     assert not (tmp_path / "adapter/model.safetensors").exists()
-    assert len(read(run(tmp_path / "adapter", tmp_path / "out", eval_samples=2))) == PROBLEMS * 3
+    merged = read(run(tmp_path / "adapter", tmp_path / "out", eval_samples=2))
+    assert len(merged) == PROBLEMS * 3
+    loaded = policy.load(str(tmp_path / "adapter"), attn_implementation="float64")
+    rows = {row.id: row for row in load("chain_sum", "evaluation", PROBLEMS, 2, OPTIONS)}
+    tasks = [(rows[problem], sample) for problem, sample in merged if sample != records.GREEDY]
+    layout = Layout(THINKING, loaded.tokenizer)
+    for beside in evaluate.sample_records(loaded.model.eval(), layout, tasks, seed=7):
+        assert merged[beside["problem_id"], beside["sample"]]["text"] == beside["text"]
 
 
 # Interrupted and shared out

@@ -1,0 +1,54 @@
+"""One problem, whatever data set it is from, and the side of the split that it stands on."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+
+ANSWER_TYPES = ("number", "choice", "bool", "free", "code")
+SPLITS = ("train", "evaluation")
+STEP_FORMS = ("text", "equations")
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str  # stable and unique; addresses the randomness of its rollouts
+    question: str
+    steps: tuple[str, ...]  # worked solution, one step an entry; () when there is none
+    answer: str
+    answer_type: str  # one of ANSWER_TYPES
+    source: str
+    family: str | None  # rows made from one template, or variants of one problem, share a family
+    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata (`task_scorer`); of a
+    # function to complete (answer_type code) the `prompt` and the `entry_point`
+    metadata: str = field(default="", repr=False)
+
+
+def question_hash(question: str) -> str:
+    """16 hex digits that do not depend on case or on the amount of white space."""
+    return hashlib.sha256(" ".join(question.casefold().split()).encode()).hexdigest()[:16]
+
+
+def side_of(digest: str) -> str:
+    """One question in ten is for evaluation."""
+    return "evaluation" if int(digest, 16) % 10 == 0 else "train"
+
+
+def plain_number(text: str) -> str:
+    """Exact plain decimal notation: `-1,200.50` -> `-1200.5`, `1e3` -> `1000`."""
+    try:
+        value = Decimal(re.sub(r"[,$\s]", "", text).replace("−", "-"))
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not value.is_finite() or abs(value.adjusted()) > 1000:
+        raise ValueError(f"the answer {text!r} is not a number")
+    plain = f"{value:f}"
+    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
+    return "0" if plain == "-0" else plain
+
+
+def check(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return value
