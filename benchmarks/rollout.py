@@ -8,18 +8,20 @@
 Both sides take the same model, prompts, rollouts a prompt and lengths, which are forced: row i of a fixed shuffle ends
 after `shortest` to `longest` positions, evenly spread; `generate` gets a stopping criterion a row. `generate` samples
 ids from the whole softmax; ours samples ids (`token`) and soft tokens (`gumbel`, K slots), with all records. Each side
-takes the batch size that is fastest of `--batches`. Each measurement is a process of its own, after a short warm-up;
-its memory is the largest resident set (GPU: allocated) less that of the loaded model. Sides take turns, `--rounds`
-times; the fastest counts.
+takes the batch size that is fastest of `--batches`. Each measurement is a process of its own, after a short warm-up.
+Sides take turns, `--rounds` times; the fastest counts. Memory is measured in runs of their own, in which the allocator
+gives every page back at once: the largest resident set (GPU: allocated) less that of the loaded model.
 
-The limit of a side's own work is the sum over its steps of the slower of two times: reading weights and cache once, at
-the bandwidth measured here, and its multiplications, at the speed measured here on a large product.
+The limit is that of the work that has to be done, each prompt once and each row to its own end: the sum over the steps
+of the slower of two times, that of reading weights and cache once, at the bandwidth measured here, and that of the
+multiplications, at the speed measured here on a large product.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -183,14 +185,20 @@ def limits(args: argparse.Namespace) -> dict[str, float]:
 # The table
 
 
-def call(args: argparse.Namespace, **changes: Any) -> dict[str, float]:
+def call(args: argparse.Namespace, env: dict[str, str] | None = None, **changes: Any) -> dict[str, float]:
     """`measure` (or `limits`) in a process of its own."""
     values = {**vars(args), **changes}
     command = [sys.executable, __file__, "--job", json.dumps(values)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
     if done.returncode:
         raise SystemExit(f"{values['side']} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def peak(args: argparse.Namespace, side: str) -> float:
+    """MiB beyond the loaded model at the first of the batch sizes; glibc gives back what is freed."""
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    return call(args, exact, side=side, batch=args.batches[0])["bytes"] / 2**20
 
 
 def limit_seconds(args: argparse.Namespace, hardware: dict[str, float]) -> float:
@@ -222,8 +230,7 @@ def compare(args: argparse.Namespace, hardware: dict[str, float], sides: tuple[s
     for side, found in best.items():
         print(
             f"  {side:9s} {tokens / found['seconds']:8.1f} tokens/s {found['seconds']:7.2f} s, "
-            f"batch {found['batch']:3d}, {found['bytes'] / 2**20:7.0f} MiB, "
-            f"{least / found['seconds']:4.0%} of the limit",
+            f"batch {found['batch']:3d}, {least / found['seconds']:4.0%} of the limit",
             flush=True,
         )
     return best
@@ -253,7 +260,7 @@ def sweep(args: argparse.Namespace, hardware: dict[str, float]) -> None:
     work = [with_(small, prompts=2, shortest=n, longest=n, batches=[16]) for n in (16, 32, 64, 128, 256)]
     lengths = {side: [call(w, side=side, batch=16) for w in work] for side in ("generate", "gumbel")}
     many = [with_(small, prompts=n // 8, shortest=32, longest=32, batches=[n]) for n in (8, 16, 32, 64)]
-    rows = {side: [call(w, side=side, batch=w.batches[0]) for w in many] for side in ("generate", "gumbel")}
+    rows = {side: [peak(w, side) for w in many] for side in ("generate", "gumbel")}
     draw(work, lengths, many, rows)
 
 
@@ -267,9 +274,9 @@ def draw(work: list, lengths: dict, many: list, rows: dict) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for side, name in (("generate", "transformers generate"), ("gumbel", "rl_soft, K = 8")):
         left.plot([sum(caps_of(w)) for w in work], [m["seconds"] for m in lengths[side]], marker="o", label=name)
-        right.plot([w.batches[0] for w in many], [m["bytes"] / 2**20 for m in rows[side]], marker="o", label=name)
+        right.plot([w.batches[0] for w in many], rows[side], marker="o", label=name)
         print(f"{side}: seconds at 16 rows of 16 to 256: {[round(m['seconds'], 2) for m in lengths[side]]}")
-        print(f"{side}: MiB at 8 to 64 rows of 32: {[round(m['bytes'] / 2**20) for m in rows[side]]}")
+        print(f"{side}: MiB at 8 to 64 rows of 32: {[round(mib) for mib in rows[side]]}")
     left.set(xlabel="positions generated, 16 rows", ylabel="seconds", xlim=0, ylim=0)
     right.set(xlabel="live rows", ylabel="memory beyond the model, MiB", xlim=0, ylim=0)
     left.legend(frameon=False)
@@ -310,9 +317,11 @@ def main() -> None:
         f"{', many short' if args.skewed else ''}; {args.model}"
     )
     best = compare(args, hardware)
-    peak = {side: call(args, side=side, batch=args.batches[0])["bytes"] for side in ("generate", "gumbel")}
-    share = peak["gumbel"] / max(peak["generate"], 1)
-    print(f"at batch {args.batches[0]}: peak memory gumbel / generate {share:.2f}")
+    peaks = {side: peak(args, side) for side in SIDES}
+    print(
+        f"peak memory at batch {args.batches[0]}: {', '.join(f'{side} {mib:.0f} MiB' for side, mib in peaks.items())}"
+    )
+    print(f"peak memory gumbel / generate: {peaks['gumbel'] / peaks['generate']:.2f}")
     print(f"generate / token: {best['generate']['seconds'] / best['token']['seconds']:.2f}")
     print(f"generate / gumbel (K = {args.k}): {best['generate']['seconds'] / best['gumbel']['seconds']:.2f}")
     print(f"gumbel / token: {best['gumbel']['seconds'] / best['token']['seconds']:.3f}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,9 @@ def load(name_or_path: str, dtype: str = "float32", attn_implementation: str | N
     if (path / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        with warnings.catch_warnings():  # the projector, which the adapter leaves out, comes after it
+            warnings.filterwarnings("ignore", message=".*exclude_modules.* but no modules were excluded")
+            model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     if module_file(path, PROJECTOR).exists():

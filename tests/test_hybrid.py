@@ -19,6 +19,7 @@ from rl_soft.noise import address
 from rl_soft.projector import add_projector, beside_adapter
 from rl_soft.rollout import rollout
 from rl_soft.scored import SoftInputs, add_soft_forward
+from rl_soft.side_modules import language_model
 
 HYBRID = replace(THINKING, thought="hybrid")
 
@@ -150,7 +151,8 @@ def test_it_trains_the_projector_and_the_densities_stay_exact(tmp_path, ratio, l
     assert set(after) == set(before) and all(not torch.equal(after[k], before[k]) for k in before)
 
 
-def test_a_hidden_checkpoint_goes_on_as_hybrid_and_resumes(tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_hidden_checkpoint_goes_on_as_hybrid_and_resumes(tmp_path, lora):
     """It gains a gate, of a size that fits; the checkpoint's projector is read back, so two steps and two are four."""
     made = tiny_policy()
     add_projector(made.model, gated=False)
@@ -160,17 +162,21 @@ def test_a_hidden_checkpoint_goes_on_as_hybrid_and_resumes(tmp_path):
         start = policy.load(folder)
         assert start.thinking.thought == "hidden"
         gate = start.model.projector.gate.item()
+        peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
         trainer = soft_trainer(
-            tmp_path / "rl", HYBRID, start, max_steps=4, save_strategy="steps", save_steps=2, beta=0.1
+            tmp_path / "rl", HYBRID, start, max_steps=4, save_strategy="steps", save_steps=2,
+            beta=0.0 if lora else 0.1, peft_config=peft,
         )  # fmt: skip
         assert start.model.projector.gate.item() == gate > 0
         logs = train(trainer, resume_from_checkpoint=resume)
-        weights.append({k: v.clone() for k, v in start.model.state_dict().items()})
-        if resume is None:
+        weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+        if resume is None and not lora:
             assert logs[0]["kl"] == pytest.approx(0, abs=1e-5) and logs[-1]["kl"] > 1e-4  # the reference has it too
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    again = policy.load(str(tmp_path / "rl" / "checkpoint-4")).model.projector.state_dict()
-    assert all(torch.equal(value, weights[0][f"projector.{name}"]) for name, value in again.items())
+    again = policy.load(str(tmp_path / "rl" / "checkpoint-4"))
+    inside = language_model(again.model).projector.state_dict()
+    end = {k.partition("projector.")[2]: v for k, v in weights[0].items() if "projector." in k}
+    assert set(inside) == set(end) and all(torch.equal(value, end[name]) for name, value in inside.items())
 
 
 @pytest.mark.parametrize(
