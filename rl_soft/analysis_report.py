@@ -145,11 +145,15 @@ def _section(finding: Finding, extra: str) -> str:
 
 
 def _pieces(layout: Layout, ids: Sequence[int], marks: Sequence[bool]) -> list[tuple[str, bool]]:
-    """The text of ids in runs of equal marks; joined they are the decoded text, spaces included."""
+    """The text of ids in runs of equal marks; joined they are the decoded text, spaces included.
+
+    A character of several ids belongs to the run of its last.
+    """
     ends = [i for i in range(1, len(ids)) if marks[i] != marks[i - 1]] + [len(ids)] * bool(ids)
     pieces, before = [], ""
     for end in ends:
         text = str(layout.tokenizer.decode(list(ids[:end])))
+        text = text if end == len(ids) else text.rstrip("\ufffd")
         pieces.append((text[len(before) :], marks[end - 1]))
         before = text
     return pieces

@@ -15,8 +15,9 @@ from rl_soft import analysis_report, analysis_run, cost, policy, probe
 from rl_soft.arguments import AnalysisArguments
 from rl_soft.config import load_evaluation
 from rl_soft.data import Row
-from rl_soft.eval_command import check_lengths, load_policy, load_rows, thinking_of
+from rl_soft.eval_command import check_folder, check_lengths, load_policy, load_rows, thinking_of
 from rl_soft.evaluate import check_golds, sample_records
+from rl_soft.generation import layout_for, tell_template
 from rl_soft.layout import Layout
 from rl_soft.records import GREEDY, read_header
 from rl_soft.supervised import context_length
@@ -45,11 +46,15 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
         raise ValueError(f"output_dir is missing: rl-soft analyze {kind} MODEL --dataset NAME --output_dir DIR")
     if arguments.evals and kind != "all":
         raise ValueError(f"evals is for the report of rl-soft analyze all, not for {kind}")
+    if arguments.output_dir:
+        check_folder(arguments.output_dir)
     for folder in evaluations(arguments):
         read_header(folder)
     rows = load_rows(arguments)
     if kind not in TRACES:
         check_golds(rows, arguments.dataset)
+    elif len(rows) < 2:
+        raise ValueError(f"eval_problems must be at least 2 for analyze {kind}: intervals are over prompts; got 1")
     prepare_devices()
     return KINDS[kind](arguments, changes, rows)
 
@@ -57,13 +62,14 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
 def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:
     """A model on its device, in evaluation mode, and its layout."""
     loaded = load_policy(name, arguments)
-    layout = Layout(thinking_of(name, changes), loaded.tokenizer)
+    layout = layout_for(loaded.model, loaded.tokenizer, thinking_of(name, changes))
     check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
     return loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), layout
 
 
 def run_probe(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
     model, layout = load(arguments.model_name_or_path, arguments, changes, rows)
+    probe.check(layout, rows)  # before anything is decoded
     correct = []
     for start in range(0, len(rows), arguments.eval_batch_size):
         tasks = [(row, GREEDY) for row in rows[start : start + arguments.eval_batch_size]]
@@ -90,7 +96,8 @@ def run_traces(kind: str, arguments: AnalysisArguments, changes: dict[str, Any],
     loaded = load_policy(name, arguments)
     vocab_size = loaded.model.config.get_text_config().vocab_size
     thinking = analysis_run.check_thinking(thinking, vocab_size, changes)
-    layout = Layout(thinking, loaded.tokenizer)
+    layout = layout_for(loaded.model, loaded.tokenizer, thinking)
+    tell_template(layout)
     check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     names = list(analysis_run.ANALYSES) if kind == "all" else [kind]

@@ -261,7 +261,7 @@ class CodiArguments(SupervisedArguments):
     alpha: float = field(default=1.0, metadata={"help": "Weight of the student's cross-entropy on the answer."})
     beta: float = field(default=1.0, metadata={"help": "Weight of the distillation loss on the hidden states."})
     gamma: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy on steps and answer."})
-    kd_loss: str = field(default="l1", metadata={"help": "Distance of the hidden states: l1 or smooth_l1."})
+    kd_loss: str = field(default="smooth_l1", metadata={"help": "Distance of the hidden states: l1 or smooth_l1."})
     kd_as_released: bool = field(
         default=False,
         metadata={"help": "Divide the distance by the teacher's std, as the released code does, and not the states."},

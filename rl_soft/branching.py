@@ -26,7 +26,7 @@ from torch import Tensor
 from rl_soft.alternatives import Alternatives
 from rl_soft.data import Row
 from rl_soft.evaluate import eos_token_ids
-from rl_soft.findings import Claim, above, compact, number, percent, resampled, shown
+from rl_soft.findings import Claim, above, compact, enough, number, percent, resampled, shown
 from rl_soft.layout import Layout
 from rl_soft.walk import Live
 
@@ -60,10 +60,11 @@ class Branching(Alternatives):
     def record(self, live: Live, at: Tensor, outputs: list[Any]) -> None:
         first, second, mixed = (self.next_log_probs(out) for out in outputs)  # (n, V) each
         pairs = [jensen_shannon(mixed, first), jensen_shannon(mixed, second)]
-        self.distances[live.row, at] = torch.stack(pairs, dim=-1)
+        self.distances[live.row, at] = torch.stack(pairs, dim=-1).float()
 
     def next_log_probs(self, output: Any) -> Tensor:
-        return torch.log_softmax(output.logits[:, -1].float() / self.thinking.thought_temperature, dim=-1)
+        """(n, V) float64: between distributions that are nearly equal, float32 gives its own rounding, 1e-7."""
+        return torch.log_softmax(output.logits[:, -1].double() / self.thinking.thought_temperature, dim=-1)
 
 
 @torch.no_grad()
@@ -96,7 +97,7 @@ def summarise(records: Sequence[dict[str, Any]], branch_weight: float) -> dict[s
     """Medians with intervals, histograms, and medians by the weight of the second id.
 
     Raises:
-        ValueError: no thought was fed.
+        ValueError: no thought was fed, or those of one prompt alone.
     """
     groups = [np.array([[*d, w[1]] for d, w in zip(r["distances"], r["weights"], strict=True)]) for r in records]
     groups = [group.reshape(-1, 3) for group in groups]  # JS to the first, to the second, weight of the second
@@ -107,15 +108,14 @@ def summarise(records: Sequence[dict[str, Any]], branch_weight: float) -> dict[s
     by_weight = []
     for low, high in pairwise(WEIGHT_BINS):
         inside = [g[(g[:, 2] >= low) & ((g[:, 2] < high) | (high == WEIGHT_BINS[-1]))] for g in groups]
-        count = sum(map(len, inside))
-        if count >= 10:
+        if enough(inside, 10):
             medians = resampled(inside, lambda x: np.median(x[:, :2], axis=0), 500)
-            by_weight.append({"from": low, "to": high, "steps": count, "medians": medians})
+            by_weight.append({"from": low, "to": high, "steps": sum(map(len, inside)), "medians": medians})
     return {
         "prompts": len(records),
         "branch_weight": branch_weight,
         "all": _of(groups),
-        "branching": _of(kept) if sum(map(len, kept)) >= 10 else None,
+        "branching": _of(kept) if enough(kept, 10) else None,
         "by_weight": by_weight,
     }
 

@@ -62,7 +62,7 @@ def main(argv: list[str] | str | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough; what is left in the buffer must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RL_SOFT_DEBUG"):
             raise
         if rank:

@@ -84,7 +84,7 @@ class CodiCollator:
 
 
 def distillation_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str = "l1", as_released: bool = False
+    student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str = "smooth_l1", as_released: bool = False
 ) -> Tensor:
     """Mean over layers, positions and width of the distance to sg[teacher]; tensors (N, H), one a layer.
 

@@ -41,28 +41,32 @@ class Cost:
         return self.reasoning + self.answer
 
 
-def reasoning_length(layout: Layout, record: dict[str, Any]) -> int:
-    """Latent: the thoughts with <bot> and <eot>. Explicit: what was written before the end of thinking."""
+def reasoning_length(layout: Layout, thoughts: Sequence[int]) -> int:
+    """Latent: the thoughts with <bot> and <eot>. Explicit: what was written before the end of thinking.
+
+    Args:
+        thoughts: their ids.
+    """
     if layout.thinking.phase == "latent":
-        return record["thoughts"] + 2 if record["thoughts"] else 0
-    ended = layout.thinking.end_of_thinking in record["text"] and record["thoughts"] >= len(layout.end_ids)
-    capped = record["thoughts"] >= layout.thinking.num_thoughts
-    return record["thoughts"] - (len(layout.end_ids) if ended and not capped else 0)
+        return len(thoughts) + 2 if thoughts else 0
+    end = layout.end_ids
+    return len(thoughts) - (len(end) if list(thoughts[-len(end) :]) == end else 0)
 
 
 def measure(models: Sequence[tuple[Any, Layout]], rows: Sequence[Row], warm_up: int = 3) -> list[Cost]:
     """The cost of each model at batch 1; the first `warm_up` questions are answered once before the clock runs."""
     found: list[list[tuple[bool, int, int, float]]] = [[] for _ in models]
-    for turn, row in enumerate([*rows[:warm_up], *rows]):
+    first = rows[:warm_up]
+    for turn, row in enumerate([*first, *rows]):
         for i, (model, layout) in enumerate(models):
             _synchronise()
             started = time.perf_counter()
             out = complete(model, layout, [(row, GREEDY)], seed=0)
             _synchronise()
             seconds = time.perf_counter() - started
-            if turn >= warm_up:
+            if turn >= len(first):
                 record = judge(out, layout, [(row, GREEDY)])[0]  # which may take longer than the answer
-                length = reasoning_length(layout, record)
+                length = reasoning_length(layout, out.completion_ids[0][out.thought_mask[0]].tolist())
                 found[i].append((record["outcome"] == "correct", length, record["answer_tokens"], seconds))
     return [Cost(*(np.array(column) for column in zip(*each, strict=True))) for each in found]
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rl_soft.layout import Thinking
 
 ORDERS = ("exact", "paper")
+FEW = 256  # ids that are looked at first where a share of the mass is to be held
 
 
 @dataclass(frozen=True)
@@ -119,21 +120,44 @@ class Decoding:
         """
         V = phi.shape[-1]
         after_top_k, after_top_p, after_min_p = self.after
-        top_k, after_top_k = min(self.top_k or V, V), min(after_top_k or V, V)
+        top_k, after_top_k = (k if k < V else 0 for k in (self.top_k, after_top_k))
         min_p = _each(is_thought, self.min_p, after_min_p, phi)  # (m, 1)
         threshold = phi.amax(-1, keepdim=True) + min_p.log()  # renormalising changes no ratio
-        if min(top_k, after_top_k) < V or min(self.top_p, after_top_p) < 1:
-            largest = phi.topk(max(top_k, after_top_k), dim=-1).values  # (m, W)
-            last = largest.gather(-1, _each(is_thought, top_k - 1, after_top_k - 1, phi).long())
-            p = largest.masked_fill(largest < last, -math.inf).softmax(-1)
-            before = p.cumsum(-1) - p  # the mass of the more probable ids
-            enough = _each(is_thought, _or_infinite(self.top_p), _or_infinite(after_top_p), phi)
+        if top_k or after_top_k or min(self.top_p, after_top_p) < 1:
+            alone = [p for k, p in ((top_k, self.top_p), (after_top_k, after_top_p)) if p < 1 and not k]
+            largest = _largest(phi, max(top_k, after_top_k, 1), max(alone, default=0.0))  # (m, W + 1)
+            all_of = largest.shape[-1]  # its last is -inf: rows without a top-k keep all
+            rank = _each(is_thought, top_k or all_of, after_top_k or all_of, phi).long()
+            last = largest.gather(-1, rank - 1)
+            p = largest.masked_fill(largest < last, -math.inf).exp()
+            total = p.cumsum(-1)[:, -1:].masked_fill(last.isneginf(), 1.0)  # in order, so that W does not matter
+            before = p.roll(1, dims=-1).cumsum(-1)  # the mass of the more probable ids; that of -inf, 0, comes first
+            enough = _each(is_thought, _or_infinite(self.top_p), _or_infinite(after_top_p), phi) * total
             count = (before < enough).sum(-1, keepdim=True).clamp(min=1)
             threshold = threshold.maximum(last).maximum(largest.gather(-1, count - 1))
         if self.order == "paper" and thinking.thought in ("gumbel", "hybrid") and thinking.thought_k:
             kept = phi.topk(thinking.thought_k, dim=-1).values[:, -1:]  # (m, 1)
             threshold = threshold.maximum(kept.masked_fill(~is_thought[:, None], -math.inf))
         return phi.masked_fill(phi < threshold, -math.inf).log_softmax(-1)
+
+
+def _largest(phi: Tensor, width: int, share: float) -> Tensor:
+    """(m, W + 1): the W largest of each row and then -inf; W is at least `width`, and they hold `share` of the mass.
+
+    Few ids hold most of the mass, and to sort the vocabulary may take longer than the model: on a CPU W grows until it
+    is enough. A GPU is not looked at (`walk`), so it sorts.
+    """
+    V = phi.shape[-1]
+    W = width if not share else max(width, FEW) if phi.device.type == "cpu" else V
+    while True:
+        W = min(W, V)
+        values = phi.topk(W, dim=-1).values
+        if W == V or not share or bool((values.exp().cumsum(-1)[:, -1] >= share).all()):
+            break
+        W *= 8
+    largest = phi.new_full((len(phi), W + 1), -math.inf)
+    largest[:, :W] = values
+    return largest
 
 
 def _or_infinite(top_p: float) -> float:

@@ -44,6 +44,12 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
         ValueError: arguments, data set and model that do not fit, or a directory that holds another evaluation.
     """
     arguments, changes, decoding = load_decoder(model, overrides)
+    if arguments.control == "shuffle" and arguments.eval_samples > 1:
+        raise ValueError(
+            "control shuffle feeds a completion the thoughts of the one before it, which must be another problem's: "
+            f"eval_samples must be 1, got {arguments.eval_samples}"
+        )
+    check_folder(arguments.output_dir)
     thinkings = thinkings_of(model, changes, arguments)
     rows = load_rows(arguments)
     check_golds(rows, arguments.dataset, arguments.confirm_run_unsafe_code)
@@ -149,6 +155,14 @@ def thinking_of(model: str, changes: dict[str, Any]) -> Thinking:
             f"no folder {model!r} is here; if it is meant for the hub, say where its thoughts end: --end_of_thinking"
         )
     return Thinking(**{"phase": "explicit", **changes})
+
+
+def check_folder(name: str) -> None:
+    """Raises ValueError for an output_dir that is a file, or is to lie in one."""
+    path = Path(name)
+    there = next((part for part in (path, *path.parents) if part.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise ValueError(f"output_dir {name}: {there} is a file; choose another")
 
 
 def check_lengths(rows: list[data.Row], layout: Layout, context: int | None, dataset: str) -> None:

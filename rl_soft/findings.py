@@ -34,16 +34,16 @@ def resampled(
     """A statistic of all rows of all groups, with its interval: {"value", "low", "high"}, floats or lists of them.
 
     Args:
-        groups: for each prompt its rows, (n_i, ...); prompts without rows count for nothing.
+        groups: for each prompt its rows, (n_i, ...); prompts without rows count for nothing. See `enough`.
         statistic: (N, ...) rows of several groups -> a float or (F,).
         seed: the interval is a function of the arguments alone.
 
     Raises:
-        ValueError: no rows at all.
+        ValueError: fewer than two prompts with rows: an interval of one prompt would be that prompt, and look certain.
     """
     filled = [group for group in groups if len(group)]
-    if not filled:
-        raise ValueError("an interval of no values")
+    if not enough(groups):
+        raise ValueError(f"an interval over prompts needs at least two that have thoughts, got {len(filled)}")
     rng = np.random.default_rng(seed)
     found = [
         statistic(np.concatenate([filled[i] for i in rng.integers(len(filled), size=len(filled))]))
@@ -52,6 +52,11 @@ def resampled(
     low, high = np.quantile(np.array(found, dtype=np.float64), (0.025, 0.975), axis=0)
     value = np.asarray(statistic(np.concatenate(filled)), dtype=np.float64)
     return {"value": value.tolist(), "low": low.tolist(), "high": high.tolist()}
+
+
+def enough(groups: Sequence[Floats], rows: int = 1) -> bool:
+    """Whether there is something to resample: two prompts with rows, and so many rows in all."""
+    return sum(len(group) > 0 for group in groups) >= 2 and sum(map(len, groups)) >= rows
 
 
 def above(figure: dict[str, Any], level: float) -> str:

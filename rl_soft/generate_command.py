@@ -18,7 +18,7 @@ import torch
 from rl_soft.arguments import GenerateArguments
 from rl_soft.config import load_decoder
 from rl_soft.eval_command import load_policy, load_rows, thinking_of
-from rl_soft.generation import Completion, Task, complete, layout_for, tell_template
+from rl_soft.generation import Completion, Mixture, Task, complete, layout_for, tell_template
 from rl_soft.policy import read_thinking
 from rl_soft.records import GREEDY
 from rl_soft.terminal import Terminal, decoder
@@ -81,10 +81,13 @@ def run(model: str, overrides: dict[str, Any]) -> None:
             if output is not None:
                 output.append(done)
 
-        if streams:
-            terminal.question(tasks[0].question)
-        stream = terminal.position if streams else None
-        complete(loaded.model, layout, tasks, decoding, arguments.seed, arguments.batch_size, each, stream)
+        def stream(kind: str, mixture: Mixture) -> None:
+            if not (terminal.thoughts or terminal.resting):  # now it is certain that nothing is refused
+                terminal.question(tasks[0].question)
+            terminal.position(kind, mixture)
+
+        watch = stream if streams else None
+        complete(loaded.model, layout, tasks, decoding, arguments.seed, arguments.batch_size, each, watch)
     except KeyboardInterrupt:
         logger.info("stopped%s", "; the same command goes on with what is missing" if output is not None else "")
         raise SystemExit(130) from None
@@ -97,17 +100,22 @@ def read_questions(arguments: GenerateArguments) -> dict[str, str]:
     """Name -> question, in order.
 
     Raises:
-        ValueError: a file that is missing, empty, or has a line without a question; a data set that `data` refuses.
+        ValueError: a file that is missing, empty, or has a line without a question; a question that is no Unicode; a
+            data set that `data` refuses.
     """
     if arguments.prompt:
-        return {"0": arguments.prompt}
+        return {"0": _encodable(arguments.prompt, "prompt")}
     if arguments.dataset:
         return {row.id: row.question for row in load_rows(arguments)}
     path = Path(str(arguments.prompts))
     if not path.is_file():
         raise ValueError(f"prompts {path}: no such file; give one question with --prompt TEXT")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts {path} is not UTF-8: {error.reason} at byte {error.start}") from None
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         name, question = str(len(found)), line
@@ -116,15 +124,25 @@ def read_questions(arguments: GenerateArguments) -> dict[str, str]:
                 value = json.loads(line)
             except ValueError:
                 value = None
-            if not isinstance(value, dict) or not isinstance(value.get("question"), str):
+            text = value.get("question") if isinstance(value, dict) else None
+            if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"prompts {path}, line {number}: expected a JSON object with a text `question`")
-            name, question = str(value.get("id", name)), value["question"]
+            name, question = str(name if value.get("id") is None else value["id"]), text
         if name in found:
             raise ValueError(f"prompts {path}, line {number}: id {name!r} is there already")
-        found[name] = question
+        found[name] = _encodable(question, f"prompts {path}, line {number}")
     if not found:
         raise ValueError(f"prompts {path} holds no question")
     return found
+
+
+def _encodable(text: str, where: str) -> str:
+    """The text, if a tokenizer can read it: half a surrogate pair, or a byte of another encoding, is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text[error.start]!r} at {error.start} is no Unicode character") from None
+    return text
 
 
 class Output:
@@ -134,14 +152,19 @@ class Output:
     says by which settings it was made, so a file holds completions of one kind alone.
 
     Raises:
-        ValueError: another process writes to the file; a line that is no completion; one of other settings or of
-            another question of the same name.
+        ValueError: a path that cannot be written; another process writes to the file; a line that is no completion,
+            which leaves the file as it is; one of other settings or of another question of the same name.
     """
+
+    BEGINNING = b'{"prompt_id": '  # of every line, so of one that was not finished
 
     def __init__(self, path: Path, settings: dict[str, Any], questions: dict[str, str]) -> None:
         self.path, self.settings = path, settings
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("a+b")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"output {path} cannot be written: {error.strerror}") from None
         try:
             self.done = self._read(questions)
         except ValueError:
@@ -156,19 +179,21 @@ class Output:
         except OSError:  # a file system without locks
             pass
         *lines, rest = self.path.read_bytes().split(b"\n")
-        if rest:
-            logger.warning("%s: line %d is unfinished; cutting it off", self.path, len(lines) + 1)
-            os.truncate(self.path, sum(len(line) + 1 for line in lines))
         ours = json.loads(json.dumps(self.settings))  # as it is read back
         done: set[tuple[str, int]] = set()
+
+        def foreign(number: int) -> ValueError:
+            return ValueError(
+                f"output {self.path}, line {number}: not a completion of `rl-soft generate`; choose another file"
+            )
+
         for number, line in enumerate(lines, start=1):
             try:
                 value = json.loads(line)
-                key, question, settings = (value["prompt_id"], value["sample"]), value["prompt"], value["settings"]
+                key, question, settings = (value["prompt_id"], value["sample"]), value["prompt"], {**value["settings"]}
+                done.add(key)
             except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"output {self.path}, line {number}: not a completion of `rl-soft generate`"
-                ) from None
+                raise foreign(number) from None
             for name in sorted(ours.keys() | settings.keys()):
                 if settings.get(name) != ours.get(name):
                     raise ValueError(
@@ -179,7 +204,11 @@ class Output:
                 raise ValueError(
                     f"output {self.path} holds another question of the name {key[0]!r}; choose another file"
                 )
-            done.add(key)
+        if rest and rest[: len(self.BEGINNING)] != self.BEGINNING[: len(rest)]:
+            raise foreign(len(lines) + 1)
+        if rest:
+            logger.warning("%s: line %d is unfinished; cutting it off", self.path, len(lines) + 1)
+            os.truncate(self.path, sum(len(line) + 1 for line in lines))
         return done
 
     def append(self, done: Completion) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from rl_soft.decoding import Decoding
@@ -102,9 +103,9 @@ def generate(
         P lists of `samples` completions.
 
     Raises:
-        ValueError: a prompt that leaves the model no room, an end of thinking that the tokenizer cannot produce,
-            thought_k over the vocabulary, a system prompt and no chat template, ids that are not P different ones, a
-            model that the engine cannot decode.
+        ValueError: a prompt that is empty or leaves the model no room, an end of thinking that the tokenizer cannot
+            produce, thought_k over the vocabulary, a system prompt and no chat template that takes one, ids that are
+            not P different ones, a model that the engine cannot decode.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of texts, got one text: [{prompts!r:.80}]")
@@ -146,9 +147,24 @@ def check_texts(layout: Layout) -> None:
     """Refuse texts that could not do what they are there for.
 
     Raises:
-        ValueError: an end of thinking that does not come back from its ids; a system prompt and no chat template.
+        ValueError: an end of thinking that does not come back from its ids; a system prompt and no chat template that
+            takes one.
     """
     thinking, tokenizer = layout.thinking, layout.tokenizer
+    if thinking.system_prompt and not (thinking.phase == "explicit" and tokenizer.chat_template):
+        why = "the tokenizer has none" if thinking.phase == "explicit" else "phase latent takes none"
+        raise ValueError(
+            f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
+            "write it into question_template"
+        )
+    if thinking.system_prompt:
+        try:
+            layout.question_ids("?")
+        except TemplateError as error:
+            raise ValueError(
+                f"system_prompt {thinking.system_prompt!r:.60}: the tokenizer's chat template says {str(error)!r}; "
+                "write it into question_template"
+            ) from None
     if thinking.phase != "explicit":
         return
     end = str(tokenizer.decode(layout.end_ids))
@@ -156,11 +172,6 @@ def check_texts(layout: Layout) -> None:
         raise ValueError(
             f"end_of_thinking {thinking.end_of_thinking!r} cannot be produced by this tokenizer, which reads {end!r} "
             "for it: no thoughts would ever spell it"
-        )
-    if thinking.system_prompt and not tokenizer.chat_template:
-        raise ValueError(
-            f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and the tokenizer has none; "
-            "write it into question_template"
         )
 
 
@@ -189,9 +200,10 @@ def complete(
             what it is.
 
     Raises:
-        ValueError: a prompt that leaves the model no room; what `rollout` refuses.
+        ValueError: a prompt that is empty or leaves the model no room; what `rollout` refuses.
     """
-    prompts = {task.id: layout.prompt_ids(task.question) for task in tasks}
+    questions = {task.id: task.question for task in tasks}
+    prompts = {name: layout.prompt_ids(question) for name, question in questions.items()}
     check_room(prompts, layout, context_length(model))
     ends = eos_token_ids(model, layout.tokenizer)
     was_training = model.training
@@ -208,8 +220,10 @@ def complete(
 
 
 def check_room(prompts: dict[str, list[int]], layout: Layout, context: int | None) -> None:
-    """Raises ValueError for the first prompt that leaves a model without positions for thoughts and answer."""
+    """Raises ValueError for the first prompt that is empty or leaves a model without positions for what is to come."""
     for name, ids in prompts.items():
+        if not ids:
+            raise ValueError(f"prompt {name} is empty: it has no token that the first thought could be made from")
         if context is not None and len(ids) + layout.max_completion_length > context:
             raise ValueError(
                 f"prompt {name} has {len(ids)} tokens; with up to {layout.max_completion_length} more of thoughts and "
@@ -260,7 +274,7 @@ class _Reader:
             n = max(1, sum(w > 0 for w in weight))
             weights = [round(w, 6) for w in weight[:n]]
             tokens = [self._text(i) for i in ids[:n]]
-            mixture = Mixture(ids[:n], tokens, weights, round(entropy, 6), round(outside, 6))
+            mixture = Mixture(ids[:n], tokens, weights, round(entropy, 6) + 0.0, round(outside, 6))  # 0, never -0
             made.append(("thought" if thought else "answer" if action else "fed", mixture))
         return made
 

@@ -25,14 +25,18 @@ class Journal:
         records: problem id -> record, of the problems asked for; other problems in the file are left alone.
 
     Raises:
-        ValueError: another process writes to the file, it depends on something else (named), holds a line that is not
-            JSON, or asks another question under one of the ids.
+        ValueError: a path that cannot be written; another process writes to the file, it depends on something else
+            (named), holds a line that is no record, or asks another question under one of the ids. The file is left
+            as it is then.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], questions: Mapping[str, str]) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from None
         try:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,24 +44,27 @@ class Journal:
                 raise ValueError(f"{path} is being written by another process; wait for its end, or end it") from None
             except OSError:  # a file system without locks
                 pass
-            first, *rest = self._read() or [None]
             ours = json.loads(json.dumps(identity))  # as it is read back
-            if first is None:
-                self._write(ours)
-            for key in sorted(ours.keys() | (first or ours).keys()):
-                before = (first or ours).get(key)
-                if before != ours.get(key):
+            (first, *rest), unfinished = self._read(ours)
+            for key in sorted(ours.keys() | first.keys()):
+                if first.get(key) != ours.get(key):
                     raise ValueError(
-                        f"{path} holds records with {key} = {before!r}, these have {ours.get(key)!r}; choose another "
-                        "output_dir to keep both"
+                        f"{path} holds records with {key} = {first.get(key)!r}, these have {ours.get(key)!r}; choose "
+                        "another output_dir to keep both"
                     )
             self.records: dict[str, dict[str, Any]] = {}
-            for record in rest:
-                name = record["problem_id"]
-                if questions.get(name, record["question_hash"]) != record["question_hash"]:
+            for number, record in enumerate(rest, start=2):
+                name, asked = record.get("problem_id"), record.get("question_hash")
+                if name is None or asked is None:
+                    raise ValueError(f"{path}, line {number}: not a record")
+                if questions.get(name, asked) != asked:
                     raise ValueError(f"{path} holds problem {name} with another question; choose another output_dir")
                 if name in questions:
                     self.records[name] = record
+            if unfinished:
+                os.truncate(path, path.stat().st_size - unfinished)
+            if not path.stat().st_size:
+                self._write(ours)
         except BaseException:
             self._file.close()
             raise
@@ -72,17 +79,18 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self) -> list[Any]:
-        lines = self.path.read_bytes().split(b"\n")
-        if lines.pop():  # unfinished
-            os.truncate(self.path, sum(len(line) + 1 for line in lines))
+    def _read(self, ours: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+        """The objects of the lines, `ours` if there is none yet, and the length of an unfinished line after them."""
+        *lines, last = self.path.read_bytes().split(b"\n")
+        if not lines and not json.dumps(ours).encode().startswith(last):
+            raise ValueError(f"{self.path} is not a file of this analysis; choose another output_dir")
         found = []
         for number, line in enumerate(lines, start=1):
             try:
-                found.append(json.loads(line))
-            except ValueError:
-                raise ValueError(f"{self.path}, line {number}: not JSON") from None
-        return found
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise ValueError(f"{self.path}, line {number}: not a JSON object") from None
+        return found or [ours], len(last)
 
     def __enter__(self) -> Self:
         return self

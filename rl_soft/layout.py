@@ -151,7 +151,7 @@ class Layout:
 
     def question_ids(self, question: str) -> list[int]:
         """Ids of the question alone, with the chat template where the thinking is explicit and the model has one."""
-        text = self.thinking.question_template.format(question=question)
+        text = self.thinking.question_template.replace("{question}", question)
         if self.thinking.phase == "explicit" and self.tokenizer.chat_template:
             system = self.thinking.system_prompt
             messages = [{"role": "system", "content": system}] if system else []

@@ -159,7 +159,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Shares by layer with intervals: {"shares": {...: (4, L + 1)}, "top1": {...: (L + 1)}, ...}.
 
     Raises:
-        ValueError: no step at all.
+        ValueError: no step at all, or those of one prompt alone.
     """
     groups = [np.array(r["held"], dtype=float) / SINGLE for r in records if r["held"]]  # (m, 4, L + 1)
     if not groups:

@@ -51,6 +51,7 @@ REFERENCE = GRID["gumbel"].index(1.0)
 HALF = 0.5
 STEPS = 32  # of a trace
 SETS = ("all", "branching")
+TINY = 1e-12  # nats; resampled prompts without any randomness divide by no less
 
 
 def randomise(log_p: Tensor, kind: str, parameter: float, seeds: Tensor, step: Tensor) -> Tensor:
@@ -115,14 +116,15 @@ def summarise(records: Sequence[dict[str, Any]], branch_weight: float) -> dict[s
     """Both curves over all steps and over the branching ones, and the test; prompts weigh by their steps.
 
     Raises:
-        ValueError: no thought was fed.
+        ValueError: no thought was fed, or those of one prompt alone; or each was one id almost surely, so that there
+            is nothing to randomise.
     """
     summary: dict[str, Any] = {"prompts": len(records), "branch_weight": branch_weight, "grid": GRID}
     for s, name in enumerate(SETS):
         some = [r for r in records if r["steps"][s]]
         if not some and s == 0:
             raise ValueError("plane: no thought was fed; the traces ended at their first position")
-        summary[name] = _of(some, s) if len(some) > 1 else None
+        summary[name] = _of(some, s) if len(some) > 1 or s == 0 else None
     return summary
 
 
@@ -139,7 +141,7 @@ def _of(records: Sequence[dict[str, Any]], s: int) -> dict[str, Any]:
 
     def relative(x: Any, kind: str) -> Any:
         found = curves(x)
-        return found[kind] / found["gumbel"][REFERENCE]  # (parameters, 2)
+        return found[kind] / np.maximum(found["gumbel"][REFERENCE], TINY)  # (parameters, 2)
 
     def lowest(x: Any) -> float:
         kept = [j for j, tau in enumerate(GRID["gumbel"]) if 0.3 <= tau < 1]
@@ -149,7 +151,7 @@ def _of(records: Sequence[dict[str, Any]], s: int) -> dict[str, Any]:
         """Randomness of dirichlet at gamma 10 or wherever it is lowest up to there, over that at gamma 1."""
         random = curves(x)["dirichlet"][:, 1]
         kept = [j for j, gamma in enumerate(GRID["dirichlet"]) if 1 <= gamma <= 10]
-        return float(random[kept].min() / random[kept[0]])
+        return float(random[kept].min() / max(random[kept[0]], TINY))
 
     def best(x: Any) -> float:
         """Of dirichlet over the searched gammas: the largest smaller one of its two shares of the reference."""
@@ -162,10 +164,14 @@ def _of(records: Sequence[dict[str, Any]], s: int) -> dict[str, Any]:
         found = curves(x)
         soft, random = found["gumbel"][GRID["gumbel"].index(0.5)]
         other = np.interp(soft, found["dirichlet"][:, 0], found["dirichlet"][:, 1])
-        return float(other / random)
+        return float(other / max(random, TINY))
 
     both = {}
     every = np.concatenate(rows)
+    if (curves(every)["gumbel"][REFERENCE] < TINY).any():
+        raise ValueError(
+            "plane: each thought is one id almost surely, which no noise makes random; raise thought_temperature"
+        )
     for kind, grid in GRID.items():
         low, high = SEARCHED[kind]
         holds = (relative(every, kind) >= HALF).all(-1)

@@ -9,8 +9,9 @@ is its first token, as the tokenizer writes the number alone or after a space. T
 with as many steps: the share of results held, and the share of problems all of whose results are held. Both are given
 for problems answered correctly and for all.
 
-By chance: the same with the results of another problem with as many steps, the next one in order. A result of several
-tokens is judged by its first alone, and small vocabularies are hit by accident; only the distance to chance counts.
+By chance: the same with the results of another problem with as many of them, the next one in order, where there is
+another. A result of several tokens is judged by its first alone, and small vocabularies are hit by accident; only the
+distance to chance counts.
 """
 
 from __future__ import annotations
@@ -77,8 +78,20 @@ class Probed:
     results: list[str]
     top: list[list[int]]  # (n + 1) x k
     held: list[bool]
-    by_chance: list[bool]  # of another problem's results
+    by_chance: list[bool] | None  # of another problem's results; None where there is none with as many
     correct: bool
+
+
+def check(layout: Layout, rows: Sequence[Row]) -> None:
+    """Refuse what cannot be probed.
+
+    Raises:
+        ValueError: the model does not think in the latent phase, or no row has an intermediate result.
+    """
+    if layout.thinking.phase != "latent" or not layout.thinking.num_thoughts:
+        raise ValueError("probe reads latent thoughts; this model has none (phase latent with num_thoughts above 0)")
+    if not any(intermediate_results(row) for row in rows):
+        raise ValueError("no step of these rows but the last holds `= NUMBER`: there are no intermediate results")
 
 
 def probe(
@@ -90,13 +103,10 @@ def probe(
         correct: whether the model answers each row right.
 
     Raises:
-        ValueError: the model does not think in the latent phase, or no row has an intermediate result.
+        ValueError: what `check` refuses.
     """
-    if layout.thinking.phase != "latent" or not layout.thinking.num_thoughts:
-        raise ValueError("probe reads latent thoughts; this model has none (phase latent with num_thoughts above 0)")
+    check(layout, rows)
     results = [intermediate_results(row) for row in rows]
-    if not any(results):
-        raise ValueError("no step of these rows but the last holds `= NUMBER`: there are no intermediate results")
     top: list[list[list[int]]] = []
     for start in range(0, len(rows), batch_size):
         logits = thought_logits(model, layout, rows[start : start + batch_size])
@@ -105,26 +115,31 @@ def probe(
     by_count: dict[int, list[int]] = {}
     for i, found in enumerate(results):
         by_count.setdefault(len(found), []).append(i)
-    other = {i: same[(at + 1) % len(same)] for same in by_count.values() for at, i in enumerate(same)}
+    other = {i: same[(at + 1) % len(same)] for same in by_count.values() for at, i in enumerate(same) if len(same) > 1}
 
     def held(i: int, whose: int) -> list[bool]:
         tokens = {token for position in top[i] for token in position}
         return [bool(first_tokens(layout, number) & tokens) for number in results[whose]]
 
     return [
-        Probed(row, results[i], top[i], held(i, i), held(i, other[i]), bool(correct[i])) for i, row in enumerate(rows)
+        Probed(row, results[i], top[i], held(i, i), held(i, other[i]) if i in other else None, bool(correct[i]))
+        for i, row in enumerate(rows)
     ]
 
 
-def rates(probed: Sequence[Probed]) -> dict[str, dict[str, float]]:
-    """By the number of intermediate results: how many problems, the share of results held and of problems all held."""
+def rates(probed: Sequence[Probed]) -> dict[str, dict[str, float | None]]:
+    """By the number of intermediate results: how many problems, the share of results held and of problems all held.
+
+    None stands for a chance rate that no other problem gives.
+    """
     table = {}
     for count in sorted({len(p.results) for p in probed} - {0}):
         some = [p for p in probed if len(p.results) == count]
-        row: dict[str, float] = {"problems": len(some)}
-        for name, values in (("", [p.held for p in some]), ("_by_chance", [p.by_chance for p in some])):
-            row[f"results_held{name}"] = sum(map(sum, values)) / (count * len(some))
-            row[f"all_held{name}"] = sum(map(all, values)) / len(some)
+        row: dict[str, float | None] = {"problems": len(some)}
+        chance = [p.by_chance for p in some if p.by_chance is not None]
+        for name, values in (("", [p.held for p in some]), ("_by_chance", chance)):
+            row[f"results_held{name}"] = sum(map(sum, values)) / (count * len(values)) if values else None
+            row[f"all_held{name}"] = sum(map(all, values)) / len(values) if values else None
         table[str(count)] = row
     return table
 
@@ -150,7 +165,7 @@ def report(probed: Sequence[Probed], layout: Layout, top_k: int, out: Path | Non
     ]
     for name, table in (("correct", figures["correct_only"]), ("all", figures["all"])):
         for count, row in table.items():  # type: ignore[attr-defined]
-            cells = [f"{row[key]:.1%}" for key in _COLUMNS]
+            cells = ["–" if row[key] is None else f"{row[key]:.1%}" for key in _COLUMNS]
             lines.append(f"| {name} | {count} | {row['problems']} | {' | '.join(cells)} |")
     lines += ["", "Top tokens at <bot> and at each thought, the strongest first:", ""]
     for p in list(correct or probed)[:shown]:

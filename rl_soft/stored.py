@@ -186,6 +186,10 @@ def _row(record: Mapping[str, Any], spec: Stored, source: str, prefix: str, inde
     for column in (spec.question, spec.answer):
         if not text(column):
             raise ValueError(f"no {column}")
+        try:
+            text(column).encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer reads
+            raise ValueError(f"{column}: {text(column)[error.start]!r} is no Unicode character") from None
     answer_type = text(spec.type_column) or spec.answer_type
     if answer_type is None:
         answer_type = "number" if _is_number(text(spec.answer)) else "free"

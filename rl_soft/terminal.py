@@ -126,10 +126,11 @@ class Terminal:
         """What is to be said of a completion whose positions have been shown."""
         n, answered = len(done.thoughts), len(done.answer_ids)
         parts = []
-        if n:
+        if n or done.thinking_end == "failed":
             how = ENDS.get(done.thinking_end, repr(self.end_of_thinking))
-            mean = sum(mixture.entropy for mixture in done.thoughts) / n
-            parts += [f"{n} thought{'s' * (n > 1)}, ended by {how}", f"entropy {mean:.2f} nats"]
+            parts += [f"{n} thought{'s' * (n != 1)}, ended by {how}"]
+        if n:
+            parts += [f"entropy {sum(mixture.entropy for mixture in done.thoughts) / n:.2f} nats"]
         parts += [f"{answered} answer token{'s' * (answered != 1)}", "finished" if done.finished else "cut off"]
         at_margin = self.show and self.thoughts and not self.resting
         self._print(("" if at_margin else "\n") + ", ".join(parts), "dim", "\n")
@@ -144,8 +145,11 @@ class Terminal:
         self.question(done.prompt, f"[{done.prompt_id}, {sample}] ")
         for mixture in done.thoughts:
             self.position("thought", mixture)
-        n, answered = len(done.thoughts), len(done.answer_ids)
-        for token in done.ids[n : len(done.ids) - answered]:
+        rest, answered = done.ids[len(done.thoughts) :], len(done.answer_ids)
+        fed = len(rest) - answered
+        if rest[fed:] != done.answer_ids:  # the last position is one where logits were not finite
+            fed -= 1
+        for token in rest[:fed]:
             self._rest(token, "dim")
         for token in done.answer_ids:
             self._rest(token, "bold")

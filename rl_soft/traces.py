@@ -74,10 +74,12 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """ROUGE-L by kind with intervals, paired differences to soft, and curves by position.
 
     Raises:
-        ValueError: fewer than two prompts.
+        ValueError: fewer than two prompts, or no thought in any greedy trace.
     """
     if len(records) < 2:
         raise ValueError(f"traces: intervals need at least two prompts, got {len(records)}")
+    if not any(r["greedy"][0]["ids"] for r in records):
+        raise ValueError("traces: no thought was fed; the traces ended at their first position")
     kinds = [kind for kind in KINDS if kind in records[0]]
     overlap = {
         kind: [float(np.mean([rouge_l(r["greedy"][0]["ids"], t["ids"]) for t in r[kind]])) for r in records]

@@ -263,7 +263,8 @@ class Walk:
     def _draw_cut(self, phi: Tensor, is_thought: Tensor, seeds: Tensor | None, step: Tensor) -> SoftToken:
         """`draw` from what is left of phi (m, V); where fewer than K ids are, the other slots are absent."""
         left = self.decoding.cut(phi, is_thought, self.thinking)
-        wide = replace(self.thinking, thought_k=self.decoding.slots_drawn(self.thinking, self.K))
+        slots = min(self.decoding.slots_drawn(self.thinking, self.K), phi.shape[-1])
+        wide = replace(self.thinking, thought_k=slots)
         support, log_weights = draw(left, left, is_thought, wide, seeds, step)
         log_weights = log_weights[:, : self.K].log_softmax(-1)
         return SoftToken(support[:, : self.K].masked_fill(log_weights.isneginf(), self.pad_id), log_weights)

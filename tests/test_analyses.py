@@ -5,6 +5,7 @@ pytest tests/test_analyses.py
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,12 +88,24 @@ def test_alternatives_are_what_the_model_says_when_it_is_really_fed_them(model_t
     for i, t in asked[:15]:
         mixture = mix_embeddings(embedding, out.support[i, t], out.log_weights[i, t])
         for fed, said in zip((*embedding(out.support[i, t, :2]), mixture), seen[i, t], strict=True):
-            expected = (after(model, prompts[i], out, i, t, fed).logits[0, -1] / 0.6).log_softmax(-1)
+            expected = (after(model, prompts[i], out, i, t, fed).logits[0, -1].double() / 0.6).log_softmax(-1)
             torch.testing.assert_close(said, expected, atol=1e-5, rtol=1e-5)
     ids = [*prompts[0], int(out.support[0, 0, 0])]  # and by ids, as anyone would feed a token
     with torch.no_grad():
-        plain = (model(torch.tensor([ids]), use_cache=False).logits[0, -1] / 0.6).log_softmax(-1)
+        plain = (model(torch.tensor([ids]), use_cache=False).logits[0, -1].double() / 0.6).log_softmax(-1)
     torch.testing.assert_close(seen[0, 0][0], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_small_distances_are_not_rounding():
+    """Two distributions that differ by 1e-3 in their logits are about var / 8 apart, whatever the vocabulary."""
+    model, layout = made()
+    engine = branching.Branching(model, layout, [[5]], None, [], None, "none")
+    logits = torch.randn(40, 1, 20_000, generator=torch.Generator().manual_seed(0)) * 6
+    moved = logits + 6e-4 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    p, q = (engine.next_log_probs(SimpleNamespace(logits=x)) for x in (logits, moved))
+    difference = (moved.double() - logits)[:, 0] / 0.6
+    variance = (p.exp() * difference**2).sum(-1) - (p.exp() * difference).sum(-1) ** 2
+    torch.testing.assert_close(jensen_shannon(p, q), variance / 8, atol=1e-13, rtol=0.01)
 
 
 def test_asking_leaves_the_trace_as_it_is():
@@ -248,6 +261,12 @@ def test_traces_are_those_of_the_decoders():
     assert found["soft_minus"]["sampled"]["value"] == pytest.approx(1 - sampled)
 
 
+def test_traces_without_thoughts_are_no_agreement():
+    none = {kind: [{"ids": [], "entropy": [], "outside": []}] for kind in traces.KINDS}
+    with pytest.raises(ValueError, match="traces: no thought was fed"):
+        traces.summarise([none, none])
+
+
 def test_curves_average_over_the_prompts_that_still_think():
     found = traces._curve([[[1.0, 2.0], [3.0]], [[5.0, 6.0, 9.0]]], fewest=2)
     assert found["value"] == [3.5, 4.0] and found["prompts"] == [2, 2], "the third has one prompt only"
@@ -301,6 +320,12 @@ def test_the_test_of_the_plane_reads_its_curves():
     gumbel = [[[tau, 0.2]] * 2 for tau in plane.GRID["gumbel"]]
     dirichlet = [[[min(1.0, g / 40), 0.2 / (1 + g)]] * 2 for g in plane.GRID["dirichlet"]]
     record = {"steps": [5, 0], "gumbel": gumbel, "dirichlet": dirichlet}
+    with pytest.raises(ValueError, match="needs at least two that have thoughts, got 1"):
+        plane.summarise([record], 0.1)
+    certain = {"steps": [5, 0]} | {kind: [[[0.0, 0.0]] * 2 for _ in grid] for kind, grid in plane.GRID.items()}
+    with pytest.raises(ValueError, match=r"each thought is one id almost surely, .*; raise thought_temperature"):
+        plane.summarise([certain, certain], 0.1)
+    assert math.isfinite(plane.summarise([record, certain], 0.1)["all"]["gumbel_lowest"]["low"])
     found = plane.summarise([record, record, record], 0.1)
     assert found["branching"] is None and found["all"]["gumbel_lowest"]["value"] == pytest.approx(1)
     assert found["all"]["both"]["dirichlet"]["holds"] == []

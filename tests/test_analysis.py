@@ -90,6 +90,20 @@ def test_the_rule_on_thoughts_that_are_known(monkeypatch):
     assert "| correct | 1 | 2 | 100.0% | 0.0% | 100.0% | 0.0% |" in text
 
 
+def test_a_problem_without_another_like_it_has_no_chance_rate():
+    model, layout = made()
+    some = [
+        Row("a", "1+2+4=", ("1+2=3", "3+4=7"), "7", "number", "t", None),
+        Row("b", "1+2+4+1=", ("1+2=3", "3+4=7", "7+1=8"), "8", "number", "t", None),
+        Row("c", "2+3+1=", ("2+3=5", "5+1=6"), "6", "number", "t", None),
+    ]
+    found = probe.probe(model, layout, some, [True] * 3, top_k=20, batch_size=3)
+    assert [p.by_chance for p in found] == [[True], None, [True]]
+    rates = probe.rates(found)
+    assert rates["1"]["results_held_by_chance"] == 1 and rates["2"]["results_held_by_chance"] is None
+    assert "| all | 2 | 1 | 100.0% | – | 100.0% | – |" in probe.report(found, layout, 20, None)
+
+
 def test_the_probe_refuses_what_it_cannot_read():
     model, layout = made()
     with pytest.raises(ValueError, match="no step of these rows but the last"):
@@ -139,12 +153,13 @@ def test_reasoning_is_counted_without_the_end_of_written_and_with_the_marks_of_l
     explicit = Layout(
         Thinking(thought="token", phase="explicit", num_thoughts=9, end_of_thinking="=#"), tiny_policy().tokenizer
     )
-    assert cost.reasoning_length(explicit, {"thoughts": 6, "text": "1+2=3;=#3"}) == 4
-    assert cost.reasoning_length(explicit, {"thoughts": 9, "text": "1+2=3;1+2=#3"}) == 9, "cut off at the cap"
-    assert cost.reasoning_length(explicit, {"thoughts": 3, "text": "1+2"}) == 3, "ended without an answer"
+    assert cost.reasoning_length(explicit, explicit.encode("1+2=3;=#")) == 6
+    assert cost.reasoning_length(explicit, explicit.encode("1+2=3;1+2")) == 9, "cut off at the cap"
+    assert cost.reasoning_length(explicit, explicit.encode("1+2=3;1=#")) == 7, "ended at the cap"
+    assert cost.reasoning_length(explicit, explicit.encode("1+2")) == 3, "ended without an answer"
     latent = Layout(LATENT, tiny_policy().tokenizer)
-    assert cost.reasoning_length(latent, {"thoughts": 3, "text": "7"}) == 5
-    assert cost.reasoning_length(latent, {"thoughts": 0, "text": "7"}) == 0
+    assert cost.reasoning_length(latent, [latent.bot_id] * 3) == 5
+    assert cost.reasoning_length(latent, []) == 0
 
 
 def test_costs_meet_the_same_questions_and_count_what_was_decoded():
@@ -155,8 +170,11 @@ def test_costs_meet_the_same_questions_and_count_what_was_decoded():
     )
     ours, theirs = cost.measure([(model, layout), (model, explicit)], rows(4), warm_up=1)
     records = sample_records(model, explicit, [(row, GREEDY) for row in rows(4)], seed=0)
-    assert theirs.reasoning.tolist() == [cost.reasoning_length(explicit, r) for r in records]
+    written = [record["thoughts"] for record in records]
+    assert theirs.reasoning.tolist() == [n if n == 12 else n - 1 for n in written], "`#` is one id"
     assert (ours.reasoning == 5).all() and (ours.seconds > 0).all() and len(ours.seconds) == 4
+    for n in (1, 2):  # fewer questions than are answered to warm up
+        assert [len(each.seconds) for each in cost.measure([(model, layout), (model, explicit)], rows(n))] == [n, n]
 
 
 def test_a_ratio_has_its_interval():

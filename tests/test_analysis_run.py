@@ -7,14 +7,16 @@ import csv
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import tiny_policy
 
 from rl_soft import branching, policy
+from rl_soft.analysis_report import _pieces
 from rl_soft.cli import main
-from rl_soft.findings import above, compact, number, resampled, shown
+from rl_soft.findings import above, compact, enough, number, resampled, shown
 from rl_soft.journal import Journal
 from rl_soft.layout import Thinking
 
@@ -50,9 +52,11 @@ def test_intervals_resample_prompts_and_not_steps():
     assert repeated == pytest.approx(alone)
     width = alone["high"] - alone["low"]
     assert width == pytest.approx(2 * 1.96 * np.std(np.concatenate(groups)) / 40**0.5, rel=0.15)
-    assert resampled([np.zeros(0), np.ones(3)], np.mean)["value"] == 1, "prompts without steps count for nothing"
-    with pytest.raises(ValueError, match="an interval of no values"):
-        resampled([np.zeros(0)], np.mean)
+    assert resampled([np.zeros(0), np.ones(3), np.ones(1)], np.mean)["value"] == 1, "none without steps counts"
+    for groups in ([np.zeros(0)], [np.zeros(0), np.arange(50.0)]):  # fifty steps of one prompt are one prompt
+        assert not enough(groups)
+        with pytest.raises(ValueError, match="needs at least two that have thoughts"):
+            resampled(groups, np.mean)
 
 
 def test_figures_in_words():
@@ -89,8 +93,21 @@ def test_a_journal_goes_on_and_refuses_what_is_not_its_own(tmp_path):
     with pytest.raises(ValueError, match="holds problem p with another question"):
         Journal(path, {"seed": 7}, {"p": "3"})
     path.write_text(path.read_text().replace('{"problem_id": "p"', "broken"))
-    with pytest.raises(ValueError, match="line 2: not JSON"):
+    with pytest.raises(ValueError, match="line 2: not a JSON object"):
         Journal(path, {"seed": 7}, questions)
+    path.write_text('{"seed": 7}\n{"other": 1}\n')
+    with pytest.raises(ValueError, match="line 2: not a record"):
+        Journal(path, {"seed": 7}, questions)
+    for text in ('{"my": "document"}', "[1]\n", "text"):  # of someone else, and left as it is
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"x.jsonl(, line 1: not a JSON object| is not a file of this analysis)"):
+            Journal(path, {"seed": 7}, questions)
+        assert path.read_text() == text
+    path.write_text('{"se')  # killed while writing its first line
+    Journal(path, {"seed": 7}, questions).__exit__()
+    assert path.read_text() == '{"seed": 7}\n'
+    with pytest.raises(ValueError, match=r"y\.jsonl cannot be written: "):
+        Journal(path / "y.jsonl", {"seed": 7}, questions)
 
 
 def test_a_stopped_analysis_goes_on_and_ends_with_the_same_figures(folder, tmp_path, monkeypatch, capsys):
@@ -145,6 +162,17 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_marked_pieces_add_up_to_the_text_where_characters_have_several_ids():
+    """Ids are bytes; marks change at every place, within characters too."""
+    text = "aé漢🙂🙂z é"
+    layout = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace")))
+    ids = list(text.encode())
+    for n in range(1, len(ids)):
+        pieces = _pieces(layout, ids, [i >= n for i in range(len(ids))])
+        assert "".join(piece for piece, _ in pieces) == text and "\ufffd" not in text
+    assert _pieces(layout, ids[:-1], [False] * (len(ids) - 1)) == [(text[:-1] + "\ufffd", False)], "cut off there"
 
 
 def test_the_report_holds_every_analysis_and_nothing_from_outside(folder, tmp_path, capsys):
@@ -217,6 +245,9 @@ def test_a_model_of_ours_keeps_its_own_thinking(tmp_path):
             "the model has 128 positions",
         ),
         (["traces", "MODEL", *DATA, "--output_dir", "o"], "end_of_thinking '</think>' encodes to no token"),
+        (["lens", "MODEL", *DATA, "--output_dir", f"{__file__}/o"], "test_analysis_run.py is a file; choose another"),
+        (["branching", "MODEL", *DATA, *END, "--output_dir", "o", "--eval_problems", "1"], "must be at least 2 for"),
+        (["plane", "MODEL", *DATA, *END, "--output_dir", "o", "--system_prompt", "Hi"], "needs a chat template"),
         (["tracer", "MODEL", *DATA], "analyze must be one of probe, cost, traces, branching, lens, plane, all, got"),
     ],
 )

@@ -95,6 +95,23 @@ def test_what_is_kept_is_what_transformers_keeps(top_k, top_p, min_p):
     assert torch.equal(left.isneginf(), warped(scores, top_k, top_p, min_p).isneginf())
 
 
+def test_a_share_is_held_by_as_many_ids_as_it_takes_and_rows_do_not_depend_on_others():
+    """Sharp rows are cut after few ids, flat ones after most of a vocabulary that is looked at part by part."""
+    width = torch.tensor([8.0, 3.0, 1.5, 0.1, 0.0]).repeat(4)[:, None]
+    scores = torch.randn(20, 9000, generator=torch.Generator().manual_seed(1)) * width
+    phi, is_thought = scores.log_softmax(-1), torch.arange(20) % 3 > 0
+    for decoding in (Decoding(top_p=0.9), Decoding(top_p=0.99, after_top_k=40), Decoding(40, 0.7, after_top_k=0)):
+        left = decoding.cut(phi, is_thought, THINKING)
+        (k, p, _), (after_k, after_p, _) = (decoding.top_k, decoding.top_p, 0), decoding.after
+        expected = torch.where(is_thought[:, None], warped(scores, k, p, 0), warped(scores, after_k, after_p, 0))
+        count, wanted = (~left.isneginf()).sum(-1), (~expected.isneginf()).sum(-1)
+        assert count.max() > 5000 > 300 > count.min()
+        flat = (width[:, 0] == 0) & (wanted > 40)  # where all are equal, all are kept
+        assert (count[flat] == 9000).all() and ((count - wanted)[~flat].abs() <= 2).all()  # sums are rounded
+        alone = [decoding.cut(phi[i : i + 1], is_thought[i : i + 1], THINKING) for i in range(20)]
+        assert torch.equal(torch.cat(alone), left)
+
+
 def test_equal_probabilities_are_kept_together_and_one_id_always_is():
     tied = torch.tensor([[0.3, 0.2, 0.2, 0.2, 0.1]]).log()
     think = torch.tensor([True])
@@ -182,6 +199,8 @@ def test_the_papers_dirichlet_is_drawn_before_the_largest_are_kept():
         beyond += not set(out.support[row, 0].tolist()) <= set(kept[0].topk(3).indices.tolist())
         assert set(exact.support[row, 0].tolist()) == set(kept[0].topk(3).indices.tolist())
     assert beyond > 0, "an id that is not among the K most probable"
+    few = run(made, thinking, Decoding(top_k=20, order="paper"))
+    assert torch.equal(few.support, run(made, thinking, Decoding(top_k=50, order="paper")).support), "all 20 ids"
     one_k = replace(thinking, thought_k=7)
     assert torch.equal(run(made, one_k, decoding).support, run(made, one_k, replace(decoding, order="exact")).support)
 

@@ -168,7 +168,9 @@ def test_watching_changes_nothing_and_tells_who_is_done():
     [
         ({"end_of_thinking": "</think>"}, {}, "end_of_thinking '</think>' cannot be produced by this tokenizer"),
         ({"thought_k": 99}, {}, "thought_k must be at most the vocabulary size 20, got 99"),
-        ({"system_prompt": "Be brief."}, {}, "system_prompt 'Be brief.' needs a chat template"),
+        ({"system_prompt": "Be brief."}, {}, "system_prompt 'Be brief.' needs a chat template, and the tokenizer has"),
+        ({"system_prompt": "1", "phase": "latent"}, {}, "system_prompt '1' needs a chat template, and phase latent"),
+        ({}, {"questions": ["1+2=", ""]}, "prompt 1 is empty"),
         ({"thought": "hybrid", "phase": "latent"}, {}, "thought hybrid needs a model with a projector"),
         ({"num_thoughts": 125}, {}, r"prompt 0 has \d+ tokens; .* over the model's 128 positions: .*num_thoughts"),
         ({}, {"samples": 0}, "samples must be at least 1, got 0"),
@@ -199,6 +201,9 @@ def test_a_model_without_a_chat_template_is_asked_plainly(caplog):
     check_texts(with_system)
     tell_template(with_system)
     assert not caplog.text
+    made.tokenizer.chat_template = "{{ raise_exception('no system role') }}"  # as Gemma's says
+    with pytest.raises(ValueError, match="system_prompt '1': the tokenizer's chat template says 'no system role'"):
+        check_texts(with_system)
 
 
 def test_the_package_costs_nothing_until_it_is_asked():
@@ -246,6 +251,24 @@ def test_a_line_a_thought_shows_its_entries_and_its_entropy():
     running = shown(made, show=0)
     assert done.thought_text.replace("<eos>", "") in running.splitlines()[1]
     assert done.answer in running
+
+
+def test_positions_whose_logits_are_not_finite_are_told_and_shift_nothing(capsys):
+    made = make()
+    done = next(several[0] for several in call(made) if len(several[0].answer_ids) == 5)
+    failed = replace(done, ids=[*done.ids, made.tokenizer.pad_token_id], finished=False)  # after the answer's fifth
+    console = Console(soft_wrap=True)
+    for one in (replace(done, finished=False), failed, replace(failed, thoughts=[], ids=[0], answer_ids=[])):
+        one = one if one.thoughts else replace(one, thinking_end="failed")
+        terminal.Terminal(terminal.decoder(made.tokenizer), 3, "=", console).whole(one)
+    whole, shown_failed, none = capsys.readouterr().out.split("[0, sample 0] ")[1:]
+    assert shown_failed == whole and done.answer in whole
+    assert "0 thoughts, ended by logits that are not finite, 0 answer tokens, cut off" in none
+
+
+def test_a_certain_thought_has_no_negative_entropy():
+    for several in call(make(), thinking=replace(THINKING, thought_temperature=1e-6)):
+        assert all(str(mixture.entropy) == "0.0" for mixture in several[0].thoughts)
 
 
 def test_colours_follow_the_entropy_and_no_control_character_gets_out():
@@ -332,6 +355,11 @@ def test_a_stopped_run_goes_on_and_repeats_no_sample(model, tmp_path, monkeypatc
     before = out.read_bytes()
     command(model, *words, out)
     assert out.read_bytes() == before and len(made) == 18
+    with out.open("a") as file:
+        file.write("a line of something else")
+    with pytest.raises(ValueError, match="line 19: not a completion of `rl-soft generate`; choose another file"):
+        generate_command.run(str(model), parse_overrides([str(w) for w in [*words, out]]))
+    out.write_bytes(before)
 
     for other, message in (
         (["--thought_tau", "0.4"], "thought_tau = 0.3, this run has 0.4"),
@@ -348,10 +376,13 @@ def test_a_stopped_run_goes_on_and_repeats_no_sample(model, tmp_path, monkeypatc
 
 def test_questions_come_from_a_file_or_a_data_set(model, tmp_path, capsys):
     file = tmp_path / "q.jsonl"
-    file.write_text('{"id": "a", "question": "1+2="}\n{"question": "3+4="}\n')
+    file.write_text(
+        '\ufeff{"id": "a", "question": "1+2="}\n{"question": "3+4="}\r\n{"id": null, "question": "5\u2028="}\n'
+    )
     command(model, "--prompts", file, "--json", "--greedy")
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(c["prompt_id"], c["prompt"], c["sample"]) for c in found] == [("a", "1+2=", -1), ("1", "3+4=", -1)]
+    asked = [(c["prompt_id"], c["prompt"], c["sample"]) for c in found]
+    assert asked == [("a", "1+2=", -1), ("1", "3+4=", -1), ("2", "5\u2028=", -1)]
     options = "{min_terms: 2, max_terms: 4, compact: true}"
     data = ["--dataset", "chain_sum", "--dataset_options", options, "--eval_problems", "4"]
     command(model, *data, "--json", "--seed", "7", "--samples", "2")
@@ -377,13 +408,18 @@ def test_questions_come_from_a_file_or_a_data_set(model, tmp_path, capsys):
         (["--prompt", "1", "--greedy", "--samples", "2"], "samples must be 1 where greedy is true"),
         (["--prompt", "1", "--show", "11"], "show must be between 0 (running text) and 10, got 11"),
         (["--prompts", "nowhere.txt"], "prompts nowhere.txt: no such file"),
+        (["--prompt", "1\udce9"], r"prompt: '\udce9' at 1 is no Unicode character"),
+        (["--prompt", "1", "--output", "/"], "output / cannot be written: Is a directory"),
+        (["--prompt", "1", "--output", f"{__file__}/o.jsonl"], "/o.jsonl cannot be written: "),
     ],
 )
 def test_a_mistake_is_one_line(model, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         command(model, *words)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr()
+    error = said.err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("rl_soft: error:") and message in error, error
+    assert said.out == ""
 
 
 def test_a_file_that_is_no_list_of_questions_is_refused(tmp_path):
@@ -391,10 +427,24 @@ def test_a_file_that_is_no_list_of_questions_is_refused(tmp_path):
         ("empty.txt", "\n \n", "holds no question"),
         ("a.jsonl", '{"question": "1"}\n{"answer": 2}\n', "line 2: expected a JSON object with a text `question`"),
         ("b.jsonl", '{"id": 1, "question": "1"}\n{"id": 1, "question": "2"}\n', "line 2: id '1' is there already"),
+        ("c.jsonl", '{"question": " "}\n', "line 1: expected a JSON object with a text `question`"),
+        ("d.jsonl", '{"question": "\\ud83d"}\n', "line 1: .* is no Unicode character"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             generate_command.read_questions(generate_command.GenerateArguments(prompts=str(tmp_path / name)))
+
+
+def test_files_of_others_are_left_as_they_are(model, tmp_path, capsys):
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: unexpected end of data at byte 0"):
+        generate_command.read_questions(generate_command.GenerateArguments(prompts=str(tmp_path / "latin.txt")))
+    for text in ('{"my": "document"}', "no line end", '{"a": 1}\n', "[1]\n", '{"prompt_id": "0", "sample": 0}\n'):
+        (tmp_path / "o.json").write_text(text)
+        with pytest.raises(SystemExit):
+            command(model, "--prompt", "1+2=", "--output", tmp_path / "o.json")
+        assert "o.json, line 1: not a completion of `rl-soft generate`" in capsys.readouterr().err
+        assert (tmp_path / "o.json").read_text() == text
 
 
 def test_text_values_of_the_command_line_stay_text():
@@ -438,6 +488,9 @@ def test_one_command_compares_kinds_on_the_same_problems(model, tmp_path, capsys
         ([*words, "--thoughts", "soft", "--thought", "soft"], "give one of them"),
         ([*words[:-1], str(out / "soft"), "--thoughts", "soft"], "holds an evaluation of one kind of thought"),
         ([*words[:-1], str(tmp_path), "--thoughts", "soft"], "is not empty and holds no evaluation"),
+        ([*words[:-1], str(out / "report.md"), "--thoughts", "soft"], "report.md is a file; choose another"),
+        ([*words[:-1], str(out / "report.md" / "a")], "report.md is a file; choose another"),
+        ([*words[:-1], str(tmp_path / "new"), "--control", "shuffle"], "eval_samples must be 1, got 2"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit):

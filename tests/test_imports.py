@@ -88,6 +88,7 @@ ALLOWED = {  # module -> modules of ours that it may import
         "data",
         "eval_command",
         "evaluate",
+        "generation",
         "layout",
         "policy",
         "probe",
