@@ -113,13 +113,14 @@ def arms(task: Task) -> dict[str, dict[str, Any]]:
         "CODI hidden, no KD": codi | {"beta": 0},
         "CODI hidden, KD by l1": codi | {"kd_loss": "l1"},
         "CODI hidden, no projection": codi | {"use_projector": False},
-        # The base model answers after all of its steps, so its twin is the arm below.
-        "CODI hidden, static teacher": codi | {"teacher": BASE, "drop_last_step": False},
+        # The arm CoT is the teacher; it answers after all of its steps, so its twin is the arm below.
+        "CODI hidden, static teacher": codi | {"teacher": TEACHER, "drop_last_step": False},
         "CODI hidden, last step kept": codi | {"drop_last_step": False},
     }  # fmt: skip
 
 
-BASE = "BASE"  # stands for the base model of the seed
+MODEL_OF = {"BASE": "base", "TEACHER": "CoT"}  # value of a key -> the arm of the same seed whose model is meant
+BASE, TEACHER = MODEL_OF
 ARMS = [name for name in arms(TASKS["modular"]) if name != "base"]
 CONTROLS = {  # row -> the arm whose model is evaluated, and what is done to its thoughts
     "CODI hidden, thoughts zero": ("CODI hidden", "zero"),
@@ -144,14 +145,15 @@ def command(words: list[str], log: Path) -> int:
 
 def train(out: Path, task: Task, arm: str, seed: int) -> str:
     """Train one arm on one seed, or what is left of it, and evaluate it."""
-    run, base = folder(out, arm, seed), folder(out, "base", seed) / "model"
+    run = folder(out, arm, seed)
     started, log = time.time(), Path(f"{run}.log")
     if not (run / "model").exists():
-        values = {"output_dir": str(run), "seed": seed} | arms(task)[arm]
+        values: dict[str, Any] = {"output_dir": str(run), "seed": seed} | arms(task)[arm]
         recipe = values.pop("recipe")
         given = []
         for key, value in values.items():
-            value = str(base) if value == BASE else value
+            if isinstance(value, str) and value in MODEL_OF:
+                value = str(folder(out, MODEL_OF[value], seed) / "model")
             given.append(f"--{key}={value if isinstance(value, str | float) else json.dumps(value)}")
         if code := command([recipe, *given], log):
             return f"{arm}, seed {seed}: exit {code}, see {log}"
@@ -259,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     out, task = args.out / args.task, TASKS[args.task]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for arms in (["base"], args.arms):  # the base of every seed comes first
+        for arms in (["base"], ["CoT"], [arm for arm in args.arms if arm != "CoT"]):  # the others need these models
             jobs = [(arm, seed) for seed in args.seeds for arm in arms]
             for line in pool.map(lambda job: train(out, task, *job), jobs):
                 print(line, flush=True)
