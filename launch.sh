@@ -52,7 +52,15 @@ setup() {
   say "installed"
 }
 
-gpus() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+gpus() { # of this machine, or of the share of them that a scheduler gives
+  command -v nvidia-smi >/dev/null 2>&1 || return 0
+  local all
+  all=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+  if [[ $all -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    all=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^ *[^ -]' || true)
+  fi
+  echo "$all"
+}
 
 [[ $# -gt 0 ]] || { usage; exit 2; }
 case $1 in
@@ -102,7 +110,8 @@ if [[ -z $nproc ]]; then
     nproc=$("$venv/bin/python" -c 'import os; print(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
   fi
 fi
-if [[ $zero != 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
+# On GPUs nothing is compiled (AdamW is torch's), and bfloat16 weights need the float32 copies that DeepSpeed keeps.
+if [[ $zero != 0 && ${devices:-0} == 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
   say "no C++ compiler found: running without DeepSpeed (--zero 0)"
   zero=0
 elif [[ $zero == 0 ]]; then

@@ -16,6 +16,7 @@ Shapes: S places of which the first n are taken, A key-value heads, C columns of
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ class RowLayer(CacheLayerMixin):
 
     def __init__(self, cache: RowCache, window: int | None) -> None:
         super().__init__()
-        self.cache, self.window, self.base = cache, window, 0
+        # Not a reference: the two would form a cycle, and the keys stay on the device until Python looks for such.
+        self.cache: RowCache = weakref.proxy(cache)
+        self.window, self.base = window, 0
         self.is_sliding = window is not None
         self.is_compileable = cache.grain > 1  # then transformers makes the mask without looking at its values
 
@@ -167,7 +170,8 @@ class RowCache(Cache):
         self.n += m
 
     def _shift(self, columns: int) -> None:
-        """Number the columns from `columns` on."""
+        """Number the columns from `columns` on; the same numbers now mean other places in the buffers."""
+        self.version += 1
         self.start, self.end, self.last = self.start - columns, self.end - columns, self.last - columns
         self.first -= columns
         for layer in self.layers:

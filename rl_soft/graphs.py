@@ -7,6 +7,7 @@ they are; on a CPU it is only ever called.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,18 +15,25 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+LOOKS = 3  # steps that may make the host wait; the first may have to, for what is made once and kept
+
 
 class Replay:
     """Runs a step; on a GPU, from the second time that a key is met, as a graph.
 
+    A recording that fails halfway leaves streams and allocator in a bad state, so a step is not recorded on trial: it
+    runs under torch's watch for host synchronisations first, and those are what a recording fails at.
+
     Args:
-        device: of the step's tensors; anything but CUDA switches graphs off.
+        device: of the step's tensors; anything but the current CUDA device, which is where torch records, switches
+            graphs off.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.on = device.type == "cuda"
+        self.on = device.type == "cuda" and (device.index is None or device.index == torch.cuda.current_device())
         self._graphs: dict[Hashable, Any] = {}  # None: met once, and run as it is, which warms it up
         self._pool: Any = None
+        self._looks = 0
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run `step` once.
@@ -37,31 +45,58 @@ class Replay:
         graph = None
         if self.on and key in self._graphs:
             graph = self._graphs[key] or self._record(key, step)
-        elif self.on:
-            self._graphs[key] = None
-        if graph is None:
-            step()
-        else:
+        if graph is not None:
             graph.replay()
+        elif self.on:
+            self._watch(key, step)
+        else:
+            step()
+
+    def _watch(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Run a step as it is; it may be recorded the next time, if the host did not have to wait for the device."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        looks = [w for w in caught if "synchroniz" in str(w.message)]
+        for warning in caught:
+            if warning not in looks:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if any("called a synchronizing" in str(w.message) for w in looks):
+            self._looks += 1
+            if self._looks == LOOKS:
+                self._stop(f"it makes the host wait, at {looks[-1].filename}:{looks[-1].lineno}")
+        else:
+            self._graphs[key] = None
 
     def _record(self, key: Hashable, step: Callable[[], None]) -> Any:
         """The graph of a step, which recording does not run; None, and none from then on, where it cannot be had."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: other threads (NCCL's watchdog, a data loader's) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step()
         except torch.OutOfMemoryError:
             self.clear()
             raise
         except RuntimeError as error:
-            logger.info("rollout: the decode step runs without a CUDA graph (%s)", str(error).splitlines()[0])
-            self.on = False
-            self.clear()
+            self._stop(str(error).splitlines()[0])
             return None
+        finally:
+            torch.cuda.set_stream(stream)  # a recording that failed leaves its own one current
         self._graphs[key] = graph
         return graph
+
+    def _stop(self, reason: str) -> None:
+        logger.info("rollout: the decode step runs without a CUDA graph (%s)", reason)
+        self.on = False
+        self.clear()
 
     def clear(self) -> None:
         """Forget all graphs, and give back their memory."""

@@ -17,6 +17,8 @@ Shapes: C rows of a chunk, V vocabulary, K slots.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ try:
 except ImportError:  # builds of torch without a GPU come without it
     triton = None
 
+logger = logging.getLogger(__name__)
+
 _BLOCK = 4096  # logits a program holds in registers: 16 a thread at 8 warps
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
@@ -38,7 +42,18 @@ def _jit(function: Any) -> Any:
 
 def usable(logits: Tensor) -> bool:
     """Whether the kernels take these logits: those on a GPU, and with TRITON_INTERPRET=1 those on a CPU, too."""
-    return triton is not None and (logits.is_cuda or _INTERPRETED)
+    return triton is not None and (_INTERPRETED or (logits.is_cuda and _starts()))
+
+
+@functools.cache
+def _starts() -> bool:
+    """Whether Triton starts: it compiles its launcher then, and a machine may have no C compiler, or no headers."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of several types: no compiler, one that fails, no driver
+        logger.warning("Triton does not start (%s); log-densities are computed without its kernels", error)
+        return False
+    return True
 
 
 def complement(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:

@@ -253,8 +253,10 @@ class Engine:
             past_key_values=self.cache,
             use_cache=True,
         )
-        live.position += 1
         self.walk.sample(live, out.logits[:, -1], None if self.read is None else self.read[:, -1])
+        # Last, so that a step that runs out of memory can be taken again; rows that are done and still in their places
+        # stay at their position, beyond which a model may have none.
+        live.position += live.phase != DONE
         self.cache.at += 1
 
     def next_input(self, live: Live) -> Tensor:

@@ -11,11 +11,12 @@ Stages that are finished are skipped, so that the same command resumes a run tha
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import logging
 import os
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def run(recipe: Recipe) -> Path:
     elif warm_start is not None:
         logger.info("warm start %s is missing; running %s first", warm_start.output_dir, warm_start.path)
         run(warm_start)
+        gc.collect()  # its trainer and model hold each other, and this run needs their memory
         AcceleratorState._reset_state()  # the next trainer reads its DeepSpeed settings afresh
     resuming = check_output_dir(recipe)
     prepare_devices()
@@ -121,6 +123,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, train: list[data
         recipe.output_dir / "model", trainer.save_model, start.tokenizer, thinking, trainer.is_world_process_zero()
     )
     PartialState().wait_for_everyone()
+    trainer.accelerator.free_memory()  # DeepSpeed's hooks would hold the model for good
 
 
 def codi_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
@@ -192,7 +195,9 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], t
     main = args.process_index == 0
 
     def evaluation(name: str, model: Any, source: Any) -> None:
-        if recipe.data.eval_problems:
+        if not recipe.data.eval_problems:
+            return
+        with as_trained(model, args):
             evaluate(
                 model,
                 layout,
@@ -412,8 +417,34 @@ def gathered(model: Any) -> Any:
     return deepspeed.zero.GatheredParameters(partitioned)
 
 
+@contextmanager
+def as_trained(model: Any, args: Any) -> Iterator[None]:
+    """Calls of the model go through the autocast that the trainer puts around its own, if it does (`bf16`): a model
+    not yet in a trainer's hands, or loaded again, then rounds as the trained one does."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+    if dtype is None:
+        yield
+        return
+    before, inner = vars(model).get("forward"), model.forward
+
+    def forward(*values: Any, **named: Any) -> Any:
+        with torch.autocast(args.device.type, dtype):
+            return inner(*values, **named)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
 def check_processes(args: Any) -> None:
     """The launcher's wishes must have come true: on a CPU a wrong setting makes N independent runs without a word."""
+    if args.n_gpu > 1:  # the host would spread this process's batches over them (DataParallel)
+        args._n_gpu = 1
+        logger.info("one process takes one GPU; --nproc N takes more")
     state = args.distributed_state
     world = int(os.environ.get("WORLD_SIZE", "1"))
     kind = "DEEPSPEED" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None

@@ -378,7 +378,7 @@ def test_graphs_are_recorded_the_second_time_and_given_up_where_they_fail(monkey
             ran.append("replayed")
 
     @contextmanager
-    def recording(graph, pool):
+    def recording(graph, pool, capture_error_mode):
         ran.append("recording")
         yield
         ran.pop()  # what the step appended while it was recorded did not happen
@@ -388,6 +388,10 @@ def test_graphs_are_recorded_the_second_time_and_given_up_where_they_fail(monkey
         "graph": recording,
         "synchronize": int,
         "graph_pool_handle": object,
+        "get_sync_debug_mode": int,
+        "set_sync_debug_mode": id,
+        "current_stream": int,
+        "set_stream": id,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     replay = Replay(torch.device("cuda"))
@@ -396,7 +400,7 @@ def test_graphs_are_recorded_the_second_time_and_given_up_where_they_fail(monkey
     assert ran == ["ran", "recording", "replayed", "ran", "replayed", "replayed"]
 
     @contextmanager
-    def refused(graph, pool):
+    def refused(graph, pool, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 

@@ -133,6 +133,21 @@ def test_launch_sh_answers_help_and_refuses_a_bad_stage():
     assert bad.returncode == 2 and "--zero must be 0, 1, 2 or 3" in bad.stderr
 
 
+@pytest.mark.parametrize(("visible", "count"), [(None, "4"), ("0,2", "2"), ("GPU-8f2e", "1"), ("", "0"), ("-1", "0")])
+def test_launch_sh_counts_the_gpus_that_it_may_use(tmp_path, visible, count):
+    """A process for each of the others would find no device."""
+    command = tmp_path / "nvidia-smi"
+    command.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H200 (UUID: GPU-$i)"; done\n')
+    command.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        env["CUDA_VISIBLE_DEVICES"] = visible
+    script = f"set -euo pipefail; eval \"$(sed -n '/^gpus()/,/^}}/p' {ROOT / 'launch.sh'})\"; gpus"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, env=env, check=True)
+    assert run.stdout.strip() == count
+
+
 def test_a_recipe_is_a_program():
     """`python recipes/x.yaml --key value`, which is what `accelerate launch recipes/x.yaml` runs."""
     run = subprocess.run(

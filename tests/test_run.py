@@ -3,6 +3,7 @@
 pytest tests/test_run.py
 """
 
+import gc
 import json
 import os
 import shutil
@@ -10,14 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_soft import policy, records, train
 from rl_soft.config import load_recipe
+from rl_soft.scored import add_soft_forward
 
 CODI = {
     "method": "codi", "model_config": {**TINY, "model_type": "llama", "tie_word_embeddings": True},
@@ -81,6 +85,57 @@ def test_one_recipe_ends_in_a_report(finished):
     steps = [m for m in metrics(run) if "loss" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4]
     assert all(m["rollout/density_gap"] <= 1e-4 for m in steps)
+
+
+def test_the_warm_start_has_given_its_memory_back_when_rl_begins(tmp_path, monkeypatch):
+    """Its trainer holds the model, and the model's hooks and callbacks the trainer."""
+    models, alive, inner = [], [], train.starting_policy
+
+    def starting_policy(*args):
+        made = inner(*args)
+        models.append(weakref.ref(made.model))
+        return made
+
+    monkeypatch.setattr(train, "starting_policy", starting_policy)
+    monkeypatch.setattr(train, "train_rl", lambda *_: alive.extend(ref() is not None for ref in models))
+    gc.collect()
+    gc.disable()
+    try:
+        train.run(load_recipe(recipes(tmp_path)))
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+def test_an_evaluation_rounds_as_training_does():
+    made = tiny_policy()
+    args = SimpleNamespace(mixed_precision="bf16", device=torch.device("cpu"))
+    embeds = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = made.model(inputs_embeds=embeds).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = made.model(inputs_embeds=embeds).logits
+        for _ in range(2):  # around a forward of the class, then around one of the model's own
+            with train.as_trained(made.model, args):
+                assert torch.equal(made.model(inputs_embeds=embeds).logits, expected)
+            assert torch.equal(made.model(inputs_embeds=embeds).logits, plain)
+            add_soft_forward(made.model)
+        args.mixed_precision = "no"
+        with train.as_trained(made.model, args):
+            assert torch.equal(made.model(inputs_embeds=embeds).logits, plain)
+    assert not torch.equal(plain, expected.float())
+
+
+def test_one_process_takes_one_gpu(monkeypatch):
+    """transformers would spread each batch over all that it sees, in a model of several replicas."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    state = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(value="NO"))
+    args = SimpleNamespace(
+        n_gpu=8, _n_gpu=8, distributed_state=state, deepspeed_plugin=None, process_index=0, device="cuda:0"
+    )
+    train.check_processes(args)
+    assert args._n_gpu == 1
 
 
 def test_before_and_after_meet_the_same_problems_and_noise(finished):
