@@ -11,9 +11,9 @@ problems, or all equal to the first.
 
 Each arm is a recipe with a few overrides. Runs and evaluations that are finished are not repeated, so the command
 resumes. Reported: greedy accuracy on held-out problems with 95 % intervals (bootstrap over problems, each with its
-answers on all seeds) and by seed, the difference from CoT and from No-CoT problem by problem, and how long the
-reasoning is: tokens before the end marker, or thoughts with <bot> and <eot>. Writes docs/methods.json and
-docs/methods.png, and prints the table.
+answers on all seeds) and by seed, the difference from CoT and from No-CoT problem by problem, how long the reasoning
+is (tokens before the end marker, or thoughts with <bot> and <eot>), and after how many steps the student's loss stays
+below 0.1 for three logged means of 20 steps. Writes docs/methods.json and docs/methods.png, and prints the table.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ CONTROLS = {  # row -> the arm whose model is evaluated, and what is done to its
     "CODI hidden, thoughts shuffled": ("CODI hidden", "shuffle"),
     "CODI hidden, first thought repeated": ("CODI hidden", "repeat"),
 }
-WRITES = {"CoT", "No-CoT", "iCoT"}  # whose reasoning is text
+WRITES = {"base", "CoT", "No-CoT", "iCoT"}  # whose reasoning is text
+LEARNT = 0.1  # nats: the loss on the student's answers from which an arm of CODI counts as having got there
 
 
 def folder(out: Path, arm: str, seed: int) -> Path:
@@ -186,6 +187,14 @@ def greedy(run: Path) -> dict[str, dict[str, Any]]:
     return {r["problem_id"]: r for r in read(run / "eval" / "records.jsonl") if r["sample"] == GREEDY}
 
 
+def learnt_after(run: Path) -> int | None:
+    """The step from which the student's loss is below LEARNT three times in a row; None: never, or no such loss."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if run.exists() else []
+    logged = [(line["step"], line["loss_student"]) for line in lines if "loss_student" in line]
+    below = [(step, all(loss < LEARNT for _, loss in logged[i : i + 3])) for i, (step, _) in enumerate(logged)]
+    return next((step for step, holds in below if holds), None)
+
+
 def summarise(out: Path, rows: list[str], seeds: list[int]) -> dict[str, dict[str, Any]]:
     """Figures of the rows of which every seed is done."""
     table: dict[str, dict[str, Any]] = {}
@@ -203,6 +212,7 @@ def summarise(out: Path, rows: list[str], seeds: list[int]) -> dict[str, dict[st
             "accuracy": vars(passk.bootstrap(correct[row], problems)),
             "seeds": each.mean(1).tolist(),
             "reasoning": float(thoughts - 1 if row in WRITES else thoughts + 2),
+            "learnt_after": [None if row in CONTROLS else learnt_after(run) for run in runs],
             "unparsed": float(np.mean([r["outcome"] == "unparsed" for some in records for r in some])),
         }
     for row in table:
@@ -218,12 +228,14 @@ def show(table: dict[str, dict[str, Any]]) -> None:
             return ""
         return f"{100 * row['mean']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
 
-    print("\n| | accuracy, % | by seed | reasoning | against CoT, points | against No-CoT, points |")
-    print("|---|---|---|---:|---|---|")
+    print("\n| | accuracy, % | by seed | learnt after | reasoning | against CoT, points | against No-CoT, points |")
+    print("|---|---|---|---|---:|---|---|")
     for name, row in table.items():
         seeds = ", ".join(f"{100 * value:.1f}" for value in row["seeds"])
         pairs = [interval(row.get(f"against {other}"), "+") for other in ("CoT", "No-CoT")]
-        print(f"| {name} | {interval(row['accuracy'])} | {seeds} | {row['reasoning']:.1f} | {' | '.join(pairs)} |")
+        steps = ", ".join(str(step or "–") for step in row["learnt_after"]) if any(row["learnt_after"]) else ""
+        figures = f"{interval(row['accuracy'])} | {seeds} | {steps} | {row['reasoning']:.1f}"
+        print(f"| {name} | {figures} | {' | '.join(pairs)} |")
     kinds = [name for name in table if name in ("CODI hidden", "CODI soft", "CODI gumbel", "CODI hybrid")]
     if kinds and "CoT" in table:
         best = max(kinds, key=lambda name: table[name]["accuracy"]["mean"])
@@ -265,7 +277,7 @@ def main() -> None:
             jobs = [(arm, seed) for seed in args.seeds for arm in arms]
             for line in pool.map(lambda job: train(out, task, *job), jobs):
                 print(line, flush=True)
-    table = summarise(out, [*ARMS, *CONTROLS], args.seeds)
+    table = summarise(out, ["base", *ARMS, *CONTROLS], args.seeds)
     show(table)
     if table:
         draw(table, args.figure)

@@ -81,7 +81,7 @@ def run_probe(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[
 def run_cost(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
     names = [arguments.model_name_or_path, str(arguments.against)]
     models = [load(names[0], arguments, changes, rows), load(names[1], arguments, {}, rows)]
-    # An adapter is added to every product, and its rows of <bot> and <eot> to a copy of the embeddings, at each step.
+    # In bfloat16 too, where `load_policy` leaves adapters beside the weights: here time counts, not the last digit.
     models = [(m.merge_and_unload() if hasattr(m, "merge_and_unload") else m, layout) for m, layout in models]
     costs = cost.measure(models, rows)
     return cost.report(names, costs, Path(arguments.output_dir) if arguments.output_dir else None)

@@ -21,6 +21,7 @@ from rl_soft.eval_command import load_policy, load_rows, thinking_of
 from rl_soft.generation import Completion, Mixture, Task, complete, layout_for, tell_template
 from rl_soft.policy import read_thinking
 from rl_soft.records import GREEDY
+from rl_soft.row import encodable
 from rl_soft.terminal import Terminal, decoder
 
 logger = logging.getLogger("rl_soft")
@@ -104,7 +105,7 @@ def read_questions(arguments: GenerateArguments) -> dict[str, str]:
             data set that `data` refuses.
     """
     if arguments.prompt:
-        return {"0": _encodable(arguments.prompt, "prompt")}
+        return {"0": encodable(arguments.prompt, "prompt")}
     if arguments.dataset:
         return {row.id: row.question for row in load_rows(arguments)}
     path = Path(str(arguments.prompts))
@@ -130,19 +131,10 @@ def read_questions(arguments: GenerateArguments) -> dict[str, str]:
             name, question = str(name if value.get("id") is None else value["id"]), text
         if name in found:
             raise ValueError(f"prompts {path}, line {number}: id {name!r} is there already")
-        found[name] = _encodable(question, f"prompts {path}, line {number}")
+        found[name] = encodable(question, f"prompts {path}, line {number}")
     if not found:
         raise ValueError(f"prompts {path} holds no question")
     return found
-
-
-def _encodable(text: str, where: str) -> str:
-    """The text, if a tokenizer can read it: half a surrogate pair, or a byte of another encoding, is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {text[error.start]!r} at {error.start} is no Unicode character") from None
-    return text
 
 
 class Output:

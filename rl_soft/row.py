@@ -48,6 +48,15 @@ def plain_number(text: str) -> str:
     return "0" if plain == "-0" else plain
 
 
+def encodable(text: str, where: str) -> str:
+    """The text, if a tokenizer can read it: half a surrogate pair, or a byte of another encoding, is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text[error.start]!r} at {error.start} is no Unicode character") from None
+    return text
+
+
 def check(name: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_soft.equations import lines_of
-from rl_soft.row import ANSWER_TYPES, SPLITS, STEP_FORMS, Row, check, plain_number, question_hash, side_of
+from rl_soft.row import ANSWER_TYPES, SPLITS, STEP_FORMS, Row, check, encodable, plain_number, question_hash, side_of
 
 EXPRESSION = "expression"  # of a stored row: a `number` kept as it is written, such as \frac{1}{2} or x^2 + 1
 COLUMNS = ("question", "answer", "steps", "id", "family", "answer_type")
@@ -186,10 +186,7 @@ def _row(record: Mapping[str, Any], spec: Stored, source: str, prefix: str, inde
     for column in (spec.question, spec.answer):
         if not text(column):
             raise ValueError(f"no {column}")
-        try:
-            text(column).encode()
-        except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer reads
-            raise ValueError(f"{column}: {text(column)[error.start]!r} is no Unicode character") from None
+        encodable(text(column), column)
     answer_type = text(spec.type_column) or spec.answer_type
     if answer_type is None:
         answer_type = "number" if _is_number(text(spec.answer)) else "free"

@@ -267,7 +267,7 @@ def test_holdout_divides_a_file(tmp_path: Path) -> None:
         ([{"question": "a", "answer": "1"}, {"question": "b", "answer": " "}], {}, "mine.jsonl, row 2: no answer"),
         ([{"question": "a", "answer": "1"}, {"question": "b"}], {}, "row 2: no answer"),
         ([{"question": "", "answer": "1"}], {}, "row 1: no question"),
-        ([{"question": "half \ud83d", "answer": "1"}], {}, "row 1: question: .* is no Unicode character"),
+        ([{"question": "half \ud83d", "answer": "1"}], {}, "row 1: question: .* at 5 is no Unicode character"),
         ([{"question": "a", "answer": "x"}], {"answer_type": "number"}, "row 1: the answer 'x' is not a number"),
         ([{"question": "a", "answer": "1e99999"}], {"answer_type": "number"}, "is not a number"),
         ([{"question": "a", "answer": "maybe"}], {"answer_type": "bool"}, "the answer 'maybe' is not a bool"),

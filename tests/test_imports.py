@@ -118,7 +118,7 @@ ALLOWED = {  # module -> modules of ours that it may import
     },
     "generation": {"decoding", "evaluate", "layout", "noise", "records", "rollout", "supervised"},
     "terminal": {"generation", "records"},
-    "generate_command": {"arguments", "config", "eval_command", "generation", "policy", "records", "terminal"},
+    "generate_command": {"arguments", "config", "eval_command", "generation", "policy", "records", "row", "terminal"},
     "html": {"passk", "records"},
     "render": set(),
     "figures": {"render"},
