@@ -19,9 +19,9 @@ from rl_soft.eval_command import check_folder, check_lengths, load_policy, load_
 from rl_soft.evaluate import check_golds, sample_records
 from rl_soft.generation import layout_for, tell_template
 from rl_soft.layout import Layout
+from rl_soft.processes import prepare_devices
 from rl_soft.records import GREEDY, read_header
 from rl_soft.supervised import context_length
-from rl_soft.train import prepare_devices
 
 logger = logging.getLogger("rl_soft")
 

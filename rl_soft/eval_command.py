@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from peft import PeftModel
 
 from rl_soft import data, policy
@@ -24,10 +22,10 @@ from rl_soft.decoding import Decoding
 from rl_soft.evaluate import FREE_KEYS, check_golds, evaluate, header_of
 from rl_soft.generation import layout_for, tell_template
 from rl_soft.layout import Layout, Thinking
+from rl_soft.processes import gathered, prepare_devices, start_processes
 from rl_soft.records import check_header
 from rl_soft.report import build, compare
 from rl_soft.supervised import context_length
-from rl_soft.train import gathered, prepare_devices
 
 logger = logging.getLogger("rl_soft")
 
@@ -200,13 +198,3 @@ def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments |
     if isinstance(loaded.model, PeftModel) and loaded.model.dtype == torch.float32:
         loaded.model = loaded.model.merge_and_unload()
     return loaded
-
-
-def start_processes() -> PartialState:
-    """Join the processes that the launcher started; each would work alone otherwise, without a word."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != world:
-        raise ValueError(f"launched {world} processes, but {state.num_processes} found each other")
-    logger.info("%d process(es), %s, device %s", world, state.distributed_type.value, state.device)
-    return state

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, TINY, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_soft import policy, records, train
+from rl_soft import policy, processes, records, train
 from rl_soft.config import load_recipe
 from rl_soft.scored import add_soft_forward
 
@@ -116,12 +116,12 @@ def test_an_evaluation_rounds_as_training_does():
         with torch.autocast("cpu", torch.bfloat16):
             expected = made.model(inputs_embeds=embeds).logits
         for _ in range(2):  # around a forward of the class, then around one of the model's own
-            with train.as_trained(made.model, args):
+            with processes.as_trained(made.model, args):
                 assert torch.equal(made.model(inputs_embeds=embeds).logits, expected)
             assert torch.equal(made.model(inputs_embeds=embeds).logits, plain)
             add_soft_forward(made.model)
         args.mixed_precision = "no"
-        with train.as_trained(made.model, args):
+        with processes.as_trained(made.model, args):
             assert torch.equal(made.model(inputs_embeds=embeds).logits, plain)
     assert not torch.equal(plain, expected.float())
 
@@ -134,7 +134,7 @@ def test_one_process_takes_one_gpu(monkeypatch):
     args = SimpleNamespace(
         n_gpu=8, _n_gpu=8, distributed_state=state, deepspeed_plugin=None, process_index=0, device="cuda:0"
     )
-    train.check_processes(args)
+    processes.check_processes(args)
     assert args._n_gpu == 1
 
 

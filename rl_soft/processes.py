@@ -1,0 +1,88 @@
+"""Processes and their devices: before models are loaded, whether the launcher had its way, around evaluations."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers.utils.logging import disable_progress_bar
+
+logger = logging.getLogger("rl_soft")
+
+
+def prepare_devices() -> None:
+    """CPU processes share the cores; DeepSpeed's shared-memory op is optional and would be compiled at start-up."""
+    disable_progress_bar()  # of the shards of a checkpoint; ours stays
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def start_processes() -> PartialState:
+    """Join the processes that the launcher started; each would work alone otherwise, without a word."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != world:
+        raise ValueError(f"launched {world} processes, but {state.num_processes} found each other")
+    logger.info("%d process(es), %s, device %s", world, state.distributed_type.value, state.device)
+    return state
+
+
+def check_processes(args: Any) -> None:
+    """The launcher's wishes must have come true: on a CPU a wrong setting makes N independent runs without a word."""
+    if args.n_gpu > 1:  # the host would spread this process's batches over them (DataParallel)
+        args._n_gpu = 1
+        logger.info("one process takes one GPU; --nproc N takes more")
+    state = args.distributed_state
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = "DEEPSPEED" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None
+    actual = "DEEPSPEED" if args.deepspeed_plugin is not None else state.distributed_type.value
+    if state.num_processes != world or (kind and actual != kind):
+        raise ValueError(
+            f"launched {world} processes ({kind or 'no DeepSpeed'}); the trainer sees {state.num_processes} ({actual})"
+        )
+    if args.process_index == 0:
+        stage = f" ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin is not None else ""
+        logger.info("%d process(es), %s%s, device %s", world, actual, stage, args.device)
+
+
+def gathered(model: Any) -> Any:
+    """Whole weights on every process, where ZeRO-3 has partitioned them while they were loaded."""
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
+
+
+@contextmanager
+def as_trained(model: Any, args: Any) -> Iterator[None]:
+    """Calls of the model go through the autocast that the trainer puts around its own, if it does (`bf16`): a model
+    not yet in a trainer's hands, or loaded again, then rounds as the trained one does."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+    if dtype is None:
+        yield
+        return
+    before, inner = vars(model).get("forward"), model.forward
+
+    def forward(*values: Any, **named: Any) -> Any:
+        with torch.autocast(args.device.type, dtype):
+            return inner(*values, **named)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
