@@ -12,7 +12,8 @@ usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value 
   --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; for eval 0)
   --nproc N    processes (default: one a GPU; without a GPU, 2 where there are 2 cores)
   --dry-run    validate the recipe, print it resolved and the command, run nothing
-  --key value  overrides a key of the recipe; of eval: docs/evaluation.md
+  --key value  overrides a key of the recipe, or of eval
+  --help       after RECIPE or a command: its keys, with their defaults
 
 First use makes .venv and installs the package with the versions of constraints.txt (PYTHON chooses the interpreter).
 USAGE
@@ -78,6 +79,12 @@ case $1 in
     ;;
 esac
 
+for word in "$@"; do
+  if [[ $word == -h || $word == --help ]]; then
+    setup
+    exec "$venv/bin/rl-soft" "$@"
+  fi
+done
 if [[ $1 == eval ]]; then
   [[ $# -gt 1 && $2 != -* ]] || die "eval needs a model: ./launch.sh eval MODEL --dataset NAME --output_dir DIR"
   program=(eval "$2")

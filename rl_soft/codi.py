@@ -3,7 +3,8 @@
 One model is teacher and student in the same step:
 
     teacher   question steps answer_prompt answer       cross-entropy on steps and answer         L_teacher
-    student   question <bot> z_1 .. z_n <eot> answer    cross-entropy on the answer               L_student
+    student   question <bot> z_1 .. z_n <eot> answer_prompt answer
+                                                        cross-entropy on the answer               L_student
     KD        at the position that predicts the first answer token, in every layer,               L_KD
               distance of h_student and sg[h_teacher], both divided by the layer's teacher std
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import os
 import re
 from collections.abc import Collection
@@ -32,10 +31,10 @@ from rl_soft.arguments import (
 )
 from rl_soft.decoding import Decoding
 from rl_soft.layout import Thinking
+from rl_soft.refusals import RL_METHODS as RL_METHODS
+from rl_soft.refusals import check_keys, check_thought, check_trackers, unread_keys
 
 METHODS = ("codi", "sft", "icot", "coconut", "grpo", "ppo")
-RL_METHODS = ("grpo", "ppo")
-TRACKERS = ("tensorboard", "trackio", "wandb")
 
 GROUPS: dict[str, tuple[type, ...]] = {
     "codi": (Thinking, ModelArguments, DataArguments, EvalArguments, CodiArguments),
@@ -51,33 +50,14 @@ TRAINED_THINKING = {
     "icot": ("explicit", "token"),
     "coconut": ("latent", "hidden"),
 }
-# Set by us from other fields; a recipe that names one of these would contradict itself.
-DERIVED = {
-    "generation_batch_size": "prompts_per_step",
-    "steps_per_generation": "prompts_per_step and updates_per_rollout",
-    "gradient_accumulation_steps": "prompts_per_step and updates_per_rollout",
-    "max_completion_length": "num_thoughts and max_answer_tokens",
-}
-DERIVED_SFT = {
-    "max_length": "max_row_tokens",
-    "packing": "nothing: a row is a sequence",
-    "padding_free": "nothing: a row is a sequence",
-    "completion_only_loss": "the rows: the loss is on what follows the question",
-    "dataset_kwargs": "the rows, which the layout makes",
-}
-REFUSED = {
-    "use_vllm": "vLLM takes embeddings for prompts only, so soft thoughts cannot be decoded by it",
-    "use_liger_kernel": "the exact density runs through this package's own chunked head",
-    "use_transformers_continuous_batching": "continuous batching takes token ids only",
-    "rollout_func": "the soft rollout is this package's own",
-    "environment_factory": "soft rollouts have a single turn",
-    "auto_find_batch_size": "a rollout must hold whole groups; lower per_device_train_batch_size instead",
-}
-
-
-GROUP_ONLY = {  # what only a method with groups can read
-    "scale_rewards": "PPO has no groups; it whitens advantages over the rollout",
-    "multi_objective_aggregation": "PPO has no groups; it takes the weighted sum of the rewards",
+TRAINER_DEFAULTS = {  # where ours differ from the hosts'; precision and device are `device_defaults`
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "constant",
+    "gradient_checkpointing": False,
 }
 
 
@@ -110,7 +90,12 @@ class Recipe:
     eval: EvalArguments
     extra: Any  # the last class of the method's GROUPS
     training: dict[str, Any]
-    values: dict[str, Any]  # flat, as resolved: what config.yaml stores
+    values: dict[str, Any]  # flat: every key of ours, and those of the trainer's that the recipe names
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The values, with our defaults of the trainer's keys: what config.yaml stores."""
+        return trainer_defaults(self.method) | self.values
 
     @property
     def output_dir(self) -> Path:
@@ -218,16 +203,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     trainer_fields = {f.name for f in dataclasses.fields(trainer_class(method)) if f.init}
     own_fields = {f.name: f for group in groups for f in dataclasses.fields(group)}
     known = trainer_fields | own_fields.keys() | {"method"}
-    for key, value in values.items():
-        if key in REFUSED and value:
-            raise ValueError(f"{key} is not available: {REFUSED[key]}")
-        if key == "ds3_gather_for_generation" and value is False:
-            raise ValueError(f"{key} must be true: rollouts end at different lengths on different processes")
-        if method == "ppo" and key in GROUP_ONLY:
-            raise ValueError(f"{key} is not available: {GROUP_ONLY[key]}")
-        derived = DERIVED if method in RL_METHODS else DERIVED_SFT if method == "sft" else {}
-        if key in derived:
-            raise ValueError(f"{key} is derived from {derived[key]}; remove it from {path}")
+    check_keys(values, method, trainer_class(method), path)
+    for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -249,6 +226,10 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             f"{path} must name one of warm_start, model_name_or_path and model_config, not "
             f"{' and '.join(sources) or 'none of them'}"
         )
+    if data.eval_dataset_options and not data.eval_dataset:
+        raise ValueError(
+            f"eval_dataset_options: {path} names no eval_dataset; problems of the same source take dataset_options"
+        )
     if model.model_config and not model.vocabulary:
         raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
     if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
@@ -269,50 +250,6 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     training = {k: v for k, v in values.items() if k in trainer_fields and k != "temperature"}
     resolved = values | {key: value for part in parts for key, value in dataclasses.asdict(part).items()}
     return Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
-
-
-def check_thought(method: str, thinking: Thinking, extra: Any) -> None:
-    """Raises ValueError for a thought kind that the method cannot train."""
-    thought, rl = thinking.thought, method in RL_METHODS
-    if rl and thought == "soft":
-        raise ValueError(
-            "thought soft has no density (it is a point mass): RL cannot train it; use gumbel, dirichlet or token"
-        )
-    if rl and thought == "hidden":
-        raise ValueError(
-            "thought hidden has no density (it is a point mass): RL cannot train it; use hybrid, which a checkpoint "
-            "of thought hidden can go on to"
-        )
-    if method == "codi" and thought == "dirichlet":
-        raise ValueError(
-            "thought dirichlet cannot be trained by codi: its weights are drawn, and no gradient flows through the "
-            "draw; warm up with gumbel or soft, and run RL with thought dirichlet"
-        )
-    if method == "codi" and thought == "hybrid" and not extra.use_projector:
-        raise ValueError(
-            "use_projector false: thought hybrid is the projected state plus a mixture; use thought hidden"
-        )
-    if rl and thought == "dirichlet" and extra.ratio != "joint":
-        raise ValueError(f"ratio {extra.ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
-    if rl and thought == "hybrid" and extra.ratio in ("pathwise", "conditional"):
-        raise ValueError(
-            f"ratio {extra.ratio} is made for gumbel thoughts; thought hybrid takes joint, factored or top1"
-        )
-
-
-def check_trackers(report_to: str | list[str] | None) -> None:
-    """Raises ValueError for a tracker that is unknown or not installed, before anything is trained."""
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name in ("none", "all"):
-            continue
-        if name not in TRACKERS:
-            near = difflib.get_close_matches(name, TRACKERS, n=1)
-            raise ValueError(
-                f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"report_to: {name} is not installed; pip install {name}")
 
 
 def load_evaluation(
@@ -356,6 +293,12 @@ def load_decoder(
     return arguments, {key: value for key, value in values.items() if key not in names}, decoding
 
 
+def trainer_defaults(method: str) -> dict[str, Any]:
+    """Our defaults of the trainer's keys, on any device."""
+    # with dropout on, the recomputed density is not the rollout's
+    return TRAINER_DEFAULTS | ({"disable_dropout": True} if method in RL_METHODS else {})
+
+
 def device_defaults() -> dict[str, Any]:
     """Precision and device by what is there. On CPU `use_cpu` must be an argument of the trainer: as an accelerate
     setting or in the environment it turns DeepSpeed or the second process off without a word."""
@@ -397,7 +340,7 @@ def write_config(recipe: Recipe) -> None:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     target = recipe.output_dir / "config.yaml"
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(recipe.values, sort_keys=True, allow_unicode=True))
+    temporary.write_text(yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True))
     os.replace(temporary, target)
 
 
@@ -414,11 +357,13 @@ def check_output_dir(recipe: Recipe) -> bool:
         return False
     # A field that did not exist when the run was made had, in effect, its default.
     defaults = {k: v for group in GROUPS[recipe.method] for k, v in dataclasses.asdict(group()).items()}
-    before = defaults | yaml.load(stored.read_text(), Loader=_Loader)
-    for key in sorted((before.keys() | recipe.values.keys()) - {"output_dir"}):  # a run may be moved
-        if before.get(key) != recipe.values.get(key):
+    before = defaults | trainer_defaults(recipe.method) | yaml.load(stored.read_text(), Loader=_Loader)
+    now = recipe.resolved
+    free = {"output_dir"} | unread_keys(recipe.method)  # a run may be moved
+    for key in sorted((before.keys() | now.keys()) - free):
+        if before.get(key) != now.get(key):
             raise ValueError(
                 f"output_dir {recipe.output_dir} holds a run with {key} = {before.get(key)!r}, this one has "
-                f"{recipe.values.get(key)!r}; choose another output_dir to keep both"
+                f"{now.get(key)!r}; choose another output_dir to keep both"
             )
     return True

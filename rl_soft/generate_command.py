@@ -1,7 +1,7 @@
 """`rl-soft generate`: soft thinking in the terminal, as JSON lines, or into a file that a stopped run goes on with.
 
-The questions, and how a question becomes ids, are those of `rl-soft eval`; with the same seed a question of a data set
-has the same completions here and there.
+The questions, and how a question becomes ids, are those of `rl-soft eval`; with the same seed and caps a question of
+a data set has the same completions here and there.
 """
 
 from __future__ import annotations

@@ -270,7 +270,13 @@ def character_tokenizer(vocabulary: str) -> PreTrainedTokenizerFast:
     )
 
 
-def make(model_config: dict[str, Any], vocabulary: str, seed: int, dtype: str = "float32") -> Policy:
+def make(
+    model_config: dict[str, Any],
+    vocabulary: str,
+    seed: int,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+) -> Policy:
     """A model with random weights and a character tokenizer, from a recipe's `model_config` and `vocabulary`."""
     tokenizer = character_tokenizer(vocabulary)
     values = dict(model_config)
@@ -284,13 +290,19 @@ def make(model_config: dict[str, Any], vocabulary: str, seed: int, dtype: str = 
         bos_token_id=None,
         **values,
     )
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **kwargs)
     return Policy(model, tokenizer, None)
 
 
-def load(name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None) -> Policy:
+def load(
+    name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None, trainable: bool = False
+) -> Policy:
     """A policy from a folder of ours, a plain transformers folder, a PEFT adapter folder, or a hub id.
+
+    Args:
+        trainable: whether the weights of an adapter take gradients.
 
     Raises:
         ValueError: the path looks like a folder and does not exist.
@@ -308,7 +320,7 @@ def load(name_or_path: str, dtype: str = "float32", attn_implementation: str | N
 
         with warnings.catch_warnings():  # the projector, which the adapter leaves out, comes after it
             warnings.filterwarnings("ignore", message=".*exclude_modules.* but no modules were excluded")
-            model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+            model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=trainable, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     if module_file(path, PROJECTOR).exists():

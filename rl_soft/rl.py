@@ -25,14 +25,15 @@ The policy ratio of a thought (S, x), with i* its strongest id (`ratio`; formula
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, pad, use_adapter
@@ -49,8 +50,9 @@ from rl_soft.projector import (
     check_hybrid,
     refuse_checkpointing,
 )
+from rl_soft.refusals import MUST_BE_TRUE, check_features
 from rl_soft.rollout import Rollout, rollout
-from rl_soft.scored import SoftInputs, add_soft_forward, reference_head
+from rl_soft.scored import SoftInputs, add_soft_forward, copy_reference_rows, reference_head
 from rl_soft.side_modules import language_model
 
 SOFT_KEYS = (
@@ -68,6 +70,39 @@ class EpochSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
+def check_given(given: Mapping[str, Any], layout: Layout, ratio: str, thought_epsilon: float | None) -> None:
+    """Raises ValueError for what `SoftGRPOTrainer` cannot do; `given` holds TRL's arguments by name."""
+    config, thinking = given.get("args"), layout.thinking
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if given.get(name):
+            raise ValueError(f"{name} cannot be used with soft rollouts: they have a single turn")
+    if config is not None:
+        check_features(vars(config), GRPOConfig)
+    if not getattr(config, "disable_dropout", False) and any(
+        isinstance(module, torch.nn.Dropout) and module.p for module in getattr(given.get("model"), "modules", list)()
+    ):
+        raise ValueError(f"disable_dropout must be true for this model: {MUST_BE_TRUE['disable_dropout']}")
+    for name in ("train_dataset", "eval_dataset"):
+        if found := {"image", "images"}.intersection(getattr(given.get(name), "column_names", None) or ()):
+            raise ValueError(f"{name} has a column {min(found)}: soft rollouts take prompts of text alone")
+    if thinking.thought == "soft":
+        raise ValueError("thought soft is a point mass and has no density; use gumbel, dirichlet or token for RL")
+    if thinking.thought == "hidden":
+        raise ValueError("thought hidden is a point mass and has no density; use hybrid, gumbel or token for RL")
+    if thinking.thought == "hybrid":
+        check_hybrid(given.get("model"), ratio, config, beside_adapter(given.get("peft_config")))
+    if thinking.thought == "dirichlet" and ratio != "joint":
+        raise ValueError(f"ratio {ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
+    if ratio in ("pathwise", "conditional"):
+        if thinking.phase != "latent":
+            raise ValueError(f"ratio {ratio} needs phase latent, where every row has its thoughts first; use top1")
+        refuse_checkpointing(
+            config, f"gradient_checkpointing: with ratio {ratio}", "use ratio top1 or gradient_checkpointing false"
+        )
+    if thought_epsilon is not None and getattr(config, "importance_sampling_level", "token") == "sequence":
+        raise ValueError("thought_epsilon: a sequence has one ratio; use importance_sampling_level token")
+
+
 class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
     """GRPO over soft rollouts.
 
@@ -80,8 +115,11 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         *args, **kwargs: as for `trl.GRPOTrainer`. The training set needs the columns prompt (the question) and id.
 
     Raises:
-        ValueError: a feature that soft rollouts cannot have (vLLM, tools, a rollout function, images), or a thought
-            kind without a density.
+        ValueError: a feature that soft rollouts cannot have or never read (vLLM, tools, a rollout function, cuts of
+            the distribution, columns of images, dropout); a thought kind without a density; a ratio that is not made
+            for the thought kind; ratio pathwise or conditional in phase explicit or with gradient checkpointing; a
+            hybrid thought without its projector, or with gradient checkpointing; thought_epsilon where a sequence has
+            one ratio; a reference that cannot be made (`_prepare_reference`).
     """
 
     _tag_names = ["trl", "grpo", "rl_soft"]  # noqa: RUF012 (TRL's own declaration)
@@ -103,36 +141,15 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         chunk_size: int | None = None,
         **kwargs: Any,
     ):
-        for name in ("tools", "rollout_func", "environment_factory"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} cannot be used with soft rollouts: they have a single turn")
-        if layout.thinking.thought == "soft":
-            raise ValueError("thought soft is a point mass and has no density; use gumbel, dirichlet or token for RL")
-        if layout.thinking.thought == "hidden":
-            raise ValueError("thought hidden is a point mass and has no density; use hybrid, gumbel or token for RL")
-        if layout.thinking.thought == "hybrid":
-            model = args[0] if args else kwargs.get("model")
-            check_hybrid(model, ratio, kwargs.get("args"), beside_adapter(kwargs.get("peft_config")))
-        if layout.thinking.thought == "dirichlet" and ratio != "joint":
-            raise ValueError(f"ratio {ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
-        if ratio in ("pathwise", "conditional"):
-            if layout.thinking.phase != "latent":
-                raise ValueError(f"ratio {ratio} needs phase latent, where every row has its thoughts first; use top1")
-            refuse_checkpointing(
-                kwargs.get("args"),
-                f"gradient_checkpointing: with ratio {ratio}",
-                "use ratio top1 or gradient_checkpointing false",
-            )
-        _prepare_reference(args[0] if args else kwargs.get("model"), kwargs.get("args"), kwargs.get("peft_config"))
+        given = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        check_given(given, layout, ratio, thought_epsilon)  # before TRL makes anything, an engine of vLLM's for one
+        _prepare_reference(given.get("model"), given.get("args"), given.get("peft_config"))
         self.layout, self.ratio, self.rest_weight = layout, ratio, rest_weight
         self.thought_epsilon = thought_epsilon
         super().__init__(*args, **kwargs)
-        if thought_epsilon is not None and self.args.importance_sampling_level == "sequence":
-            raise ValueError("thought_epsilon: a sequence has one ratio; use importance_sampling_level token")
-        if self.args.use_vllm:
-            raise ValueError("use_vllm: vLLM takes embeddings for prompts only, so soft thoughts cannot go through it")
         model = self.accelerator.unwrap_model(self.model)
         add_soft_forward(model.get_base_model() if is_peft_model(model) else model, chunk_size)
+        copy_reference_rows(model)
         if self.ref_model is not None:
             add_soft_forward(self.accelerator.unwrap_model(self.ref_model), chunk_size)
         if layout.thinking.thought == "hybrid":

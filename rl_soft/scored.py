@@ -261,10 +261,7 @@ def reference_head(model: Any) -> Any:
     Args:
         model: the reference model; or the policy in its PEFT wrapper, whose reference is the adapter switched off, or
             the copy named "ref" that TRL keeps of an adapter that training started from. (TRL refuses LoRA on the
-            head; a head trained as a whole beside an adapter, `modules_to_save`, is fine.)
-
-    Raises:
-        ValueError: single tokens of the head are trained, and its starting copy cannot be told.
+            head; single tokens of it, or a head trained as a whole beside an adapter, are fine.)
     """
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
@@ -273,6 +270,25 @@ def reference_head(model: Any) -> Any:
         return head
     if "ref" not in model.peft_config:
         return head.original_module
-    if not isinstance(head, ModulesToSaveWrapper):
-        raise ValueError(f"beta: the reference of a head in {type(head).__name__} cannot be told; use beta 0")
-    return head.modules_to_save["ref"]
+    return head.modules_to_save["ref"] if isinstance(head, ModulesToSaveWrapper) else _StartingRows(head)
+
+
+def copy_reference_rows(model: Any) -> None:
+    """Copy the single tokens that an adapter trains into its copy "ref", where TRL puts the matrices alone."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and "ref" in module.trainable_tokens_delta:
+            rows = module.trainable_tokens_delta
+            rows["ref"].data.copy_(rows["default"].data)
+
+
+class _StartingRows(torch.nn.Module):
+    """A head of which single tokens are trained, with the rows that they started from; a view, without a copy."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.rows, self.out_features = head.token_adapter, head.token_adapter.base_layer.out_features
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.rows.forward_adapters(states, ["ref"])

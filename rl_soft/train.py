@@ -10,9 +10,7 @@ Stages that are finished are skipped, so that the same command resumes a run tha
 
 from __future__ import annotations
 
-import difflib
 import gc
-import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -34,9 +32,11 @@ from rl_soft.config import (
     device_defaults,
     load_recipe,
     trainer_class,
+    trainer_defaults,
     write_config,
 )
 from rl_soft.evaluate import accuracy, check_golds, evaluate
+from rl_soft.generation import check_texts
 from rl_soft.guards import (
     Checkpoints,
     KnownFailures,
@@ -47,6 +47,7 @@ from rl_soft.guards import (
 )
 from rl_soft.layout import Layout, Thinking
 from rl_soft.processes import as_trained, check_processes, gathered, prepare_devices
+from rl_soft.reward_entries import reward_functions
 from rl_soft.supervised import context_length, usable_rows
 
 logger = logging.getLogger("rl_soft")
@@ -57,6 +58,7 @@ def run(recipe: Recipe) -> Path:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.method in RL_METHODS:
         batch_plan(recipe, world_size)  # before anything is trained
+        reward_functions(recipe.extra.rewards)
     rows = load_rows(recipe)
     warm_start = warm_start_of(recipe)
     if warm_start is not None and check_output_dir(warm_start) and (warm_start.output_dir / "model").exists():
@@ -87,9 +89,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, train: list[data
     if (recipe.output_dir / "model").exists():
         return
     make_trainer, forced = SUPERVISED[recipe.method]
-    args = trainer_class(recipe.method)(
-        **training_values(recipe, **{"gradient_checkpointing": False, **forced, **recipe.training})
-    )
+    args = trainer_class(recipe.method)(**training_values(recipe, **(forced | recipe.training)))
     check_processes(args)
     start = starting_policy(recipe, warm_start)
     start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
@@ -180,10 +180,9 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], t
     check_thinking(recipe, start.thinking)
     thinking.support_size(start.model.config.vocab_size)
     layout = Layout(thinking, start.tokenizer)
+    check_texts(layout)
     args = config_class(
         **{
-            "disable_dropout": True,  # with dropout on, the recomputed density is not the rollout's
-            "gradient_checkpointing": False,
             **training_values(recipe),
             **plan,
             "max_completion_length": layout.max_completion_length,
@@ -222,7 +221,7 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], t
             args=args,
             train_dataset=Dataset.from_list([{"prompt": r.question, **row_columns(r)} for r in train]),
             processing_class=start.tokenizer,
-            peft_config=lora_config(recipe),
+            peft_config=None if hasattr(start.model, "peft_config") else lora_config(recipe),
             layout=layout,
             ratio=recipe.extra.ratio,
             rest_weight=recipe.extra.rest_weight,
@@ -237,7 +236,8 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], t
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
             evaluation("after", model, recipe.output_dir / "model")
     else:
-        model = policy.load(str(recipe.output_dir / "model"), recipe.model.dtype).model.to(args.device)
+        m = recipe.model
+        model = policy.load(str(recipe.output_dir / "model"), m.dtype, m.attn_implementation).model.to(args.device)
         with gathered(model):
             evaluation("after", model, recipe.output_dir / "model")
     if main and recipe.data.eval_problems:
@@ -277,12 +277,32 @@ def warm_start_of(recipe: Recipe) -> Recipe | None:
 def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     m = recipe.model
     if m.model_config:
-        return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype)
+        return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype, m.attn_implementation)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load(source, m.dtype, m.attn_implementation)
+    start = policy.load(source, m.dtype, m.attn_implementation, trainable=True)
+    if hasattr(start.model, "peft_config"):
+        check_adapter(recipe, source, start.model.peft_config["default"])
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
         policy.add_thought_tokens(start)
     return start
+
+
+def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
+    """RL goes on with the adapter that it starts from. Refuse a recipe that asks for another one."""
+    m = recipe.model
+    if recipe.method not in RL_METHODS:
+        raise ValueError(
+            f"model {source} is an adapter, and method {recipe.method} makes a new one; start from its base, "
+            f"{adapter.base_model_name_or_path}, or from a folder in which the two are merged"
+        )
+    if not m.use_peft:
+        raise ValueError(f"model {source} is an adapter, and training goes on with it: set use_peft true")
+    for name, theirs in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
+        if getattr(m, name) != theirs:
+            raise ValueError(
+                f"{name} is {getattr(m, name)} in {recipe.path}, but the adapter {source}, with which training goes "
+                f"on, has {theirs}"
+            )
 
 
 def check_thinking(recipe: Recipe, trained: Thinking | None) -> None:
@@ -338,30 +358,6 @@ def rl_classes(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
     return GRPOConfig, SoftGRPOTrainer, {}
 
 
-def reward_functions(entries: list[str | dict[str, dict]]) -> list[Callable]:
-    """Reward functions by name (`math_accuracy`), dotted path (`my_module.my_reward`), or, for those that take
-    parameters, a mapping (`{ThoughtCost: {cost: 0.01}}`)."""
-    functions = []
-    for entry in entries:
-        name, parameters = next(iter(entry.items())) if isinstance(entry, dict) else (entry, None)
-        module, _, attribute = name.rpartition(".")
-        try:
-            function = getattr(importlib.import_module(module or "rewards"), attribute)
-        except (ImportError, AttributeError):
-            import rewards
-
-            near = difflib.get_close_matches(name, rewards.__all__, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(rewards.__all__)}, or a dotted path"
-            raise ValueError(f"rewards: cannot find {name!r}{hint}") from None
-        if isinstance(function, type):
-            try:
-                function = function(**(parameters or {}))
-            except TypeError as error:
-                raise ValueError(f"rewards: {name} {parameters or {}}: {error}") from None
-        functions.append(function)
-    return functions
-
-
 def lora_config(recipe: Recipe) -> Any:
     """The adapter that the recipe asks for, or None."""
     m = recipe.model
@@ -381,12 +377,7 @@ def lora_config(recipe: Recipe) -> Any:
 def training_values(recipe: Recipe, **forced: Any) -> dict[str, Any]:
     """Keyword arguments of the trainer's configuration: our defaults, the recipe's keys, what must be so."""
     return {
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "steps",
-        "save_steps": 100,
-        "save_total_limit": 2,
-        "lr_scheduler_type": "constant",
+        **trainer_defaults(recipe.method),
         **device_defaults(),
         **recipe.training,
         **forced,
@@ -422,7 +413,9 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
 
 
 def describe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, for --dry-run."""
+    """The resolved recipe as YAML, for --dry-run; its rewards can be made."""
     import yaml
 
-    return yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
+    if recipe.method in RL_METHODS:
+        reward_functions(recipe.extra.rewards)
+    return yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)

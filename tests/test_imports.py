@@ -4,8 +4,11 @@ pytest tests/test_imports.py
 """
 
 import ast
+import os
+import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 from conftest import ROOT
@@ -35,7 +38,10 @@ ALLOWED = {  # module -> modules of ours that it may import
     "rollout": {"cache", "decoding", "graphs", "layout", "policy", "walk"},
     "estimate": {"config", "policy", "train"},
     "arguments": {"layout"},
-    "config": {"arguments", "decoding", "layout"},
+    "refusals": {"arguments", "layout"},
+    "config": {"arguments", "decoding", "layout", "refusals"},
+    "reward_entries": set(),
+    "help": {"arguments", "config", "decoding", "layout"},
     "codi": {"arguments", "config", "data", "layout", "noise", "policy", "projector", "supervised"},
     "callbacks": set(),
     "supervised": {"data", "layout"},
@@ -99,7 +105,7 @@ ALLOWED = {  # module -> modules of ours that it may import
     "processes": set(),
     "guards": {"records"},
     "clock": set(),
-    "rl": {"clock", "guards", "layout", "noise", "projector", "rollout", "scored", "side_modules"},
+    "rl": {"clock", "guards", "layout", "noise", "projector", "refusals", "rollout", "scored", "side_modules"},
     "ppo": {"arguments", "rl", "side_modules", "value_head"},
     "value_head": {"side_modules"},
     "evaluate": {"data", "decoding", "generated", "layout", "noise", "records", "rollout"},
@@ -152,6 +158,19 @@ def test_direction(path):
         assert not any(n.split(".")[0] == "matplotlib" for n in names)
 
 
+def test_the_pages_show_every_module_and_what_it_imports():
+    page = (ROOT / "docs/architecture.md").read_text()
+    tree = [word for word in (ROOT / "README.md").read_text().split() if word.endswith(".py")]
+    modules = {path.stem for path in (ROOT / "rl_soft").glob("*.py")} - {"__init__", "__main__"}
+    for module in modules:
+        assert f"{module}.py" in page, module
+        assert any(fnmatch(f"{module}.py", word) for word in tree), module
+    for row in re.findall(r"^\| (`.*\.py`) \|.*\| (.*) ?\|$", page, re.MULTILINE):
+        files, shown = re.findall(r"(\w+)\.py", row[0]), set(re.findall(r"\w+", row[1])) & modules
+        if files not in (["train"], ["cli"]):
+            assert shown - set(files) == set().union(*(ALLOWED[file] for file in files)) - set(files), files
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -160,6 +179,7 @@ def test_direction(path):
         "rl_soft.records",
         "rl_soft.report",
         "rl_soft.config",
+        "rl_soft.help",
         "rewards.accuracy",
         "rewards.code",
     ],
@@ -172,3 +192,31 @@ def test_reports_and_rewards_work_without_torch(module):
 def test_telemetry_is_off():
     code = "import os, rl_soft.cli as c; c.main(['--help']); assert os.environ['HF_HUB_DISABLE_TELEMETRY'] == '1'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, capture_output=True)
+
+
+TRAINED_IN_PYTHON = """
+import os
+{first}
+import rl_soft.{module}
+from huggingface_hub import constants
+print(os.environ["HF_HUB_DISABLE_TELEMETRY"], constants.HF_HUB_DISABLE_TELEMETRY)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "module", "asked", "found"),
+    [
+        ("", "train", None, "1 True"),
+        ("import trl", "rl", None, "1 True"),  # TRL first, which reads the variable
+        ("import trl", "rl", "0", "0 False"),  # the user's own word stays
+    ],
+)
+def test_telemetry_is_off_in_python_too(first, module, asked, found):
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY")}
+    if asked is not None:
+        env["HF_HUB_DISABLE_TELEMETRY"] = asked
+    code = TRAINED_IN_PYTHON.format(first=first, module=module)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    assert run.stdout.strip() == found

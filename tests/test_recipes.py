@@ -60,11 +60,86 @@ def write(tmp_path, **values):
         ({"method": "gpro"}, "method must be one of"),
         ({"eval_k": [64]}, "eval_k must be at most eval_samples"),
         ({"phase": "explicit"}, "end_of_thinking must be a text"),
+        # keys that would have no effect
+        ({"top_p": 0.9}, "top_p is not available: training draws from the whole distribution"),
+        ({"method": "ppo", "top_k": 30}, "top_k is not available"),
+        ({"min_p": 0.1}, "min_p is not available"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty is not available"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs is not available"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            "chat_template_kwargs is not .*system_prompt",
+        ),
+        ({"cache_implementation": "static"}, "cache_implementation is not available"),
+        ({"use_transformers_paged": True}, "use_transformers_paged is not available"),
+        ({"vllm_mode": "server"}, "vllm_mode is not available: vLLM takes embeddings"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "model_init_kwargs is not available: .*use dtype"),
+        ({"disable_dropout": False}, "disable_dropout must be true: with dropout on"),
+        ({"eval_dataset_options": {"path": "x"}}, "eval_dataset_options: .* names no eval_dataset"),
+        ({"system_prompt": "Hi"}, "system_prompt 'Hi' needs a chat template, and phase latent takes none"),
+        (
+            {"method": "codi", "system_prompt": "Hi"},
+            "system_prompt 'Hi' .* method codi .*question_template",
+        ),
+        ({"method": "codi", "eval_samples": 8}, "eval_samples is not available: .*use rl-soft eval MODEL"),
+        ({"method": "codi", "eval_k": [1, 2]}, "eval_k is not available: .*use rl-soft eval MODEL"),
+        ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'; did you mean bfloat16"),
+        ({"dtype": "half"}, "dtype must be one of float32, bfloat16, float16, got 'half'$"),
     ],
 )
 def test_a_mistake_names_the_field_and_the_way_out(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(write(tmp_path, **values))
+
+
+def test_a_key_that_says_what_is_so_anyway_is_no_mistake(tmp_path):
+    same = {"top_p": 1, "top_k": 0, "min_p": None, "use_vllm": False, "cache_implementation": None}
+    assert load_recipe(write(tmp_path, **same, disable_dropout=True, vllm_mode="colocate")).method == "grpo"
+    assert load_recipe(write(tmp_path, method="codi", eval_samples=32)).method == "codi"
+
+
+@pytest.mark.parametrize("method", ["codi", "grpo"])
+def test_a_stored_recipe_is_a_recipe(tmp_path, method):
+    """config.yaml, run again elsewhere, is the same run."""
+    from rl_soft.config import write_config
+
+    first = load_recipe(write(tmp_path, method=method))
+    write_config(first)
+    again = load_recipe(tmp_path / "run/config.yaml")
+    assert again.resolved == first.resolved
+
+
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_the_resolved_recipe_names_our_defaults_of_the_trainer(tmp_path, method):
+    from rl_soft import train
+    from rl_soft.config import check_output_dir, write_config
+
+    values = {"method": method, "output_dir": str(tmp_path / "run")}
+    if method == "sft":
+        values |= {"phase": "explicit", "thought": "token", "end_of_thinking": "#"}
+    recipe = load_recipe(write(tmp_path, **values))
+    shown = yaml.safe_load(train.describe(recipe))
+    used = train.training_values(recipe)
+    assert all(shown[key] == value for key, value in used.items() if key in shown)
+    assert used.keys() - shown.keys() == {"use_cpu", "bf16"}, "which the machine decides"
+    assert (shown["save_steps"], shown["lr_scheduler_type"]) == (100, "constant")
+    assert shown.get("disable_dropout", False) is (method == "ppo")
+    write_config(recipe)
+    with pytest.raises(ValueError, match="holds a run with save_steps = 100, this one has 50"):
+        check_output_dir(load_recipe(write(tmp_path, **values, save_steps=50)))
+    assert check_output_dir(load_recipe(write(tmp_path, **values, save_steps=100)))
+
+
+def test_a_run_made_before_a_key_was_resolved_or_refused_is_still_that_run(tmp_path):
+    recipe = load_recipe(write(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**recipe.values, "top_p": 0.9}))
+    from rl_soft.config import check_output_dir
+
+    assert check_output_dir(recipe)
+    recipe = load_recipe(write(tmp_path, method="codi"))
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**recipe.values, "eval_samples": 8}))
+    assert check_output_dir(recipe)
 
 
 def test_a_missing_recipe_names_its_neighbour():

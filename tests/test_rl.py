@@ -3,6 +3,7 @@
 pytest tests/test_rl.py
 """
 
+import functools
 import inspect
 import json
 from dataclasses import replace
@@ -255,15 +256,41 @@ def test_adapter_opens_with_peft_alone(tmp_path):
         (THINKING, {"tools": [print]}, "tools cannot be used"),
         (THINKING, {"rollout_func": print}, "rollout_func cannot be used"),
         (replace(THINKING, phase="explicit", end_of_thinking="#"), {"ratio": "conditional"}, "needs phase latent"),
+        (THINKING, {"train_dataset": dataset().add_column("image", ["x"] * 8)}, "train_dataset has a column image"),
+        (THINKING, {"args": {"use_vllm": True}}, "use_vllm is not available"),
+        (THINKING, {"args": {"top_p": 0.9}}, "top_p is not available"),
+        (THINKING, {"args": {"use_transformers_paged": True}}, "continuous batching takes token ids only"),
+        (THINKING, {"args": {"gradient_checkpointing": True}, "ratio": "pathwise"}, "gradient_checkpointing"),
+        (THINKING, {"args": {"importance_sampling_level": "sequence"}, "thought_epsilon": 0.1}, "thought_epsilon: "),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(tmp_path, thinking, values, message):
+def test_what_makes_no_sense_is_refused_by_name(tmp_path, monkeypatch, thinking, values, message):
+    """Before TRL makes anything: with vLLM it would start an engine."""
     made = tiny_policy()
+    given = {"train_dataset": dataset(), **values, "args": config(tmp_path, **values.get("args", {}))}
+    monkeypatch.setattr(GRPOTrainer, "__init__", refuse_to_start(GRPOTrainer.__init__))
+    layout = Layout(thinking, made.tokenizer)
     with pytest.raises(ValueError, match=message):
-        SoftGRPOTrainer(
-            made.model, reward_funcs=odd_reward, args=config(tmp_path), train_dataset=dataset(),
-            processing_class=made.tokenizer, layout=Layout(thinking, made.tokenizer), **values,
-        )  # fmt: skip
+        SoftGRPOTrainer(made.model, reward_funcs=odd_reward, processing_class=made.tokenizer, layout=layout, **given)
+    args = given.pop("args")
+    with pytest.raises(ValueError, match=message):  # by position too
+        SoftGRPOTrainer(made.model, odd_reward, args, processing_class=made.tokenizer, layout=layout, **given)
+
+
+def test_dropout_is_switched_off_or_refused(tmp_path):
+    made = tiny_policy("gpt2")
+    made.model.transformer.drop.p = 0.1
+    with pytest.raises(ValueError, match="disable_dropout must be true for this model: with dropout on"):
+        soft_trainer(tmp_path, made=made, disable_dropout=False)
+    assert soft_trainer(tmp_path, made=made).model.transformer.drop.p == 0
+
+
+def refuse_to_start(init):
+    @functools.wraps(init)
+    def started(*args, **kwargs):
+        pytest.fail("TRL's trainer was started")
+
+    return started
 
 
 def test_the_methods_we_override_still_exist_as_we_know_them():

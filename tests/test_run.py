@@ -20,7 +20,8 @@ from conftest import ROOT, TINY, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_soft import policy, processes, records, train
-from rl_soft.config import load_recipe
+from rl_soft.config import load_recipe, write_config
+from rl_soft.layout import Thinking
 from rl_soft.scored import add_soft_forward
 
 CODI = {
@@ -64,6 +65,40 @@ def finished(tmp_path_factory):
     recipe = load_recipe(recipes(folder))
     train.run(recipe)
     return folder
+
+
+def test_a_model_with_random_weights_has_the_recipe_s_attention(tmp_path):
+    recipes(tmp_path)
+    for name in ("float64", "eager"):
+        codi = load_recipe(tmp_path / "codi.yaml", {"attn_implementation": name})
+        assert train.starting_policy(codi, None).model.config._attn_implementation == name
+
+
+def test_a_finished_model_is_evaluated_with_the_recipe_s_attention(tmp_path, monkeypatch):
+    made = tiny_policy()
+    recipe = load_recipe(recipes(tmp_path, attn_implementation="float64"))
+    for name in ("codi", "rl"):  # both are there: what is left is the evaluation
+        policy.save(tmp_path / f"{name}/model", made.model.save_pretrained, made.tokenizer, recipe.thinking, True)
+    for stored in (recipe, train.warm_start_of(recipe)):
+        write_config(stored)
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda model, *args, **more: seen.append(model.config._attn_implementation))
+    monkeypatch.setattr(train, "report", lambda recipe: None)
+    train.run(recipe)
+    assert seen == ["float64"]
+
+
+def test_a_system_prompt_without_a_chat_template_is_refused_before_training(tmp_path):
+    made = tiny_policy()
+    plain = Thinking(phase="explicit", thought="token", thought_k=1, end_of_thinking="#")
+    policy.save(tmp_path / "m", made.model.save_pretrained, made.tokenizer, plain, True)
+    given = {
+        "warm_start": None, "model_name_or_path": str(tmp_path / "m"), "phase": "explicit", "end_of_thinking": "#",
+        "thought": "token", "answer_prompt": "", "num_thoughts": 6, "system_prompt": "Think",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="system_prompt 'Think' needs a chat template, and the tokenizer has none"):
+        train.run(load_recipe(recipes(tmp_path), given))
+    assert not (tmp_path / "rl/eval_before").exists()
 
 
 def test_one_recipe_ends_in_a_report(finished):
