@@ -67,8 +67,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "top1 K=8 lr=3e-4": TOP1 | {"thought_k": 8} | FAST,
     "top1 K=4 tau=.1 lr=3e-4": TOP1 | {"thought_tau": 0.1} | FAST,
     "top1 K=4 tau=1 lr=3e-4": TOP1 | {"thought_tau": 1.0} | FAST,
-    "joint K=4 tau=.1": JOINT | {"thought_tau": 0.1},
-    "joint K=4 tau=1": JOINT | {"thought_tau": 1.0},
     "dirichlet K=4": JOINT | {"thought": "dirichlet"},
     "all-V product K=4": JOINT | {"public": "product"},
     "K terms K=4": JOINT | {"public": "terms"},

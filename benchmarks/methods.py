@@ -3,17 +3,18 @@
     python benchmarks/methods.py [--task modular] [--arms NAME ...] [--seeds 1 2 3] [--jobs 2] [--out runs/methods]
 
 Tasks: `modular`, chains of three digits under +, - and * modulo ten, `7*3-4=`, where an approximate result is worth
-nothing; `sums`, chains of five digits, `7-9+4-1+8=`, where it is worth something. The model is the 0.65 M-parameter
-Llama of the recipes. In the place of the papers' pretrained models, every arm starts from the same model of its seed
-(`base`), trained on worked solutions (for `sums` of chains of four digits), and then trains equally many steps of 32
-rows by its own method. Controls are evaluations of a trained model with its thoughts set to zero, exchanged between
-problems, or all equal to the first.
+nothing; `modular4`, of four digits; `sums`, chains of five digits, `7-9+4-1+8=`, where it is worth something. The
+model is the 0.65 M-parameter Llama of the recipes. In the place of a pretrained model, every arm starts from
+the same model of its seed (`base`), trained on worked solutions (for `sums` of chains of four digits), and then trains
+equally many steps of 32 rows by its own method. Controls are evaluations of a trained model with its thoughts set to
+zero, exchanged between problems, or all equal to the first.
 
 Each arm is a recipe with a few overrides. Runs and evaluations that are finished are not repeated, so the command
 resumes. Reported: greedy accuracy on held-out problems with 95 % intervals (bootstrap over problems, each with its
 answers on all seeds) and by seed, the difference from CoT and from No-CoT problem by problem, how long the reasoning
-is (tokens before the end marker, or thoughts with <bot> and <eot>), and after how many steps the student's loss stays
-below 0.1 for three logged means of 20 steps. Writes docs/methods.json and docs/methods.png, and prints the table.
+is (tokens before the end marker, or thoughts with <bot> and <eot>), after how many steps the student's loss stays
+below 0.1 for three logged means of 20 steps, and the teacher's loss in the last 20. Writes docs/methods.json and
+docs/methods.png, and prints the table.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def sums(terms: int) -> dict[str, Any]:
 
 TASKS = {
     "modular": Task("chain_mod", {"terms": 3}, {"terms": 3}, 7000, 400, 2000, 12, 4),
+    "modular4": Task("chain_mod", {"terms": 4}, {"terms": 4}, 20000, 600, 2000, 18, 4),
     "sums": Task("chain_sum", sums(5), sums(4), 20000, 600, 2000, 32, 6),
 }
 
@@ -111,6 +113,7 @@ def arms(task: Task) -> dict[str, dict[str, Any]]:
         "CODI gumbel": codi | {"thought": "gumbel"},
         "CODI hybrid": codi | {"thought": "hybrid"},
         "CODI hidden, no KD": codi | {"beta": 0},
+        "CODI hidden, KD times 10": codi | {"beta": 10},
         "CODI hidden, KD by l1": codi | {"kd_loss": "l1"},
         "CODI hidden, no projection": codi | {"use_projector": False},
         # The arm CoT is the teacher; it answers after all of its steps, so its twin is the arm below.
@@ -187,10 +190,15 @@ def greedy(run: Path) -> dict[str, dict[str, Any]]:
     return {r["problem_id"]: r for r in read(run / "eval" / "records.jsonl") if r["sample"] == GREEDY}
 
 
+def losses(run: Path, name: str) -> list[tuple[int, float]]:
+    """(step, mean of the last 20 steps); empty where the run has no such loss."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if run.exists() else []
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
 def learnt_after(run: Path) -> int | None:
     """The step from which the student's loss is below LEARNT three times in a row; None: never, or no such loss."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if run.exists() else []
-    logged = [(line["step"], line["loss_student"]) for line in lines if "loss_student" in line]
+    logged = losses(run, "loss_student")
     below = [(step, all(loss < LEARNT for _, loss in logged[i : i + 3])) for i, (step, _) in enumerate(logged)]
     return next((step for step, holds in below if holds), None)
 
@@ -213,6 +221,9 @@ def summarise(out: Path, rows: list[str], seeds: list[int]) -> dict[str, dict[st
             "seeds": each.mean(1).tolist(),
             "reasoning": float(thoughts - 1 if row in WRITES else thoughts + 2),
             "learnt_after": [None if row in CONTROLS else learnt_after(run) for run in runs],
+            "loss_teacher": []
+            if row in CONTROLS
+            else [loss for run in runs for _, loss in losses(run, "loss_teacher")[-1:]],
             "unparsed": float(np.mean([r["outcome"] == "unparsed" for some in records for r in some])),
         }
     for row in table:
@@ -228,13 +239,14 @@ def show(table: dict[str, dict[str, Any]]) -> None:
             return ""
         return f"{100 * row['mean']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
 
-    print("\n| | accuracy, % | by seed | learnt after | reasoning | against CoT, points | against No-CoT, points |")
-    print("|---|---|---|---|---:|---|---|")
+    print("\n| | accuracy, % | by seed | learnt after | teacher's loss | reasoning | against CoT | against No-CoT |")
+    print("|---|---|---|---|---|---:|---|---|")
     for name, row in table.items():
         seeds = ", ".join(f"{100 * value:.1f}" for value in row["seeds"])
         pairs = [interval(row.get(f"against {other}"), "+") for other in ("CoT", "No-CoT")]
         steps = ", ".join(str(step or "–") for step in row["learnt_after"]) if any(row["learnt_after"]) else ""
-        figures = f"{interval(row['accuracy'])} | {seeds} | {steps} | {row['reasoning']:.1f}"
+        teacher = ", ".join(f"{loss:.3f}" for loss in row["loss_teacher"])
+        figures = f"{interval(row['accuracy'])} | {seeds} | {steps} | {teacher} | {row['reasoning']:.1f}"
         print(f"| {name} | {figures} | {' | '.join(pairs)} |")
     kinds = [name for name in table if name in ("CODI hidden", "CODI soft", "CODI gumbel", "CODI hybrid")]
     if kinds and "CoT" in table:
