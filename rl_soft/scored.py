@@ -284,7 +284,7 @@ def copy_reference_rows(model: Any) -> None:
 
 
 class _StartingRows(torch.nn.Module):
-    """A head of which single tokens are trained, with the rows that they started from; peft merges them at each call."""
+    """A head of which single tokens are trained, with the rows that they started from, merged at each call."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
