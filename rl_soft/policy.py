@@ -323,12 +323,21 @@ def load(
             model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=trainable, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    align(model)
     if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Policy(model, tokenizer, read_thinking(path))
+
+
+def align(model: nn.Module) -> None:
+    """Put weights at whole cache lines. A safetensors file is mapped, and its weights begin wherever its header ends:
+    on a CPU every product then reads each line twice (1.4 times the time at 32 rows)."""
+    for p in model.parameters():
+        if p.device.type == "cpu" and p.data_ptr() % 64:
+            p.data = p.data.clone()
 
 
 def read_thinking(path: Path) -> Thinking | None:

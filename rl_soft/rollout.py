@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
+from rl_soft.cpu_kernels import cpu_kernels
 from rl_soft.decoding import Decoding
 from rl_soft.graphs import Replay
 from rl_soft.layout import Layout
@@ -142,6 +143,14 @@ class Engine:
         self.replay = Replay(self.device)
 
     def run(self) -> Rollout:
+        with cpu_kernels(self.model):
+            self._run()
+        failed = int(self.walk.out.failed.sum())
+        if failed:
+            logger.warning("rollout: %d of %d rows stopped at logits that are not finite", failed, len(self.prompts))
+        return self.walk.result([list(p) for p in self.prompts])
+
+    def _run(self) -> None:
         looks, hook = LOOK_EVERY.get(self.device.type, 1), None
         if reads_hidden(self.thinking):
             head = self.model.get_output_embeddings()
@@ -163,10 +172,6 @@ class Engine:
         finally:
             if hook is not None:
                 hook.remove()
-        failed = int(self.walk.out.failed.sum())
-        if failed:
-            logger.warning("rollout: %d of %d rows stopped at logits that are not finite", failed, len(self.prompts))
-        return self.walk.result([list(p) for p in self.prompts])
 
     # -- enter --------------------------------------------------------------------------------------------------------
 

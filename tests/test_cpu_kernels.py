@@ -1,0 +1,193 @@
+"""The CPU kernels against float64 and against PyTorch's; a rollout is the same with them.
+
+pytest tests/test_cpu_kernels.py
+"""
+
+import logging
+
+import pytest
+import torch
+from conftest import TINY, VOCABULARY, rows
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rl_soft import cpu_kernels as ours
+from rl_soft import policy
+from rl_soft.layout import Layout, Thinking
+from rl_soft.noise import address
+from rl_soft.rollout import rollout
+
+KERNELS = ours.library()
+compiled = pytest.mark.skipif(
+    KERNELS is None, reason="needs a CPU whose best instruction set is AVX2, and a C compiler"
+)
+LARGE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+def large_policy(**changes):
+    made = policy.make({**TINY, **LARGE, "model_type": "llama", **changes}, VOCABULARY, 0)
+    with torch.no_grad():
+        made.model.get_input_embeddings().weight.mul_(4)
+    made.model.eval()
+    return made
+
+
+def roll(made, **thinking):
+    layout = Layout(Thinking(thought_k=3, num_thoughts=6, answer_prompt="#", **thinking), made.tokenizer)
+    prompts = [layout.prompt_ids(r.question) for r in rows(5) for _ in range(3)]
+    seeds = torch.tensor([address(0, r.id, s) for r in rows(5) for s in range(3)])
+    return rollout(made.model, layout, prompts, seeds, [made.tokenizer.eos_token_id], token_budget=300)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of the kernels by name."""
+    counts = {"product": 0, "attend": 0}
+
+    class Counted:
+        def __getattr__(self, name):
+            counts[name] += 1
+            return getattr(KERNELS, name)
+
+    monkeypatch.setattr(ours, "library", Counted)
+    return counts
+
+
+@compiled
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 63])
+@pytest.mark.parametrize(("N", "K"), [(6, 8), (7, 72), (12, 576), (17, 1544), (1, 16)])
+@torch.no_grad()
+def test_product(M, N, K):
+    torch.manual_seed(M * N)
+    module, x = nn.Linear(K, N), torch.randn(2, M, K)[:, ::1].transpose(0, 1)  # not contiguous
+    y = ours._linear(KERNELS, module, x[:, :1])
+    exact = F.linear(x[:, :1].double(), module.weight.double(), module.bias.double())
+    scale = x.abs().max() * module.weight.abs().max() * K
+    assert (y - exact).abs().max() < 1e-7 * scale
+    alone = torch.cat([ours._linear(KERNELS, module, row[:1]) for row in x])
+    assert torch.equal(y[:, 0], alone)  # what a row becomes does not depend on the others
+
+
+@compiled
+@pytest.mark.parametrize("columns", [1, 7, 64, 65, 200])
+@pytest.mark.parametrize(("A", "groups", "D"), [(1, 1, 16), (2, 3, 64), (3, 2, 128), (1, 9, 32), (2, 4, 256)])
+@torch.no_grad()
+def test_attention(columns, A, groups, D):
+    """Left-padded rows, holes, and views of a larger buffer."""
+    torch.manual_seed(columns)
+    n, H = 5, A * groups
+    buffers = torch.randn(2, n, A, columns + 9, D)
+    buffers[:, :, :, columns:] = torch.nan  # what is not seen is not read
+    k, v = buffers[:, :, :, :columns]
+    q = torch.randn(n, 1, H, D).transpose(1, 2)
+    seen = torch.rand(n, 1, 1, columns) > 0.2
+    seen[:, :, :, : columns // 3], seen[..., -1] = False, True
+    refuse, scale = pytest.fail, D**-0.5
+    for mask in (seen, None):
+        out, _ = ours._attention(KERNELS, refuse, nn.Module(), q, k, v, mask, scaling=scale)
+        q64, k64, v64 = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)
+        exact = F.scaled_dot_product_attention(q64, k64, v64, attn_mask=mask, scale=scale)
+        assert (out.transpose(1, 2) - exact).abs().max() < 2e-6
+        for i in range(n):
+            one = slice(i, i + 1)
+            alone, _ = ours._attention(
+                KERNELS,
+                refuse,
+                nn.Module(),
+                q[one],
+                k[one],
+                v[one],
+                None if mask is None else mask[one],
+                scaling=scale,
+            )
+            assert torch.equal(out[one], alone)
+
+
+@compiled
+@torch.no_grad()
+def test_attention_of_large_scores():
+    """Scores of up to 1e5, where the softmax is a maximum, of either sign, in blocks before and after it."""
+    q, k, v = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 200, 16), torch.randn(1, 1, 200, 16)
+    for at in (0, 63, 64, 199):
+        for low, high in ((-1e5, -1e4), (1e4, 1e5), (-1e5, 1e5), (0.0, 200.0)):
+            k[:] = low / 16
+            k[:, :, at] = high / 16
+            out, _ = ours._attention(KERNELS, pytest.fail, nn.Module(), q, k, v, None, scaling=1.0)
+            assert torch.equal(out[0, 0], v[0, :, at])
+
+
+@compiled
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5, "model_type": "mistral"}, {"attention_bias": True}])
+def test_a_rollout_is_the_same_with_them(changes, calls, monkeypatch):
+    made = large_policy(**changes)
+    with_kernels = roll(made)
+    assert calls["product"] > 50 and calls["attend"] > 10
+    monkeypatch.setattr(ours, "library", lambda: None)
+    without = roll(made)
+    assert torch.equal(with_kernels.support, without.support)
+    assert torch.equal(with_kernels.completion_ids, without.completion_ids)
+    torch.testing.assert_close(with_kernels.log_probs, without.log_probs, atol=1e-4, rtol=1e-5)
+
+
+@compiled
+def test_adapters_stay_as_they_are(calls, monkeypatch):
+    """The base's products go through the kernels, those of the adapter are small."""
+    made = large_policy()
+    made.model = get_peft_model(made.model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, p in made.model.named_parameters():
+            p.add_(torch.randn_like(p) * 0.05) if "lora_B" in name else None
+    with_kernels = roll(made)
+    assert calls["product"] > 50
+    monkeypatch.setattr(ours, "library", lambda: None)
+    torch.testing.assert_close(with_kernels.log_probs, roll(made).log_probs, atol=1e-4, rtol=1e-5)
+
+
+@compiled
+def test_nothing_is_left_behind(calls):
+    made = large_policy()
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(KeyError), ours.cpu_kernels(made.model):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa
+        raise KeyError
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa
+    assert not [m for m in made.model.modules() if "forward" in vars(m)]
+
+
+@compiled
+def test_training_and_other_dtypes_take_pytorchs_products(calls):
+    made, ids = large_policy(), torch.tensor([[5, 6, 7]])
+    with ours.cpu_kernels(made.model):
+        made.model(ids).logits.sum().backward()
+    assert made.model.lm_head.weight.grad is not None
+    for model in (made.model.bfloat16(), policy.make({**TINY, "model_type": "llama"}, VOCABULARY, 0).model):
+        with ours.cpu_kernels(model):
+            assert not [m for m in model.modules() if "forward" in vars(m)]
+    with torch.autocast("cpu", torch.bfloat16), ours.cpu_kernels(made.model.float()):
+        assert not [m for m in made.model.modules() if "forward" in vars(m)]
+    assert calls == {"product": 0, "attend": 0}
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_a_line_says_so(compiler, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(ours, "library", ours.library.__wrapped__)
+    with caplog.at_level(logging.INFO, "rl_soft"):
+        out = roll(large_policy())
+    assert out.mask.any() and compiler in caplog.text
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_loaded_weights_begin_at_cache_lines(tmp_path):
+    made = large_policy()
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    loaded = policy.load(str(tmp_path)).model
+    assert not [name for name, p in loaded.named_parameters() if p.data_ptr() % 64]
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight or not loaded.config.tie_word_embeddings
+    for p, q in zip(loaded.parameters(), made.model.parameters(), strict=True):
+        assert torch.equal(p, q)
