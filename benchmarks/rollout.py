@@ -95,10 +95,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
+    from rl_soft import cpu_kernels
     from rl_soft.layout import Layout, Thinking
     from rl_soft.rollout import Engine
     from rl_soft.walk import DONE, Live, Walk
 
+    if args.plain:
+        cpu_kernels.library = lambda: None  # type: ignore[assignment]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load(args.model, args.dtype, device)
     generator = torch.Generator().manual_seed(0)
@@ -297,6 +300,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 32], help="batch sizes tried, on every side")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--plain", action="store_true", help="ours without the CPU kernels")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)

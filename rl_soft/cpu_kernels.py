@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,19 +43,19 @@ def library() -> ctypes.CDLL | None:
     if torch.backends.cpu.get_cpu_capability() != "AVX2":  # not measured on others
         return None
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_soft"
-    file = folder / f"cpu_kernels-{digest}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_soft"
+        file = folder / f"cpu_kernels-{digest}.so"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 out = Path(made) / file.name
-                command = [os.environ.get("CC", "cc"), *FLAGS, "-o", str(out), str(SOURCE)]
+                command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, "-o", str(out), str(SOURCE)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 out.replace(file)  # several processes may do this at once
         loaded = ctypes.CDLL(str(file))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
+        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
         logger.info("rollout: steps take PyTorch's products, our CPU kernels cannot be compiled (%s)", reason)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long

@@ -333,8 +333,8 @@ def load(
 
 
 def align(model: nn.Module) -> None:
-    """Put weights at whole cache lines. A safetensors file is mapped, and its weights begin wherever its header ends:
-    on a CPU every product then reads each line twice (1.4 times the time at 32 rows)."""
+    """Put weights on a CPU at the beginning of cache lines. A safetensors file is mapped, so its weights lie wherever
+    its header ends, and every other vector that a product reads is cut in two (benchmarks/cpu_kernels.py)."""
     for p in model.parameters():
         if p.device.type == "cpu" and p.data_ptr() % 64:
             p.data = p.data.clone()
