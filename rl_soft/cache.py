@@ -16,6 +16,9 @@ Shapes: S places of which the first n are taken, A key-value heads, C columns of
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import mmap
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+LARGE_PAGE = 2**21  # bytes
 RENUMBER = 1024  # columns that no row needs any more, after which the columns are numbered anew: masks stay short
 
 
@@ -66,10 +70,16 @@ class RowLayer(CacheLayerMixin):
 
     def _grown(self, old: Tensor, columns: int, base: int) -> Tensor:
         """A buffer (S, A, columns, D) from column `base` on, with what `old` holds of the rows."""
-        new = old.new_zeros(self.cache.places, old.shape[1], columns, old.shape[3])  # 0 times what is masked must be 0
+        new = old.new_empty(self.cache.places, old.shape[1], columns, old.shape[3])
+        _in_large_pages(new)
         first, end, n = max(base, self.base), self.cache.end, self.cache.n
         if self.keys is not None and n and end > first:
             new[:n, :, first - base : end - base] = old[:n, :, first - self.base : end - self.base]
+        # What is seen and masked must be finite, since 0 times it must be 0: older columns of these rows, and, where
+        # spans are rounded outwards, later ones of all. What a place has left of its prompt is cleared in `place`.
+        new[:n, :, : max(0, first - base)].zero_()
+        if self.cache.grain > 1:
+            new[:, :, max(0, end - base) :].zero_()
         return new
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -84,14 +94,18 @@ class RowLayer(CacheLayerMixin):
                 buffer[: c.n].index_copy_(2, c.at - self.base, new)
         return self.keys[: c.n, :, lo:hi], self.values[: c.n, :, lo:hi]
 
-    def place(self, places: slice, keys: Tensor, values: Tensor, which: Tensor) -> None:
+    def place(self, first: int, keys: Tensor, values: Tensor, which: Sequence[int]) -> None:
         """Put prompts (U, A, P, D), right-aligned, just left of `end`; which (m,) is the prompt of each place."""
         assert self.keys is not None and self.values is not None
         at = self.cache.end - self.base
         for buffer, new in ((self.keys, keys), (self.values, values)):
             P = min(new.shape[2], at)
-            buffer[places, :, : at - P].zero_()  # whoever was here before may have left a NaN
-            buffer[places, :, at - P : at] = new[which, :, new.shape[2] - P :]
+            buffer[first : first + len(which), :, : at - P].zero_()  # whoever was here before may have left a NaN
+            place = first
+            for prompt, rows in itertools.groupby(which):  # equal prompts are side by side: one copy for all of them
+                m = len(list(rows))
+                buffer[place : place + m, :, at - P : at] = new[prompt, :, new.shape[2] - P :]
+                place += m
 
     def move(self, to: Tensor, place: Tensor) -> None:
         assert self.keys is not None and self.values is not None
@@ -146,12 +160,12 @@ class RowCache(Cache):
         """What a recorded step depends on: rows, buffers, columns seen."""
         return (self.n, self.version, frozenset(layer.span() for layer in self.layers))
 
-    def enter(self, prompts: Any, which: Tensor, lengths: Tensor, longest: int, steps: int) -> None:
+    def enter(self, prompts: Any, which: Sequence[int], lengths: Tensor, longest: int, steps: int) -> None:
         """Rows n .. n + m - 1 start from prefilled prompts.
 
         Args:
             prompts: of U prompts, padded on the left.
-            which: (m,) int64, the prompt of each new row.
+            which: (m,) numbers, the prompt of each new row.
             lengths: (m,) int64, of their prompts; `longest` is the largest.
             steps: the most inputs that a row is fed.
         """
@@ -164,7 +178,7 @@ class RowCache(Cache):
         places = slice(self.n, self.n + m)
         for layer, prompt in zip(self.layers, prompts.layers, strict=True):
             layer.reserve(prompt)
-            layer.place(places, prompt.keys, prompt.values, which)
+            layer.place(self.n, prompt.keys, prompt.values, which)
         self.first[places] = self.end - lengths
         self.at.fill_(self.end)
         self.n += m
@@ -212,6 +226,17 @@ def attention_windows(prompts: DynamicCache) -> list[int | None]:
                 f"the model has a layer with {type(layer).__name__}; rollouts know full and sliding attention"
             )
     return windows
+
+
+def _in_large_pages(buffer: Tensor) -> None:
+    """Ask Linux for pages of 2 MiB: the first touch of each page is what filling a new buffer takes on a CPU."""
+    first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
+    first, end = -(-first // LARGE_PAGE) * LARGE_PAGE, end // LARGE_PAGE * LARGE_PAGE
+    if buffer.device.type == "cpu" and end > first and hasattr(mmap, "MADV_HUGEPAGE"):
+        madvise = ctypes.CDLL(None).madvise
+        madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE
+        )  # where refused, nothing is lost
 
 
 def bytes_per_token(prompts: Any) -> int:

@@ -1,5 +1,5 @@
-/* What a step of a rollout spends its time on, on a CPU: products of a few rows with a large matrix, and attention of
- * one position a row. Float32, AVX2; `cpu_kernels.py` compiles it.
+/* What a step of a rollout spends its time on, on a CPU: products of a few rows with a large matrix, attention of one
+ * position a row, what lies between them in a decoder layer, and sampling. Float32, AVX2; `cpu_kernels.py` compiles it.
  *
  * Libraries pack a matrix before they multiply, which pays where hundreds of rows share the packing. With 1 to 64 rows
  * it costs more than it saves. Here the matrix is read once, as it lies in memory, and 6 of its rows meet 2 of the
@@ -7,6 +7,7 @@
 
 typedef float vec __attribute__((vector_size(32), aligned(4)));
 typedef float half __attribute__((vector_size(16), aligned(4)));
+typedef int ints __attribute__((vector_size(32)));
 
 static inline float total(vec a) {
   union { vec whole; half part[2]; } u = {a};
@@ -65,7 +66,6 @@ void product(const float *x, const float *w, float *y, long M, long N, long K) {
 }
 
 static inline vec exponential(vec x) { /* x <= 0; relative error 1e-7 (Cephes); 0 below -87 */
-  typedef int ints __attribute__((vector_size(32)));
   ints kept = x >= -87.0f;
   x = (vec)((ints)x & kept);
   vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 2^23: the integer is in the last bits */
@@ -154,5 +154,156 @@ void attend(const float *q, const float *k, const float *v, const char *seen, fl
       case 3: attend_3(q + at, keys, values, mask, out + at, C, D, scale); break;
       default: attend_4(q + at, keys, values, mask, out + at, C, D, scale);
     }
+  }
+}
+
+/* y (M, H) = w x / sqrt(mean x^2 + eps), by rows (Zhang and Sennrich 2019); y may be x. */
+static void rms_norm(const float *x, const float *w, float *y, long M, long H, float eps) {
+  for (long m = 0; m < M; m++) {
+    vec squares = {0};
+    for (long i = m * H; i < (m + 1) * H; i += 8) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
+    float scale = 1 / __builtin_sqrtf(total(squares) / H + eps);
+    for (long i = 0; i < H; i += 8) *(vec *)(y + m * H + i) = *(const vec *)(x + m * H + i) * scale * *(const vec *)(w + i);
+  }
+}
+
+/* The heads (A, D) of a row, in place: a bias, a norm of each head, and the rotation of its two halves (RoPE, Su et al.
+ * 2021) by cos and sin (D); what is null is left out. */
+static void finish_heads(float *x, const float *bias, const float *norm, const float *cos, const float *sin, long A,
+                         long D, float eps) {
+  for (long i = 0; bias && i < A * D; i += 8) *(vec *)(x + i) += *(const vec *)(bias + i);
+  if (norm) rms_norm(x, norm, x, A, D, eps);
+  for (long a = 0; cos && a < A; a++)
+    for (long i = a * D, d = 0; d < D / 2; i += 8, d += 8) {
+      vec *low = (vec *)(x + i), *high = (vec *)(x + i + D / 2), l = *low, h = *high;
+      *low = l * *(const vec *)(cos + d) - h * *(const vec *)(sin + d);
+      *high = h * *(const vec *)(cos + D / 2 + d) + l * *(const vec *)(sin + D / 2 + d);
+    }
+}
+
+/* From a layer's input x (M, H) to its queries (M, Q, D), keys and values (M, A, D). Biases (b) and the norms of heads
+ * may be null; cos, sin (M, D); h (M, H) is for the normed input. */
+void before_attention(const float *x, const float *norm, const float *wq, const float *bq, const float *nq,
+                      const float *wk, const float *bk, const float *nk, const float *wv, const float *bv,
+                      const float *cos, const float *sin, float *h, float *q, float *k, float *v, long M, long H,
+                      long Q, long A, long D, float eps, float eps_heads) {
+  rms_norm(x, norm, h, M, H, eps);
+  product(h, wq, q, M, Q * D, H);
+  product(h, wk, k, M, A * D, H);
+  product(h, wv, v, M, A * D, H);
+  for (long m = 0; m < M; m++) {
+    finish_heads(q + m * Q * D, bq, nq, cos + m * D, sin + m * D, Q, D, eps_heads);
+    finish_heads(k + m * A * D, bk, nk, cos + m * D, sin + m * D, A, D, eps_heads);
+    finish_heads(v + m * A * D, bv, 0, 0, 0, A, D, 0);
+  }
+}
+
+/* From what attention read, a (M, Z), to the layer's output y (M, H): two residuals around a product and a gated MLP
+ * (SwiGLU, Shazeer 2020) of width F. h (M, H), gate and up (M, F) are for what comes between. */
+void after_attention(const float *x, const float *a, const float *wo, const float *norm, const float *wg,
+                     const float *wu, const float *wd, float *h, float *gate, float *up, float *y, long M, long H,
+                     long Z, long F, float eps) {
+  product(a, wo, h, M, H, Z);
+  for (long i = 0; i < M * H; i += 8) *(vec *)(y + i) = *(const vec *)(x + i) + *(vec *)(h + i);
+  rms_norm(y, norm, h, M, H, eps);
+  product(h, wg, gate, M, F, H);
+  product(h, wu, up, M, F, H);
+#pragma omp parallel for schedule(static)
+  for (long i = 0; i < M * F; i += 8) {
+    vec g = *(vec *)(gate + i), one = (vec){0} + 1;
+    ints negative = g < 0;
+    vec e = exponential((vec)((ints)g | (int)0x80000000)); /* of -|g|: nothing overflows */
+    vec top = (vec)(((ints)e & negative) | ((ints)one & ~negative));
+    *(vec *)(gate + i) = g * top / (1 + e) * *(vec *)(up + i); /* silu: g / (1 + exp(-g)) */
+  }
+  product(gate, wd, h, M, H, F);
+  for (long i = 0; i < M * H; i += 8) *(vec *)(y + i) += *(vec *)(h + i);
+}
+
+static inline vec logarithm(vec x) { /* x a normal number above 0; relative error 1e-7 (Cephes) */
+  ints bits = (ints)x, e = (bits - 0x3f3504f3) >> 23; /* the mantissa is in [sqrt(1/2), sqrt(2)) */
+  vec f = (vec)(bits - (e << 23)) - 1, n = __builtin_convertvector(e, vec), z = f * f;
+  vec p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = (p * f + 1.1676998740e-1f) * f - 1.2420140846e-1f;
+  p = (p * f + 1.4249322787e-1f) * f - 1.6668057665e-1f;
+  p = (p * f + 2.0000714765e-1f) * f - 2.4999993993e-1f;
+  p = (p * f + 3.3333331174e-1f) * f * z;
+  return f + (p - n * 2.12194440e-4f - z * 0.5f) + n * 0.693359375f;
+}
+
+/* Gumbel noise of 8 indices at one address; `noise.gumbel` to the last bits. */
+static inline vec gumbel(const int *index_hash, int low, int high) {
+  typedef unsigned int words __attribute__((vector_size(32)));
+  words b = (*(const words *)index_hash ^ (unsigned)low) * (unsigned)high;
+  b += (words)((ints)b >> 16);
+  b *= 0x7FEB352Du;
+  b += (words)((ints)b >> 15);
+  vec u = (vec)((ints)__builtin_convertvector((ints)b, vec) & 0x7fffffff) * (0x1p-31f * (1 - 0x1p-23f)) + 0x1p-32f;
+  vec w = 1 - u, d = 1 - w; /* ln(1 - u) = -u ln(w) / (w - 1), exact where w is rounded; and -u where it is 1 */
+  ints small = d == 0;
+  vec e = -u * logarithm(w) / (vec)(((ints)d & ~small) | ((ints)((vec){0} + 1) & small));
+  return -logarithm((vec)(((ints)e & ~small) | ((ints)u & small)));
+}
+
+/* M rows of logits x (M, V), divided by the temperature of each: the largest, top (M); the sums of e = exp(x - top) and
+ * of e (x - top), mass and dot (M), NaN where a logit is NaN or infinite; and the K largest of x - top + Gumbel noise,
+ * falling, values and ids (M, K). low and high (M) are the addresses of the noise. V is a multiple of 8. */
+void draw(const float *x, const float *temperature, const int *low, const int *high, const int *index_hash,
+          float *top, float *mass, float *dot, float *values, long *ids, long M, long V, long K) {
+#pragma omp parallel for schedule(dynamic)
+  for (long m = 0; m < M; m++) {
+    const float *row = x + m * V, scale = temperature[m];
+    vec most = (vec){0} + NOTHING, zero = {0};
+    ints wrong = {0};
+    for (long i = 0; i < V; i += 8) {
+      vec a = *(const vec *)(row + i);
+      ints above = a > most;
+      wrong |= a != a;
+      most = (vec)(((ints)a & above) | ((ints)most & ~above));
+    }
+    float largest = NOTHING;
+    int bad = 0;
+    for (int i = 0; i < 8; i++) largest = most[i] > largest ? most[i] : largest, bad |= wrong[i];
+    bad |= largest == NOTHING || largest == -NOTHING;
+    top[m] = largest = largest / scale;
+    float *v = values + m * K, s = 0, sd = 0;
+    long *at = ids + m * K;
+    for (long k = 0; k < K; k++) v[k] = NOTHING, at[k] = k;
+    for (long block = 0; block < V; block += 2048) {
+      vec sum = zero, product = zero;
+      for (long i = block; i < V && i < block + 2048; i += 8) {
+        vec a = *(const vec *)(row + i) / scale - largest, e = exponential(a);
+        ints kept = a >= -87.0f;
+        sum += e, product += e * (vec)((ints)a & kept);
+        a += gumbel(index_hash + i, low[m], high[m]);
+        int better = __builtin_ia32_movmskps256(a > v[K - 1]);
+        for (int j = 0; better; j++, better >>= 1) {
+          if (!(better & 1) || !(a[j] > v[K - 1])) continue;
+          long k = K - 1;
+          for (; k && a[j] > v[k - 1]; k--) v[k] = v[k - 1], at[k] = at[k - 1];
+          v[k] = a[j], at[k] = i + j;
+        }
+      }
+      s += total(sum), sd += total(product);
+    }
+    mass[m] = bad ? __builtin_nanf("") : s, dot[m] = sd;
+  }
+}
+
+/* outside (M): the sum of exp(x / temperature - top) over all ids but `ids` (M, K); x is changed and put back. */
+void mass_outside(float *x, const float *temperature, const float *top, const long *ids, float *outside, long M,
+                  long V, long K) {
+#pragma omp parallel for schedule(dynamic)
+  for (long m = 0; m < M; m++) {
+    float *row = x + m * V, saved[K], s = 0;
+    for (long k = 0; k < K; k++) saved[k] = row[ids[m * K + k]], row[ids[m * K + k]] = NOTHING;
+    for (long block = 0; block < V; block += 2048) {
+      vec sum = {0};
+      for (long i = block; i < V && i < block + 2048; i += 8)
+        sum += exponential(*(const vec *)(row + i) / temperature[m] - top[m]);
+      s += total(sum);
+    }
+    for (long k = K - 1; k >= 0; k--) row[ids[m * K + k]] = saved[k];
+    outside[m] = s;
   }
 }

@@ -1,8 +1,10 @@
-"""Rollouts on a CPU: the products and the attention of a decode step by the kernels in `cpu_kernels.c`.
+"""Rollouts on a CPU: products, attention and decoder layers of a step by the kernels in `cpu_kernels.c`.
 
-PyTorch's products are made for hundreds of rows, and a step of a rollout has 1 to 64. The kernels are compiled once,
-into the user's cache, by the C compiler that is there, and run on PyTorch's own threads. Where they cannot be had
-(another instruction set, no compiler), PyTorch's are taken.
+PyTorch's products are made for hundreds of rows, and a step of a rollout has 1 to 64; between them it calls thirty
+operations a layer, each longer to start than to do. The kernels are compiled once, into the user's cache, by the C
+compiler that is there, and run on PyTorch's own threads. Where they cannot be had (another instruction set, no
+compiler), PyTorch's are taken. A whole layer is taken where it has the parts of Llama's, Qwen's or Mistral's, and only
+after its first step has been taken both ways, with one result.
 
 Results differ from PyTorch's by the rounding of another order of sums, as PyTorch's do between batch sizes.
 """
@@ -17,6 +19,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +38,9 @@ FLAGS = ("-O3", "-mavx2", "-mfma", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-
 ROWS = 64  # of a product; PyTorch's are as fast from there on
 LARGE = 2**16  # numbers of a matrix; a smaller one stays in the cache of a core, where little is to be won
 WIDEST = 256  # head size
+AGREE = 1e-4  # of the largest change that a layer makes: what its two ways may differ by
+
+_judged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # layers, and whether they agreed
 
 
 @functools.cache
@@ -61,34 +67,41 @@ def library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_long
     loaded.product.argtypes = [pointer] * 3 + [number] * 3
     loaded.attend.argtypes = [pointer] * 5 + [number] * 7 + [ctypes.c_float]
-    loaded.product.restype = loaded.attend.restype = None
+    loaded.before_attention.argtypes = [pointer] * 16 + [number] * 5 + [ctypes.c_float] * 2
+    loaded.after_attention.argtypes = [pointer] * 11 + [number] * 4 + [ctypes.c_float]
+    loaded.draw.argtypes = [pointer] * 10 + [number] * 3
+    loaded.mass_outside.argtypes = [pointer] * 5 + [number] * 3
+    for name in ("product", "attend", "before_attention", "after_attention", "draw", "mass_outside"):
+        getattr(loaded, name).restype = None
     return loaded
 
 
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
-    """While on, steps without gradients take the kernels, in large float32 `nn.Linear` and in attention `sdpa`."""
+    """While on, steps without gradients take the kernels: in layers, large `nn.Linear`, and attention `sdpa`."""
     on = not torch.is_autocast_enabled("cpu")
-    linears = [m for m in model.modules() if type(m) is nn.Linear and _takes(m)] if on else []
+    linears: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and _takes(m)] if on else []
     kernels = library() if linears else None
     if kernels is None:
         yield
         return
     for module in linears:
-        module.forward = functools.partial(_linear, kernels, module)  # type: ignore[method-assign]
+        module.forward = functools.partial(_linear, kernels, module)
+    layers: list[Any] = [m for m in model.modules() if _is_layer(m) and _judged.get(m, True)]
+    for module in layers:
+        module.forward = Layer(kernels, module)
     ALL_ATTENTION_FUNCTIONS["sdpa"] = functools.partial(_attention, kernels, ALL_ATTENTION_FUNCTIONS["sdpa"])
     try:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        for module in linears:
+        for module in linears + layers:
             del module.forward
 
 
 def _takes(module: nn.Linear) -> bool:
     w = module.weight
-    plain = type(w) is nn.Parameter and w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous()
-    return plain and w.numel() >= LARGE and w.shape[1] % 8 == 0 and "forward" not in vars(module)
+    return _fits(w) and w.numel() >= LARGE and w.shape[1] % 8 == 0 and "forward" not in vars(module)
 
 
 def _linear(kernels: Any, module: nn.Linear, x: Tensor) -> Tensor:
@@ -132,3 +145,98 @@ def _attention(
         n, A, H // A, C, D, *key.stride()[:2], D**-0.5 if scaling is None else scaling,
     )  # fmt: skip
     return out, None
+
+
+def _is_layer(module: Any) -> bool:
+    """A decoder layer with exactly the parts that the kernels know, all of them float32 on a CPU."""
+    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+    if attention is None or mlp is None or "forward" in vars(module):
+        return False
+    head_norms = [name for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    known = (
+        (module, ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]),
+        (attention, ["q_proj", "k_proj", "v_proj", "o_proj", *head_norms]),
+        (mlp, ["gate_proj", "up_proj", "down_proj", "act_fn"]),
+    )
+    if len(head_norms) == 1 or any({n for n, _ in m.named_children()} != set(names) for m, names in known):
+        return False
+    inner = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, *inner]
+    norms = [module.input_layernorm, module.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in head_norms]
+    return (
+        all(type(m) is nn.Linear and _fits(m.weight) and not any(n % 8 for n in m.weight.shape) for m in linears)
+        and all(m.bias is None for m in inner)
+        and all(hasattr(m, "variance_epsilon") and _fits(m.weight) for m in norms)
+        and attention.config._attn_implementation == "sdpa"
+        and getattr(attention, "head_dim", 1) % 16 == 0
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
+    )
+
+
+class Layer:
+    """`forward` of a decoder layer: the kernels for one position a row, and what was there for all else."""
+
+    def __init__(self, kernels: Any, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        first, second = module.input_layernorm, module.post_attention_layernorm
+        self.kernels, self.module, self.plain, self.attention = kernels, module, module.forward, attention
+        self.H, self.D, self.F = q.in_features, attention.head_dim, mlp.gate_proj.out_features
+        self.Q, self.A = q.out_features // self.D, k.out_features // self.D
+        self.eps = first.variance_epsilon, 0.0 if q_norm is None else q_norm.variance_epsilon
+        self.eps_second = second.variance_epsilon
+        weights = (first.weight, q.weight, q.bias, q_norm, k.weight, k.bias, k_norm, v.weight, v.bias)
+        self.before = [_address(w) for w in weights]
+        inner = (attention.o_proj, second, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        self.after = [_address(m) for m in inner]
+        self.agreed = _judged.get(module)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, cache, mask = hidden_states, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cos, sin = kwargs.get("position_embeddings") or (x, None)
+        if (
+            (self.agreed is False or args or cache is None or sin is None or torch.is_grad_enabled())
+            or (x.dtype != torch.float32 or x.shape[1] > 1 or len(x) > ROWS)
+            or (cos.dtype != torch.float32 or cos.shape[-1] != self.D)
+        ):
+            return self.plain(x, *args, **kwargs)
+        if self.agreed:
+            return self.step(x, cos, sin, cache, mask)
+        expected = self.plain(x, **kwargs)
+        found = self.step(x, cos, sin, cache, mask)  # writes the same column of the cache
+        if not expected.isfinite().all():
+            return expected
+        self.agreed = bool((found - expected).abs().max() <= AGREE * (expected - x).abs().max())
+        _judged[self.module] = self.agreed
+        return found if self.agreed else self.plain(x, **kwargs)  # which writes to the cache again
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        """The layer's output (n, 1, H) of x (n, 1, H); cos, sin (n or 1, 1, D)."""
+        n, x = len(x), x.contiguous()
+        cos, sin = (a.expand(n, 1, self.D).contiguous() for a in (cos, sin))
+        h, y = torch.empty_like(x), torch.empty_like(x)
+        q, (k, v) = x.new_empty(n, self.Q, 1, self.D), x.new_empty(2, n, self.A, 1, self.D)
+        self.kernels.before_attention(
+            x.data_ptr(), *self.before, *(a.data_ptr() for a in (cos, sin, h, q, k, v)),
+            n, self.H, self.Q, self.A, self.D, *self.eps,
+        )  # fmt: skip
+        k, v = cache.update(k, v, self.attention.layer_idx)
+        read, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self.attention, q, k, v, mask, scaling=self.attention.scaling)
+        read = read.contiguous()
+        gate, up = x.new_empty(2, n, self.F)
+        self.kernels.after_attention(
+            x.data_ptr(), read.data_ptr(), *self.after, *(a.data_ptr() for a in (h, gate, up, y)),
+            n, self.H, self.Q * self.D, self.F, self.eps_second,
+        )  # fmt: skip
+        return y
+
+
+def _fits(w: Tensor) -> bool:
+    return type(w) is nn.Parameter and w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous()
+
+
+def _address(part: Any) -> int | None:
+    """Of a tensor, or of a module's weight; None for None."""
+    return None if part is None else getattr(part, "weight", part).data_ptr()

@@ -84,12 +84,8 @@ def gamma(seeds: Tensor, step: int | Tensor, concentration: Tensor, stream: int 
 
 def _fill(seeds: Tensor, step: int | Tensor, size: int, stream: int, transform: Callable[[Tensor], Tensor]) -> Tensor:
     """`transform`, an in-place map, of uniform noise; (B, size) float32. On a CPU, block by block within the cache."""
-    if seeds.dim() != 1 or seeds.dtype != torch.int64:
-        raise ValueError(f"seeds: expected a (B,) int64 tensor, got {tuple(seeds.shape)} {seeds.dtype}")
-    keys = _splitmix(_splitmix(_splitmix(seeds) + step) + stream)
-    low, high = keys.view(torch.int32).view(-1, 2, 1).unbind(1)  # (B, 1) each
-    high = high | 1
-    index_hash = _index_hash(size, seeds.device)
+    low, high = keys(seeds, step, stream)
+    index_hash = index_hashes(size, seeds.device)
     out = torch.empty(len(seeds), size, device=seeds.device)
     block = _CPU_BLOCK * torch.get_num_threads() if seeds.device.type == "cpu" else max(out.numel(), 1)
     rows, cols = max(1, block // max(size, 1)), min(size, block)
@@ -105,8 +101,16 @@ def _fill(seeds: Tensor, step: int | Tensor, size: int, stream: int, transform: 
     return out
 
 
+def keys(seeds: Tensor, step: int | Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
+    """The two halves of each row's key, the second odd; (B, 1) int32."""
+    if seeds.dim() != 1 or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds: expected a (B,) int64 tensor, got {tuple(seeds.shape)} {seeds.dtype}")
+    low, high = _splitmix(_splitmix(_splitmix(seeds) + step) + stream).view(torch.int32).view(-1, 2, 1).unbind(1)
+    return low, high | 1
+
+
 @functools.lru_cache(maxsize=8)
-def _index_hash(size: int, device: torch.device) -> Tensor:
+def index_hashes(size: int, device: torch.device) -> Tensor:
     """A 32-bit hash of 0 .. size - 1; (size,) int32."""
     return _splitmix(torch.arange(size, device=device)).view(torch.int32)[::2].contiguous()
 

@@ -34,7 +34,8 @@ from rl_soft.walk import Rollout as Rollout
 
 logger = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 4096  # of distinct prompts, padding included, that go through the model at once
+# Of distinct prompts, padding included, that go through the model at once. A CPU's caches hold no more.
+PREFILL_TOKENS = {"cuda": 4096, "cpu": 512}
 MEMORY_SHARE = 0.6  # of the free memory, that the cache may take where no budget is given
 LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between looks at which rows are done; a look makes the host wait
 IDLE = {"cuda": 0.5, "cpu": 0.0}  # share of the rows that may be done before others move up: a new shape, a new graph
@@ -137,7 +138,7 @@ class Engine:
         self.waiting = order
         self.n = 0  # live rows; they are in the first n places
         self.limit = B  # the most that may be live
-        self.prefill_tokens = PREFILL_TOKENS
+        self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, 4096)
         self.prefilled: Prefill | None = None  # the last one, as long as rows that wait need it
         self.read: Tensor | None = None  # (., ., H), what the LM head read last, where thoughts are made of it
         self.replay = Replay(self.device)
@@ -190,11 +191,12 @@ class Engine:
                 if self.prompts[i] not in group.number:
                     break
                 rows.append(i)
-            which = torch.tensor([group.number[self.prompts[i]] for i in rows], device=self.device)  # (m,)
+            numbers = [group.number[self.prompts[i]] for i in rows]
+            which = torch.tensor(numbers, device=self.device)  # (m,)
             lengths = torch.tensor([len(self.prompts[i]) for i in rows], device=self.device)
             live = self.live.part(slice(self.n, self.n + len(rows)))
             self.walk.start(live, torch.tensor(rows, device=self.device), lengths)
-            self.cache.enter(group.cache, which, lengths, len(self.prompts[rows[0]]), self.walk.T)
+            self.cache.enter(group.cache, numbers, lengths, len(self.prompts[rows[0]]), self.walk.T)
             hidden = None if group.hidden is None else group.hidden[which]
             self.walk.sample(live, group.logits[which], hidden)
             self.n, self.waiting = self.n + len(rows), self.waiting[len(rows) :]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_soft import cpu_sampling
 from rl_soft.decoding import Decoding
 from rl_soft.densities import GumbelTopK, SoftToken
 from rl_soft.layout import Layout, Thinking
@@ -27,6 +28,7 @@ from rl_soft.noise import gumbel
 from rl_soft.policy import density_of, next_thought
 
 THINK, FORCED, ANSWER, DONE = 0, 1, 2, 3
+NOISY = ("token", "gumbel", "hybrid")  # kinds of thoughts that one Gumbel top-K sample serves
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,19 @@ class Walk:
         is_thought, is_forced, is_answer = live.phase == THINK, live.phase == FORCED, live.phase == ANSWER
         exists = live.phase != DONE
         temperature = torch.where(is_thought, thinking.thought_temperature, thinking.temperature)
-        scaled = logits.float() / temperature[:, None]  # (m, V)
-        phi = torch.log_softmax(scaled, dim=-1)
-        seeds = None if self.greedy else live.seed
-        if self.decoding.cuts:
-            action = self._draw_cut(phi, is_thought, seeds, live.t)
+        seeds, noisy = None if self.greedy else live.seed, thinking.thought in NOISY
+        fused = None
+        if seeds is not None and noisy and not self.decoding.cuts:
+            fused = cpu_sampling.draw(logits, temperature, self.K, seeds, live.t)
+        if fused is not None:
+            action = SoftToken(fused.support, torch.log_softmax(fused.values / tau_of(thinking), dim=-1))
         else:
-            action = draw(scaled, phi, is_thought, thinking, seeds, live.t)
+            scaled = logits.float() / temperature[:, None]  # (m, V)
+            phi = torch.log_softmax(scaled, dim=-1)
+            if self.decoding.cuts:
+                action = self._draw_cut(phi, is_thought, seeds, live.t)
+            else:
+                action = draw(scaled, phi, is_thought, thinking, seeds, live.t)
         top = action.support[:, 0]
 
         forced = self.forced_ids[live.capped, live.fed.clamp(max=self.forced_ids.shape[1] - 1)]
@@ -208,11 +216,15 @@ class Walk:
         slots[:, 0] = ids
         weights = torch.where(is_thought[:, None], action.log_weights, _token_weights(action.log_weights))
 
-        phi_support = phi.gather(-1, slots)  # (m, K)
-        phi.clamp_(min=-1e4)  # p ln p is 0 at p = 0
-        p = phi.exp()
-        entropy = -torch.linalg.vecdot(p, phi)
-        log_outside = _log_outside(p, phi, torch.where(weights.isneginf(), slots[:, :1], slots))
+        present = torch.where(weights.isneginf(), slots[:, :1], slots)
+        if fused is not None:
+            phi_support, entropy, log_outside = fused.log_probs(slots), fused.entropy, fused.log_outside(present)
+        else:
+            phi_support = phi.gather(-1, slots)  # (m, K)
+            phi.clamp_(min=-1e4)  # p ln p is 0 at p = 0
+            p = phi.exp()
+            entropy = -torch.linalg.vecdot(p, phi)
+            log_outside = _log_outside(p, phi, present)
         log_prob, parameter = density_of(thinking)
         density = torch.where(is_thought, log_prob(phi_support, log_outside, weights, parameter), phi_support[:, 0])
 
@@ -291,15 +303,18 @@ def draw(
     if seeds is None or thinking.thought == "dirichlet":
         action = next_thought(scaled, replace(thinking, thought_temperature=1.0), seeds, step)
     else:
-        noisy = thinking.thought not in ("soft", "hidden")
-        z = gumbel(seeds, step, phi.shape[-1]).add_(phi) if noisy else phi
+        z = gumbel(seeds, step, phi.shape[-1]).add_(phi) if thinking.thought in NOISY else phi
         values, support = z.topk(thinking.support_size(phi.shape[-1]), dim=-1)  # (m, K)
-        tau = thinking.thought_tau if thinking.thought in ("gumbel", "hybrid") else 1.0
-        action = SoftToken(support, torch.log_softmax(values / tau, dim=-1))
+        action = SoftToken(support, torch.log_softmax(values / tau_of(thinking), dim=-1))
     if seeds is not None and thinking.thought in ("soft", "hidden", "dirichlet"):  # tokens have noise of their own
         token = GumbelTopK(scaled, 1, 1.0).sample(seeds=seeds, step=step).support
         action.support[:, :1] = torch.where(is_thought[:, None], action.support[:, :1], token)
     return action
+
+
+def tau_of(thinking: Thinking) -> float:
+    """The temperature of the Gumbel-Softmax, which only some kinds of thoughts have."""
+    return thinking.thought_tau if thinking.thought in ("gumbel", "hybrid") else 1.0
 
 
 def _log_outside(p: Tensor, phi: Tensor, ids: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 pytest tests/test_cpu_kernels.py
 """
 
+import collections
 import logging
+import math
 
 import pytest
 import torch
@@ -14,9 +16,9 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_soft import cpu_kernels as ours
-from rl_soft import policy
+from rl_soft import cpu_sampling, policy
 from rl_soft.layout import Layout, Thinking
-from rl_soft.noise import address
+from rl_soft.noise import address, gumbel
 from rl_soft.rollout import rollout
 
 KERNELS = ours.library()
@@ -44,7 +46,7 @@ def roll(made, **thinking):
 @pytest.fixture
 def calls(monkeypatch):
     """Calls of the kernels by name."""
-    counts = {"product": 0, "attend": 0}
+    counts = collections.Counter()
 
     class Counted:
         def __getattr__(self, name):
@@ -119,16 +121,82 @@ def test_attention_of_large_scores():
 
 
 @compiled
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5, "model_type": "mistral"}, {"attention_bias": True}])
-def test_a_rollout_is_the_same_with_them(changes, calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "changes"),
+    [
+        (True, {}),
+        (True, {"sliding_window": 5, "model_type": "mistral"}),
+        (True, {"model_type": "qwen2"}),  # biases
+        (True, {"model_type": "qwen3", "head_dim": 32}),  # norms of the heads
+        (False, {"attention_bias": True}),  # one where the kernels know none
+        (False, {"hidden_act": "gelu"}),
+        (False, {"model_type": "granite", "residual_multiplier": 0.5}),
+    ],
+)
+def test_a_rollout_is_the_same_with_them(layers, changes, calls, monkeypatch):
     made = large_policy(**changes)
+    with torch.no_grad():
+        for name, p in made.model.named_parameters():
+            p.add_(torch.randn_like(p) * 0.1) if "norm" in name or "bias" in name else None
     with_kernels = roll(made)
-    assert calls["product"] > 50 and calls["attend"] > 10
+    assert calls["product"] > 5 and calls["attend"] > 10 and calls["draw"] > 5
+    tried, depth = calls["after_attention"], len([m for m in made.model.modules() if hasattr(m, "mlp")])
+    assert tried > 5 * depth if layers else tried <= depth  # the first step of each shows that it is another layer
+    roll(made)
+    assert (calls["after_attention"] == 2 * tried) if layers else (calls["after_attention"] == tried)
     monkeypatch.setattr(ours, "library", lambda: None)
     without = roll(made)
     assert torch.equal(with_kernels.support, without.support)
     assert torch.equal(with_kernels.completion_ids, without.completion_ids)
     torch.testing.assert_close(with_kernels.log_probs, without.log_probs, atol=1e-4, rtol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize(("m", "V", "K"), [(1, 8, 8), (3, 61, 1), (5, 4096, 8), (2, 50257, 100)])
+def test_a_draw(m, V, K):
+    """Noise and top-K are those of `noise.gumbel`, the distribution's figures those of float64, row by row."""
+    torch.manual_seed(V)
+    logits, temperature = torch.randn(m, V) * 5, torch.rand(m) + 0.5
+    logits[0, : V // 2] = -torch.inf
+    before, seeds, step = logits.clone(), torch.arange(m) * 7, torch.arange(m)
+    drawn = cpu_sampling.draw(logits, temperature, K, seeds, step)
+    phi = (logits.double() / temperature[:, None]).log_softmax(-1)
+    values, support = (phi + gumbel(seeds, step, V)).topk(K)
+    real = values.isfinite()
+    assert torch.equal(drawn.support[real], support[real])
+    shift = (drawn.values - values)[:, :1]
+    torch.testing.assert_close((drawn.values - shift)[real], values[real], check_dtype=False, atol=1e-5, rtol=1e-6)
+    entropy = -(phi.exp() * phi.clamp(min=-1e4)).sum(-1)
+    torch.testing.assert_close(drawn.entropy, entropy, check_dtype=False, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(drawn.log_probs(support), phi.gather(-1, support), check_dtype=False, atol=1e-5, rtol=0)
+    ids = support[:, : max(1, min(K, V // 4))].clone()
+    ids[:, -1] = ids[:, 0]  # absent slots name the first again
+    outside = phi.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(drawn.log_outside(ids), outside, check_dtype=False, atol=1e-5, rtol=1e-5)
+    assert torch.equal(drawn.logits[:, :V], before)
+    for i in range(m):
+        alone = cpu_sampling.draw(logits[i : i + 1], temperature[i : i + 1], K, seeds[i : i + 1], step[i : i + 1])
+        assert torch.equal(alone.values[0], drawn.values[i]) and torch.equal(alone.entropy[0], drawn.entropy[i])
+
+
+@compiled
+def test_the_noise_of_a_draw():
+    """On flat logits, all ids of many addresses: the values are the noise."""
+    seeds, V = torch.arange(4096), 128
+    drawn = cpu_sampling.draw(torch.zeros(len(seeds), V), torch.ones(len(seeds)), V, seeds, 3)
+    noise = gumbel(seeds, 3, V)
+    assert (drawn.values.gather(-1, drawn.support.argsort()) - noise).abs().max() < 4e-6
+    assert ((drawn.values.gather(-1, drawn.support.argsort()) - noise).abs() / noise.abs().clamp(min=1)).max() < 1e-6
+
+
+@compiled
+def test_a_draw_from_peaks_and_from_what_is_not_finite():
+    logits = torch.zeros(5, 16)
+    logits[0, 3] = 200.0  # nothing is left outside in float32
+    logits[1, 3], logits[2, 5], logits[3] = torch.nan, torch.inf, -torch.inf
+    drawn = cpu_sampling.draw(logits, torch.ones(5), 2, torch.arange(5), 0)
+    assert drawn.entropy[[0, 4]].isfinite().all() and drawn.entropy[1:4].isnan().all()
+    assert drawn.log_outside(torch.full((5, 1), 3))[0] == pytest.approx(-200 + math.log(15), rel=1e-6)
 
 
 @compiled
@@ -140,7 +208,7 @@ def test_adapters_stay_as_they_are(calls, monkeypatch):
         for name, p in made.model.named_parameters():
             p.add_(torch.randn_like(p) * 0.05) if "lora_B" in name else None
     with_kernels = roll(made)
-    assert calls["product"] > 50
+    assert calls["product"] > 50 and not calls["after_attention"]
     monkeypatch.setattr(ours, "library", lambda: None)
     torch.testing.assert_close(with_kernels.log_probs, roll(made).log_probs, atol=1e-4, rtol=1e-5)
 
@@ -167,7 +235,7 @@ def test_training_and_other_dtypes_take_pytorchs_products(calls):
             assert not [m for m in model.modules() if "forward" in vars(m)]
     with torch.autocast("cpu", torch.bfloat16), ours.cpu_kernels(made.model.float()):
         assert not [m for m in made.model.modules() if "forward" in vars(m)]
-    assert calls == {"product": 0, "attend": 0}
+    assert not calls
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])

@@ -151,7 +151,7 @@ def test_budget_refill_and_growth_change_nothing(kind, attention, monkeypatch, c
     given = arguments(made, layout, samples=2)
     expected = rollout(*given)
     monkeypatch.setattr(engine, "CHUNK", {"cpu": 1})
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", {"cpu": 1})
     monkeypatch.setattr("rl_soft.cache.RENUMBER", 8)
     with caplog.at_level(logging.INFO):
         for budget in (100, 190):

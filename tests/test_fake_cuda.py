@@ -52,9 +52,9 @@ def fake(monkeypatch):
     monkeypatch.setattr("rl_soft.kernels.usable", lambda logits: False)  # kernels need the data
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *_: False)  # a look, in prefills
-    noise._index_hash.cache_clear()
+    noise.index_hashes.cache_clear()
     yield FakeTensorMode(allow_non_fake_inputs=True)  # real CPU tensors are then fake CPU tensors
-    noise._index_hash.cache_clear()
+    noise.index_hashes.cache_clear()
 
 
 def onto_cuda(model) -> None:
@@ -184,7 +184,7 @@ def test_a_draw_holds_five_float32_copies_of_the_logits(fake, thought):
     _, layout = make("llama", replace(EXPLICIT, thought=thought, thought_k=5))
     with fake, torch.no_grad():
         device = torch.device("cuda:0")
-        noise._index_hash(V, device)
+        noise.index_hashes(V, device)
         walk = Walk(layout, V, m, torch.zeros(m, dtype=torch.int64, device=device), [2], device)
         live, logits = walk.places(m, None, None), torch.empty(m, V, dtype=torch.bfloat16, device=device)
         with Memory() as memory:

@@ -268,7 +268,10 @@ def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_star
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), key
     a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("rl", "one"))
     assert a.keys() ^ b.keys() <= {"lm_head.weight"}  # tied; ZeRO-2 writes it too
-    assert max((a[k] - b[k]).abs().max() for k in b) < 1e-5
+    moved = torch.cat([(a[k] - b[k]).abs().flatten() for k in b])
+    # A reset optimizer divides a gradient by its own size: where that is 1e-8, rounding moves a weight by a share of
+    # the learning rate, 1e-3.
+    assert moved.max() < 1e-4 and moved.mean() < 1e-6
 
 
 @pytest.mark.parametrize(
