@@ -165,7 +165,10 @@ def _is_layer(module: Any) -> bool:
     norms = [module.input_layernorm, module.post_attention_layernorm]
     norms += [getattr(attention, name) for name in head_norms]
     return (
-        all(type(m) is nn.Linear and _fits(m.weight) and not any(n % 8 for n in m.weight.shape) for m in linears)
+        all(
+            type(m) is nn.Linear and _fits(m.weight) and m.weight.numel() for m in linears
+        )  # ZeRO-3 may hold them apart
+        and not any(n % 8 for m in linears for n in m.weight.shape)
         and all(m.bias is None for m in inner)
         and all(hasattr(m, "variance_epsilon") and _fits(m.weight) for m in norms)
         and attention.config._attn_implementation == "sdpa"

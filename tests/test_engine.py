@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, VOCABULARY, rows, tiny_policy
 from torch import Tensor
 
-from rl_soft import policy
+from rl_soft import policy, walk
 from rl_soft import rollout as engine
 from rl_soft.densities import Dirichlet, GumbelTopK, entropy
 from rl_soft.graphs import Replay
@@ -166,7 +166,28 @@ def test_the_step_for_graphs_is_the_step(kind, monkeypatch):
     made, layout = make(kind, EXPLICIT)
     given = arguments(made, layout)
     expected = rollout(*given)
+    monkeypatch.setattr(walk.cpu_sampling, "draw", lambda *args: None)
     for name, value in {"GRAIN": 16, "CHUNK": 32, "LOOK_EVERY": 5, "IDLE": 0.5}.items():
+        monkeypatch.setattr(engine, name, {"cpu": value})
+    for budget in (None, 200):
+        assert_same(rollout(*given, token_budget=budget), expected)
+
+
+@pytest.mark.parametrize("grain", [1, 16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_what_nobody_wrote_is_not_read(kind, grain, monkeypatch):
+    """New buffers hold whatever was in memory: NaN here."""
+    made, layout = make(kind, EXPLICIT)
+    given = arguments(made, layout)
+    expected = rollout(*given)
+    plain = Tensor.new_empty
+
+    def new_empty(*args, **kwargs):
+        made = plain(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    for name, value in {"GRAIN": grain, "CHUNK": 4, "LOOK_EVERY": 3}.items():
         monkeypatch.setattr(engine, name, {"cpu": value})
     for budget in (None, 200):
         assert_same(rollout(*given, token_budget=budget), expected)

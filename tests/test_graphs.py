@@ -31,6 +31,7 @@ def as_on_a_gpu(monkeypatch):
     for name, value in {"GRAIN": 4, "CHUNK": 16, "LOOK_EVERY": 5, "IDLE": 0.5}.items():
         monkeypatch.setattr(engine, name, {"cpu": value})
     monkeypatch.setattr(cache, "RENUMBER", 4)
+    monkeypatch.setattr(walk.cpu_sampling, "draw", lambda *args: None)
     monkeypatch.setattr(walk, "_log_outside", lambda p, phi, ids: phi.scatter_(-1, ids, -torch.inf).logsumexp(-1))
 
 
