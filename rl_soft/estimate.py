@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rl_soft.config import RL_METHODS, Recipe, batch_plan
 from rl_soft.policy import character_tokenizer
+from rl_soft.rollout import PREFILL_TOKENS
 from rl_soft.train import lora_config, warm_start_of
 
 GIB = 2**30
@@ -103,7 +104,8 @@ def estimate(
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or H // config.num_attention_heads
         token = 2 * L * heads * head_size * size
-        prompts = max(1, min(rows // G, 4096 // prompt_tokens))
+        at_once = PREFILL_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
+        prompts = max(1, min(rows // G, at_once // prompt_tokens))
         made.rollout["cache"] = (rows * length + prompts * prompt_tokens) * token
         made.rollout["logits"] = 5 * rows * V * FLOAT32
         made.rollout["records"] = rows * T * (16 * K + 40)

@@ -38,7 +38,7 @@ ALLOWED = {  # module -> modules of ours that it may import
     "cpu_kernels": set(),
     "cpu_sampling": {"cpu_kernels", "noise"},
     "rollout": {"cache", "cpu_kernels", "decoding", "graphs", "layout", "policy", "walk"},
-    "estimate": {"config", "policy", "train"},
+    "estimate": {"config", "policy", "rollout", "train"},
     "arguments": {"layout"},
     "refusals": {"arguments", "layout"},
     "config": {"arguments", "decoding", "layout", "refusals"},
