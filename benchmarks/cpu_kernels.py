@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     kernels = cpu_kernels.library()
     if kernels is None:
-        raise SystemExit("the kernels need a CPU whose best instruction set is AVX2, and a C compiler")
+        raise SystemExit("the kernels need a CPU with AVX2 or AVX-512, and a C compiler")
     aligned, shifted = linears(0), linears(10)
 
     def products(x: dict[int, Tensor], modules: list[nn.Linear], ours: bool) -> Callable[[], None]:

@@ -1,31 +1,46 @@
 /* What a step of a rollout spends its time on, on a CPU: products of a few rows with a large matrix, attention of one
- * position a row, what lies between them in a decoder layer, and sampling. Float32, AVX2; `cpu_kernels.py` compiles it.
+ * position a row, what lies between them in a decoder layer, and sampling. Float32, AVX2 or AVX-512; `cpu_kernels.py`
+ * compiles it.
  *
  * Libraries pack a matrix before they multiply, which pays where hundreds of rows share the packing. With 1 to 64 rows
- * it costs more than it saves. Here the matrix is read once, as it lies in memory, and 6 of its rows meet 2 of the
- * others' at a time: 12 sums, each in a register. The order of a sum does not depend on how many rows there are. */
+ * it costs more than it saves. Here the matrix is read once, as it lies in memory, and 6 of its rows meet 2 or 4 of the
+ * others' at a time: 12 or 24 sums, each in a register. The order of a sum does not depend on how many rows there are. */
 
-typedef float vec __attribute__((vector_size(32), aligned(4)));
-typedef float half __attribute__((vector_size(16), aligned(4)));
-typedef int ints __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+#define LANES 16 /* floats of a vector */
+#define ABREAST 4 /* rows of x in a tile of a product: 32 registers hold its sums */
+#define ABOVE(a, b) (unsigned short)__builtin_ia32_cmpps512_mask(a, b, 30, -1, 4) /* a bit for each a > b */
+#else
+#define LANES 8
+#define ABREAST 2
+#define ABOVE(a, b) __builtin_ia32_movmskps256(a > b)
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float four __attribute__((vector_size(16), aligned(4)));
+typedef int ints __attribute__((vector_size(4 * LANES)));
 
 static inline float total(vec a) {
-  union { vec whole; half part[2]; } u = {a};
-  half h = u.part[0] + u.part[1];
-  return (h[0] + h[2]) + (h[1] + h[3]);
+  union { vec whole; four part[LANES / 4]; } u = {a};
+  four s = u.part[0] + u.part[1];
+#if LANES == 16
+  s += u.part[2] + u.part[3];
+#endif
+  return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 /* y[j * N + i] += w[i] . x[j] for R rows of w and C rows of x, over `part` of their K columns; = where `first`. On the
- * way it fetches what comes next in w, a line `apart` bytes after the other: reading keeps pace with multiplying. */
+ * way it fetches `apart` bytes of what comes next in w, so that reading keeps pace with multiplying; where rows are fewer
+ * than a tile's, the processor fetches better by itself. */
 #define TILE(R, C)                                                                                                \
   static void tile_##R##_##C(const float *x, const float *w, float *y, long N, long K, long part, int first,      \
                              const char *next, long apart) {                                                      \
     vec sum[R][C];                                                                                                \
     for (int i = 0; i < R; i++)                                                                                   \
       for (int j = 0; j < C; j++) sum[i][j] = (vec){0};                                                           \
-    for (long k = 0; k < part; k += 8, next += apart) {                                                           \
+    for (long k = 0; k < part; k += LANES, next += apart) {                                                       \
       vec b[C];                                                                                                   \
-      __builtin_prefetch(next, 0, 2);                                                                             \
+      for (long o = 0; C == ABREAST && o < apart; o += 64) __builtin_prefetch(next + o, 0, 2);                    \
       for (int j = 0; j < C; j++) b[j] = *(const vec *)(x + j * K + k);                                           \
       for (int i = 0; i < R; i++) {                                                                               \
         vec a = *(const vec *)(w + i * K + k);                                                                    \
@@ -35,31 +50,31 @@ static inline float total(vec a) {
     for (int i = 0; i < R; i++)                                                                                   \
       for (int j = 0; j < C; j++) y[j * N + i] = (first ? 0 : y[j * N + i]) + total(sum[i][j]);                   \
   }
+TILE(6, 4)
 TILE(6, 2)
 TILE(6, 1)
-TILE(1, 2)
 TILE(1, 1)
 
 #define COLUMNS 768 /* of w at a time: 6 rows then stay in the first cache */
 
-/* y (M, N) = x (M, K) w (N, K)^T; all contiguous, K a multiple of 8. */
+/* y (M, N) = x (M, K) w (N, K)^T; all contiguous, K a multiple of LANES. */
 void product(const float *x, const float *w, float *y, long M, long N, long K) {
-  long apart = 6 * 8 * sizeof(float) / ((M + 1) / 2) + 1; /* the next rows of w, evenly over this tile's work */
+  long tiles = (M + ABREAST - 1) / ABREAST, apart = 6 * LANES * sizeof(float) / tiles + 1; /* w's next rows, evenly */
 #pragma omp parallel for schedule(static)
   for (long tile = 0; tile < (N + 5) / 6; tile++) {
     long n = tile * 6;
     const char *next = (const char *)(w + (n + 6) * K);
     for (long k = 0; k < K; k += COLUMNS) {
-      long part = K - k < COLUMNS ? K - k : COLUMNS, m = 0, step = part / 8 * apart;
+      long part = K - k < COLUMNS ? K - k : COLUMNS, m = 0, step = part / LANES * apart;
       const float *a = w + n * K + k, *b = x + k;
       if (n + 6 <= N) {
+        for (; ABREAST == 4 && m + 4 <= M; m += 4, next += step)
+          tile_6_4(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart);
         for (; m + 2 <= M; m += 2, next += step) tile_6_2(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart);
         if (m < M) tile_6_1(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart), next += step;
       } else {
-        for (long i = 0; n + i < N; i++) {
-          for (m = 0; m + 2 <= M; m += 2) tile_1_2(b + m * K, a + i * K, y + m * N + n + i, N, K, part, !k, next, 0);
-          if (m < M) tile_1_1(b + m * K, a + i * K, y + m * N + n + i, N, K, part, !k, next, 0);
-        }
+        for (long i = 0; n + i < N; i++)
+          for (m = 0; m < M; m++) tile_1_1(b + m * K, a + i * K, y + m * N + n + i, N, K, part, !k, next, 0);
       }
     }
   }
@@ -77,7 +92,7 @@ static inline vec exponential(vec x) { /* x <= 0; relative error 1e-7 (Cephes); 
 }
 
 #define BLOCK 64 /* columns at a time */
-#define WIDEST 32 /* vectors of a head */
+#define WIDEST (256 / LANES) /* vectors of a head */
 #define NOTHING (-__builtin_inff())
 
 /* Q queries of one row that share keys and values; softmax over the columns in blocks, as in flash attention. */
@@ -88,7 +103,7 @@ static inline vec exponential(vec x) { /* x <= 0; relative error 1e-7 (Cephes); 
     vec mean[Q][WIDEST];                                                                                          \
     for (int i = 0; i < Q; i++) {                                                                                 \
       top[i] = NOTHING, sum[i] = 0;                                                                               \
-      for (long d = 0; d < D / 8; d++) mean[i][d] = (vec){0};                                                     \
+      for (long d = 0; d < D / LANES; d++) mean[i][d] = (vec){0};                                                 \
     }                                                                                                             \
     long first = 0;                                                                                               \
     while (seen && first < C && !seen[first]) first++;                                                            \
@@ -101,7 +116,7 @@ static inline vec exponential(vec x) { /* x <= 0; relative error 1e-7 (Cephes); 
         int on = c < width && (!seen || seen[start + c]);                                                         \
         for (long d = 0; d < D; d += 16) /* keys that come soon, and this column's values */                      \
           __builtin_prefetch(k + (start + c + 8) * D + d), __builtin_prefetch(v + (start + c) * D + d);           \
-        for (long d = 0; on && d < D; d += 8)                                                                     \
+        for (long d = 0; on && d < D; d += LANES)                                                                 \
           for (int i = 0; i < Q; i++)                                                                             \
             dot[i] += *(const vec *)(k + (start + c) * D + d) * *(const vec *)(q + i * D + d);                    \
         for (int i = 0; i < Q; i++) score[i][c] = on ? total(dot[i]) * scale : NOTHING;                           \
@@ -112,15 +127,15 @@ static inline vec exponential(vec x) { /* x <= 0; relative error 1e-7 (Cephes); 
         if (higher == NOTHING) higher = 0;                                                                        \
         float rescale = exponential((vec){0} + (top[i] - higher))[0];                                             \
         vec part = {0};                                                                                           \
-        for (int c = 0; c < BLOCK; c += 8) {                                                                      \
+        for (int c = 0; c < BLOCK; c += LANES) {                                                                  \
           vec *s = (vec *)(score[i] + c);                                                                         \
           *s = exponential(*s - higher);                                                                          \
           part += *s;                                                                                             \
         }                                                                                                         \
         top[i] = higher, sum[i] = sum[i] * rescale + total(part);                                                 \
-        for (long d = 0; d < D / 8; d++) mean[i][d] *= rescale;                                                   \
+        for (long d = 0; d < D / LANES; d++) mean[i][d] *= rescale;                                               \
       }                                                                                                           \
-      for (long d = 0; d < D / 8; d += 2) {                                                                       \
+      for (long d = 0; d < D / LANES; d += 2) {                                                                   \
         vec a[Q], b[Q];                                                                                           \
         for (int i = 0; i < Q; i++) a[i] = mean[i][d], b[i] = mean[i][d + 1];                                     \
         for (long c = 0; c < width; c++) {                                                                        \
@@ -131,7 +146,7 @@ static inline vec exponential(vec x) { /* x <= 0; relative error 1e-7 (Cephes); 
       }                                                                                                           \
     }                                                                                                             \
     for (int i = 0; i < Q; i++)                                                                                   \
-      for (long d = 0; d < D / 8; d++) ((vec *)(out + i * D))[d] = mean[i][d] / sum[i];                           \
+      for (long d = 0; d < D / LANES; d++) ((vec *)(out + i * D))[d] = mean[i][d] / sum[i];                       \
   }
 ATTEND(1)
 ATTEND(2)
@@ -139,7 +154,7 @@ ATTEND(3)
 ATTEND(4)
 
 /* out (n, A, G, D): attention of one position a row. q (n, A, G, D) and seen (n, C) are contiguous; k, v (n, A, C, D)
- * have contiguous columns, the heads `head` numbers apart and the rows `row`. D is a multiple of 16, 256 at most. */
+ * have contiguous columns, the heads `head` numbers apart and the rows `row`. D is a multiple of 2 LANES, 256 at most. */
 void attend(const float *q, const float *k, const float *v, const char *seen, float *out, long n, long A, long G,
             long C, long D, long row, long head, float scale) {
   long parts = (G + 3) / 4;
@@ -161,9 +176,9 @@ void attend(const float *q, const float *k, const float *v, const char *seen, fl
 static void rms_norm(const float *x, const float *w, float *y, long M, long H, float eps) {
   for (long m = 0; m < M; m++) {
     vec squares = {0};
-    for (long i = m * H; i < (m + 1) * H; i += 8) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
+    for (long i = m * H; i < (m + 1) * H; i += LANES) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
     float scale = 1 / __builtin_sqrtf(total(squares) / H + eps);
-    for (long i = 0; i < H; i += 8) *(vec *)(y + m * H + i) = *(const vec *)(x + m * H + i) * scale * *(const vec *)(w + i);
+    for (long i = 0; i < H; i += LANES) *(vec *)(y + m * H + i) = *(const vec *)(x + m * H + i) * scale * *(const vec *)(w + i);
   }
 }
 
@@ -171,10 +186,10 @@ static void rms_norm(const float *x, const float *w, float *y, long M, long H, f
  * 2021) by cos and sin (D); what is null is left out. */
 static void finish_heads(float *x, const float *bias, const float *norm, const float *cos, const float *sin, long A,
                          long D, float eps) {
-  for (long i = 0; bias && i < A * D; i += 8) *(vec *)(x + i) += *(const vec *)(bias + i);
+  for (long i = 0; bias && i < A * D; i += LANES) *(vec *)(x + i) += *(const vec *)(bias + i);
   if (norm) rms_norm(x, norm, x, A, D, eps);
   for (long a = 0; cos && a < A; a++)
-    for (long i = a * D, d = 0; d < D / 2; i += 8, d += 8) {
+    for (long i = a * D, d = 0; d < D / 2; i += LANES, d += LANES) {
       vec *low = (vec *)(x + i), *high = (vec *)(x + i + D / 2), l = *low, h = *high;
       *low = l * *(const vec *)(cos + d) - h * *(const vec *)(sin + d);
       *high = h * *(const vec *)(cos + D / 2 + d) + l * *(const vec *)(sin + D / 2 + d);
@@ -204,12 +219,12 @@ void after_attention(const float *x, const float *a, const float *wo, const floa
                      const float *wu, const float *wd, float *h, float *gate, float *up, float *y, long M, long H,
                      long Z, long F, float eps) {
   product(a, wo, h, M, H, Z);
-  for (long i = 0; i < M * H; i += 8) *(vec *)(y + i) = *(const vec *)(x + i) + *(vec *)(h + i);
+  for (long i = 0; i < M * H; i += LANES) *(vec *)(y + i) = *(const vec *)(x + i) + *(vec *)(h + i);
   rms_norm(y, norm, h, M, H, eps);
   product(h, wg, gate, M, F, H);
   product(h, wu, up, M, F, H);
 #pragma omp parallel for schedule(static)
-  for (long i = 0; i < M * F; i += 8) {
+  for (long i = 0; i < M * F; i += LANES) {
     vec g = *(vec *)(gate + i), one = (vec){0} + 1;
     ints negative = g < 0;
     vec e = exponential((vec)((ints)g | (int)0x80000000)); /* of -|g|: nothing overflows */
@@ -217,7 +232,7 @@ void after_attention(const float *x, const float *a, const float *wo, const floa
     *(vec *)(gate + i) = g * top / (1 + e) * *(vec *)(up + i); /* silu: g / (1 + exp(-g)) */
   }
   product(gate, wd, h, M, H, F);
-  for (long i = 0; i < M * H; i += 8) *(vec *)(y + i) += *(vec *)(h + i);
+  for (long i = 0; i < M * H; i += LANES) *(vec *)(y + i) += *(vec *)(h + i);
 }
 
 static inline vec logarithm(vec x) { /* x a normal number above 0; relative error 1e-7 (Cephes) */
@@ -231,9 +246,9 @@ static inline vec logarithm(vec x) { /* x a normal number above 0; relative erro
   return f + (p - n * 2.12194440e-4f - z * 0.5f) + n * 0.693359375f;
 }
 
-/* Gumbel noise of 8 indices at one address; `noise.gumbel` to the last bits. */
+/* Gumbel noise of LANES indices at one address; `noise.gumbel` to the last bits. */
 static inline vec gumbel(const int *index_hash, int low, int high) {
-  typedef unsigned int words __attribute__((vector_size(32)));
+  typedef unsigned int words __attribute__((vector_size(4 * LANES), aligned(4)));
   words b = (*(const words *)index_hash ^ (unsigned)low) * (unsigned)high;
   b += (words)((ints)b >> 16);
   b *= 0x7FEB352Du;
@@ -247,7 +262,7 @@ static inline vec gumbel(const int *index_hash, int low, int high) {
 
 /* M rows of logits x (M, V), divided by the temperature of each: the largest, top (M); the sums of e = exp(x - top) and
  * of e (x - top), mass and dot (M), NaN where a logit is NaN or infinite; and the K largest of x - top + Gumbel noise,
- * falling, values and ids (M, K). low and high (M) are the addresses of the noise. V is a multiple of 8. */
+ * falling, values and ids (M, K). low and high (M) are the addresses of the noise. V is a multiple of LANES. */
 void draw(const float *x, const float *temperature, const int *low, const int *high, const int *index_hash,
           float *top, float *mass, float *dot, float *values, long *ids, long M, long V, long K) {
 #pragma omp parallel for schedule(dynamic)
@@ -255,7 +270,7 @@ void draw(const float *x, const float *temperature, const int *low, const int *h
     const float *row = x + m * V, scale = temperature[m];
     vec most = (vec){0} + NOTHING, zero = {0};
     ints wrong = {0};
-    for (long i = 0; i < V; i += 8) {
+    for (long i = 0; i < V; i += LANES) {
       vec a = *(const vec *)(row + i);
       ints above = a > most;
       wrong |= a != a;
@@ -263,7 +278,7 @@ void draw(const float *x, const float *temperature, const int *low, const int *h
     }
     float largest = NOTHING;
     int bad = 0;
-    for (int i = 0; i < 8; i++) largest = most[i] > largest ? most[i] : largest, bad |= wrong[i];
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest, bad |= wrong[i];
     bad |= largest == NOTHING || largest == -NOTHING;
     top[m] = largest = largest / scale;
     float *v = values + m * K, s = 0, sd = 0;
@@ -271,12 +286,12 @@ void draw(const float *x, const float *temperature, const int *low, const int *h
     for (long k = 0; k < K; k++) v[k] = NOTHING, at[k] = k;
     for (long block = 0; block < V; block += 2048) {
       vec sum = zero, product = zero;
-      for (long i = block; i < V && i < block + 2048; i += 8) {
+      for (long i = block; i < V && i < block + 2048; i += LANES) {
         vec a = *(const vec *)(row + i) / scale - largest, e = exponential(a);
         ints kept = a >= -87.0f;
         sum += e, product += e * (vec)((ints)a & kept);
         a += gumbel(index_hash + i, low[m], high[m]);
-        int better = __builtin_ia32_movmskps256(a > v[K - 1]);
+        int better = ABOVE(a, (vec){0} + v[K - 1]);
         for (int j = 0; better; j++, better >>= 1) {
           if (!(better & 1) || !(a[j] > v[K - 1])) continue;
           long k = K - 1;
@@ -299,7 +314,7 @@ void mass_outside(float *x, const float *temperature, const float *top, const lo
     for (long k = 0; k < K; k++) saved[k] = row[ids[m * K + k]], row[ids[m * K + k]] = NOTHING;
     for (long block = 0; block < V; block += 2048) {
       vec sum = {0};
-      for (long i = block; i < V && i < block + 2048; i += 8)
+      for (long i = block; i < V && i < block + 2048; i += LANES)
         sum += exponential(*(const vec *)(row + i) / temperature[m] - top[m]);
       s += total(sum);
     }

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
 # Without default libraries, the names of OpenMP are those of the library that PyTorch has loaded: one pool of threads.
-FLAGS = ("-O3", "-mavx2", "-mfma", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs")
+FLAGS = ("-O3", "-mfma", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs")
+SETS = {"AVX2": ("-mavx2",), "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")}  # as PyTorch names them
+LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # floats of a vector
 ROWS = 64  # of a product; PyTorch's are as fast from there on
 LARGE = 2**16  # numbers of a matrix; a smaller one stays in the cache of a core, where little is to be won
 WIDEST = 256  # head size
@@ -46,9 +48,11 @@ _judged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":  # not measured on others
+    instructions = SETS.get(torch.backends.cpu.get_cpu_capability())
+    if instructions is None:
         return None
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    flags = (*FLAGS, *instructions)
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_soft"
         file = folder / f"cpu_kernels-{digest}.so"
@@ -56,7 +60,7 @@ def library() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 out = Path(made) / file.name
-                command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, "-o", str(out), str(SOURCE)]
+                command = [*shlex.split(os.environ.get("CC", "cc")), *flags, "-o", str(out), str(SOURCE)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 out.replace(file)  # several processes may do this at once
         loaded = ctypes.CDLL(str(file))
@@ -101,7 +105,7 @@ def cpu_kernels(model: nn.Module) -> Iterator[None]:
 
 def _takes(module: nn.Linear) -> bool:
     w = module.weight
-    return _fits(w) and w.numel() >= LARGE and w.shape[1] % 8 == 0 and "forward" not in vars(module)
+    return _fits(w) and w.numel() >= LARGE and w.shape[1] % LANES == 0 and "forward" not in vars(module)
 
 
 def _linear(kernels: Any, module: nn.Linear, x: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def _attention(
     A, C = key.shape[1:3]
     seen = attention_mask
     if (
-        (T > 1 or D % 16 or D > WIDEST or {query.dtype, key.dtype, value.dtype} != {torch.float32})
+        (T > 1 or D % (2 * LANES) or D > WIDEST or {query.dtype, key.dtype, value.dtype} != {torch.float32})
         or (key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (D, 1))
         or (seen is not None and (seen.dtype != torch.bool or seen.shape != (n, 1, 1, C)))
         or (dropout or kwargs.get("position_bias") is not None or torch.is_grad_enabled())
@@ -168,11 +172,11 @@ def _is_layer(module: Any) -> bool:
         all(
             type(m) is nn.Linear and _fits(m.weight) and m.weight.numel() for m in linears
         )  # ZeRO-3 may hold them apart
-        and not any(n % 8 for m in linears for n in m.weight.shape)
+        and not any(n % LANES for m in linears for n in m.weight.shape)
         and all(m.bias is None for m in inner)
         and all(hasattr(m, "variance_epsilon") and _fits(m.weight) for m in norms)
         and attention.config._attn_implementation == "sdpa"
-        and getattr(attention, "head_dim", 1) % 16 == 0
+        and getattr(attention, "head_dim", 1) % (2 * LANES) == 0
         and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
     )
 

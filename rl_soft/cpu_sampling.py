@@ -24,7 +24,7 @@ SLOTS = 128  # the kernel inserts one by one
 class Drawn:
     """A Gumbel top-K sample of each row, and what is known of its distribution."""
 
-    logits: Tensor  # (m, V) float32, V rounded up to a multiple of 8
+    logits: Tensor  # (m, V) float32, V rounded up to a multiple of a vector's length
     temperature: Tensor  # (m,) float32
     support: Tensor  # (m, K) int64, the strongest first
     values: Tensor  # (m, K) float32, their noisy log-probabilities, but for a number the same in all of a row
@@ -63,8 +63,8 @@ def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: A
     kernels = cpu_kernels.library()
     if kernels is None:
         return None
-    logits, temperature = F.pad(logits.float(), (0, -V % 8), value=-torch.inf).contiguous(), temperature.contiguous()
-    V = logits.shape[1]
+    logits, temperature = F.pad(logits.float(), (0, -V % cpu_kernels.LANES), value=-torch.inf), temperature
+    logits, temperature, V = logits.contiguous(), temperature.contiguous(), logits.shape[1]
     low, high = (half.contiguous() for half in noise.keys(seeds, step))
     hashes = noise.index_hashes(V, logits.device)
     (top, mass, dot), values = logits.new_empty(3, m), logits.new_empty(m, slots)

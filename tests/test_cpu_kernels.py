@@ -6,6 +6,9 @@ pytest tests/test_cpu_kernels.py
 import collections
 import logging
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from rl_soft.rollout import rollout
 
 KERNELS = ours.library()
 compiled = pytest.mark.skipif(
-    KERNELS is None, reason="needs a CPU whose best instruction set is AVX2, and a C compiler"
+    KERNELS is None, reason="needs a CPU with AVX2 or AVX-512, and a C compiler"
 )
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
 
@@ -63,6 +66,7 @@ def calls(monkeypatch):
 @torch.no_grad()
 def test_product(M, N, K):
     torch.manual_seed(M * N)
+    K *= ours.LANES // 8
     module, x = nn.Linear(K, N), torch.randn(2, M, K)[:, ::1].transpose(0, 1)  # not contiguous
     y = ours._linear(KERNELS, module, x[:, :1])
     exact = F.linear(x[:, :1].double(), module.weight.double(), module.bias.double())
@@ -79,7 +83,7 @@ def test_product(M, N, K):
 def test_attention(columns, A, groups, D):
     """Left-padded rows, holes, and views of a larger buffer."""
     torch.manual_seed(columns)
-    n, H = 5, A * groups
+    n, H, D = 5, A * groups, min(256, D * ours.LANES // 8)
     buffers = torch.randn(2, n, A, columns + 9, D)
     buffers[:, :, :, columns:] = torch.nan  # what is not seen is not read
     k, v = buffers[:, :, :, :columns]
@@ -111,11 +115,12 @@ def test_attention(columns, A, groups, D):
 @torch.no_grad()
 def test_attention_of_large_scores():
     """Scores of up to 1e5, where the softmax is a maximum, of either sign, in blocks before and after it."""
-    q, k, v = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 200, 16), torch.randn(1, 1, 200, 16)
+    D = 2 * ours.LANES
+    q, k, v = torch.ones(1, 1, 1, D), torch.zeros(1, 1, 200, D), torch.randn(1, 1, 200, D)
     for at in (0, 63, 64, 199):
         for low, high in ((-1e5, -1e4), (1e4, 1e5), (-1e5, 1e5), (0.0, 200.0)):
-            k[:] = low / 16
-            k[:, :, at] = high / 16
+            k[:] = low / D
+            k[:, :, at] = high / D
             out, _ = ours._attention(KERNELS, pytest.fail, nn.Module(), q, k, v, None, scaling=1.0)
             assert torch.equal(out[0, 0], v[0, :, at])
 
@@ -259,3 +264,13 @@ def test_loaded_weights_begin_at_cache_lines(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight or not loaded.config.tie_word_embeddings
     for p, q in zip(loaded.parameters(), made.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@compiled
+@pytest.mark.skipif(ours.LANES == 8, reason="this is what has just run")
+def test_the_other_instruction_set():
+    """On a CPU with AVX-512, this file with AVX2."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "1 skipped" in done.stdout  # this one alone
