@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".c")
 # Without default libraries, the names of OpenMP are those of the library that PyTorch has loaded: one pool of threads.
 FLAGS = ("-O3", "-mfma", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs")
-SETS = {"AVX2": ("-mavx2",), "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")}  # as PyTorch names them
+SETS = {"AVX2": ["-mavx2"], "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]}  # names as PyTorch's
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # floats of a vector
 ROWS = 64  # of a product; PyTorch's are as fast from there on
 LARGE = 2**16  # numbers of a matrix; a smaller one stays in the cache of a core, where little is to be won

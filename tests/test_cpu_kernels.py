@@ -25,9 +25,7 @@ from rl_soft.noise import address, gumbel
 from rl_soft.rollout import rollout
 
 KERNELS = ours.library()
-compiled = pytest.mark.skipif(
-    KERNELS is None, reason="needs a CPU with AVX2 or AVX-512, and a C compiler"
-)
+compiled = pytest.mark.skipif(KERNELS is None, reason="needs a CPU with AVX2 or AVX-512, and a C compiler")
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
@@ -270,7 +268,7 @@ def test_loaded_weights_begin_at_cache_lines(tmp_path):
 @pytest.mark.skipif(ours.LANES == 8, reason="this is what has just run")
 def test_the_other_instruction_set():
     """On a CPU with AVX-512, this file with AVX2."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "1 skipped" in done.stdout  # this one alone
