@@ -37,7 +37,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-mfma", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs")
 SETS = {"AVX2": ["-mavx2"], "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]}  # names as PyTorch's
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # floats of a vector
-ROWS = 64  # of a product; PyTorch's are as fast from there on
+ROWS = 512 if LANES == 16 else 192  # of a product; from there on PyTorch's are as fast
 LARGE = 2**16  # numbers of a matrix; a smaller one stays in the cache of a core, where little is to be won
 WIDEST = 256  # head size
 AGREE = 1e-4  # of the largest change that a layer makes: what its two ways may differ by

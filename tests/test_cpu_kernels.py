@@ -59,7 +59,7 @@ def calls(monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("M", [1, 2, 3, 8, 63])
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 63, 130])
 @pytest.mark.parametrize(("N", "K"), [(6, 8), (7, 72), (12, 576), (17, 1544), (1, 16)])
 @torch.no_grad()
 def test_product(M, N, K):
