@@ -56,9 +56,9 @@ TILE(6, 1)
 TILE(1, 1)
 
 #define COLUMNS 768 /* of w at a time: 6 rows then stay in the first cache */
+#define FEW 256 /* rows of x at a time: they then stay in the second */
 
-/* y (M, N) = x (M, K) w (N, K)^T; all contiguous, K a multiple of LANES. */
-void product(const float *x, const float *w, float *y, long M, long N, long K) {
+static void product_of_few(const float *x, const float *w, float *y, long M, long N, long K) {
   long tiles = (M + ABREAST - 1) / ABREAST, apart = 6 * LANES * sizeof(float) / tiles + 1; /* w's next rows, evenly */
 #pragma omp parallel for schedule(static)
   for (long tile = 0; tile < (N + 5) / 6; tile++) {
@@ -78,6 +78,11 @@ void product(const float *x, const float *w, float *y, long M, long N, long K) {
       }
     }
   }
+}
+
+/* y (M, N) = x (M, K) w (N, K)^T; all contiguous, K a multiple of LANES. */
+void product(const float *x, const float *w, float *y, long M, long N, long K) {
+  for (long m = 0; m < M; m += FEW) product_of_few(x + m * K, w, y + m * N, M - m < FEW ? M - m : FEW, N, K);
 }
 
 static inline vec exponential(vec x) { /* x <= 0; relative error 1e-7 (Cephes); 0 below -87 */
@@ -172,8 +177,11 @@ void attend(const float *q, const float *k, const float *v, const char *seen, fl
   }
 }
 
+#define MANY 32 /* rows whose small parts are worth two threads' start */
+
 /* y (M, H) = w x / sqrt(mean x^2 + eps), by rows (Zhang and Sennrich 2019); y may be x. */
 static void rms_norm(const float *x, const float *w, float *y, long M, long H, float eps) {
+#pragma omp parallel for schedule(static) if (M > MANY)
   for (long m = 0; m < M; m++) {
     vec squares = {0};
     for (long i = m * H; i < (m + 1) * H; i += LANES) squares += *(const vec *)(x + i) * *(const vec *)(x + i);
@@ -206,6 +214,7 @@ void before_attention(const float *x, const float *norm, const float *wq, const 
   product(h, wq, q, M, Q * D, H);
   product(h, wk, k, M, A * D, H);
   product(h, wv, v, M, A * D, H);
+#pragma omp parallel for schedule(static) if (M > MANY)
   for (long m = 0; m < M; m++) {
     finish_heads(q + m * Q * D, bq, nq, cos + m * D, sin + m * D, Q, D, eps_heads);
     finish_heads(k + m * A * D, bk, nk, cos + m * D, sin + m * D, A, D, eps_heads);
@@ -219,6 +228,7 @@ void after_attention(const float *x, const float *a, const float *wo, const floa
                      const float *wu, const float *wd, float *h, float *gate, float *up, float *y, long M, long H,
                      long Z, long F, float eps) {
   product(a, wo, h, M, H, Z);
+#pragma omp parallel for schedule(static) if (M > MANY)
   for (long i = 0; i < M * H; i += LANES) *(vec *)(y + i) = *(const vec *)(x + i) + *(vec *)(h + i);
   rms_norm(y, norm, h, M, H, eps);
   product(h, wg, gate, M, F, H);
@@ -232,6 +242,7 @@ void after_attention(const float *x, const float *a, const float *wo, const floa
     *(vec *)(gate + i) = g * top / (1 + e) * *(vec *)(up + i); /* silu: g / (1 + exp(-g)) */
   }
   product(gate, wd, h, M, H, F);
+#pragma omp parallel for schedule(static) if (M > MANY)
   for (long i = 0; i < M * H; i += LANES) *(vec *)(y + i) += *(vec *)(h + i);
 }
 

@@ -4,7 +4,7 @@ PyTorch's products are made for hundreds of rows, and a step of a rollout has 1 
 operations a layer, each longer to start than to do. The kernels are compiled once, into the user's cache, by the C
 compiler that is there, and run on PyTorch's own threads. Where they cannot be had (another instruction set, no
 compiler), PyTorch's are taken. A whole layer is taken where it has the parts of Llama's, Qwen's or Mistral's, and only
-after its first step has been taken both ways, with one result.
+after its first prompt has been taken both ways, with one result.
 
 Results differ from PyTorch's by the rounding of another order of sums, as PyTorch's do between batch sizes.
 """
@@ -40,7 +40,7 @@ LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # floa
 ROWS = 512 if LANES == 16 else 192  # of a product; from there on PyTorch's are as fast
 LARGE = 2**16  # numbers of a matrix; a smaller one stays in the cache of a core, where little is to be won
 WIDEST = 256  # head size
-AGREE = 1e-4  # of the largest change that a layer makes: what its two ways may differ by
+AGREE, ROUNDING = 1e-4, 1e-6  # of a layer's change, and of its input: what its two ways may differ by
 
 _judged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # layers, and whether they agreed
 
@@ -182,7 +182,7 @@ def _is_layer(module: Any) -> bool:
 
 
 class Layer:
-    """`forward` of a decoder layer: the kernels for one position a row, and what was there for all else."""
+    """`forward` of a decoder layer: the kernels for prompts and steps of a rollout, what was there for all else."""
 
     def __init__(self, kernels: Any, module: Any) -> None:
         attention, mlp = module.self_attn, module.mlp
@@ -203,39 +203,41 @@ class Layer:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, cache, mask = hidden_states, kwargs.get("past_key_values"), kwargs.get("attention_mask")
         cos, sin = kwargs.get("position_embeddings") or (x, None)
-        if (
-            (self.agreed is False or args or cache is None or sin is None or torch.is_grad_enabled())
-            or (x.dtype != torch.float32 or x.shape[1] > 1 or len(x) > ROWS)
-            or (cos.dtype != torch.float32 or cos.shape[-1] != self.D)
+        if (self.agreed is False or args or cache is None or sin is None or torch.is_grad_enabled()) or (
+            x.dtype != torch.float32 or cos.dtype != torch.float32 or cos.shape[-1] != self.D
         ):
             return self.plain(x, *args, **kwargs)
-        if self.agreed:
-            return self.step(x, cos, sin, cache, mask)
-        expected = self.plain(x, **kwargs)
-        found = self.step(x, cos, sin, cache, mask)  # writes the same column of the cache
-        if not expected.isfinite().all():
-            return expected
-        self.agreed = bool((found - expected).abs().max() <= AGREE * (expected - x).abs().max())
-        _judged[self.module] = self.agreed
-        return found if self.agreed else self.plain(x, **kwargs)  # which writes to the cache again
+        if self.agreed is None and x.shape[1] > 1 and not cache.get_seq_length(self.attention.layer_idx):
+            self.judge(x, cos, sin, mask, kwargs)
+        return self.step(x, cos, sin, cache, mask) if self.agreed else self.plain(x, **kwargs)
+
+    def judge(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Take a prompt both ways, without its cache, and compare them position by position."""
+        expected = self.plain(x, **{**kwargs, "past_key_values": None})
+        found = self.step(x, cos, sin, None, mask)
+        if expected.isfinite().all():
+            off, change, size = (a.abs().amax(-1) for a in (found - expected, expected - x, x))  # (n, T)
+            self.agreed = _judged[self.module] = bool((off <= AGREE * change + ROUNDING * size).all())
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
-        """The layer's output (n, 1, H) of x (n, 1, H); cos, sin (n or 1, 1, D)."""
-        n, x = len(x), x.contiguous()
-        cos, sin = (a.expand(n, 1, self.D).contiguous() for a in (cos, sin))
+        """The layer's output (n, T, H) of x (n, T, H); cos, sin (n or 1, T, D). Without a cache, x is all there is."""
+        (n, T, _), x = x.shape, x.contiguous()
+        cos, sin = (a.expand(n, T, self.D).contiguous() for a in (cos, sin))
         h, y = torch.empty_like(x), torch.empty_like(x)
-        q, (k, v) = x.new_empty(n, self.Q, 1, self.D), x.new_empty(2, n, self.A, 1, self.D)
+        q, (k, v) = x.new_empty(n, T, self.Q, self.D), x.new_empty(2, n, T, self.A, self.D)
         self.kernels.before_attention(
             x.data_ptr(), *self.before, *(a.data_ptr() for a in (cos, sin, h, q, k, v)),
-            n, self.H, self.Q, self.A, self.D, *self.eps,
+            n * T, self.H, self.Q, self.A, self.D, *self.eps,
         )  # fmt: skip
-        k, v = cache.update(k, v, self.attention.layer_idx)
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (n, heads, T, D)
+        if cache is not None:
+            k, v = cache.update(k, v, self.attention.layer_idx)
         read, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self.attention, q, k, v, mask, scaling=self.attention.scaling)
         read = read.contiguous()
-        gate, up = x.new_empty(2, n, self.F)
+        gate, up = x.new_empty(2, n * T, self.F)
         self.kernels.after_attention(
             x.data_ptr(), read.data_ptr(), *self.after, *(a.data_ptr() for a in (h, gate, up, y)),
-            n, self.H, self.Q * self.D, self.F, self.eps_second,
+            n * T, self.H, self.Q * self.D, self.F, self.eps_second,
         )  # fmt: skip
         return y
 
