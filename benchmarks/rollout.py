@@ -1,6 +1,6 @@
 """The rollout engine beside transformers' `generate`: tokens a second, peak memory, share of what the hardware can do.
 
-    python benchmarks/rollout.py                  # SmolLM2-135M, 8 prompts x 8 rollouts: about five minutes on 2 cores
+    python benchmarks/rollout.py                  # SmolLM2-135M, 8 prompts x 8 rollouts: about ten minutes on 2 cores
     python benchmarks/rollout.py --sweep          # over prompt, group, spread, K, model; docs/rollout.png
     python benchmarks/rollout.py --quick          # two rows, to see that everything runs
     python benchmarks/rollout.py --model random:1.5b --dtype bfloat16 --prompts 8 --group 8 --longest 1024   # a GPU
@@ -14,7 +14,7 @@ gives every page back at once: the largest resident set (GPU: allocated) less th
 
 The limit is that of the work that has to be done, each prompt once and each row to its own end: the sum over the steps
 of the slower of two times, that of reading weights and cache once, at the bandwidth measured here, and that of the
-multiplications, at the speed measured here on a large product.
+multiplications, at the speed measured here on a large product, by PyTorch or by our kernels, whichever is faster.
 """
 
 from __future__ import annotations
@@ -166,10 +166,19 @@ def limits(args: argparse.Namespace) -> dict[str, float]:
     """Bytes and multiply-adds a second that this machine reaches, and the shape of the model."""
     import torch
 
+    from rl_soft.cpu_kernels import library
     from rl_soft.estimate import measure_speeds
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
-    products, read, _ = measure_speeds(dtype, n=8192 if device == "cuda" else 2048, repeats=7)
+    n = 8192 if device == "cuda" else 2048
+    products, read, _ = measure_speeds(dtype, n=n, repeats=7)
+    if device == "cpu" and dtype == torch.float32 and (kernels := library()):
+        x, y, best = torch.ones(n, n), torch.empty(n, n), float("inf")
+        for _ in range(8):
+            started = time.perf_counter()
+            kernels.product(x.data_ptr(), x.data_ptr(), y.data_ptr(), n, n, n)
+            best = min(best, time.perf_counter() - started)
+        products = max(products, n**3 / best)
     model, _ = load(args.model, args.dtype, device)
     embedding = model.get_input_embeddings().weight
     config = model.config
@@ -299,7 +308,7 @@ def main() -> None:
     parser.add_argument("--skewed", action="store_true", help="lengths evenly spread on a log scale: many short ones")
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 32], help="batch sizes tried, on every side")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="ours without the CPU kernels")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--quick", action="store_true")

@@ -87,11 +87,12 @@ class RowLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None and key_states.shape[2] == 1
         c = self.cache
         lo, hi = (column - self.base for column in self.span())
+        at = c.at - self.base if c.grain > 1 else None  # a number on the device, so that the step can be replayed
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            if c.grain == 1:
+            if at is None:
                 buffer[: c.n, :, c.end - self.base] = new[:, :, 0]
-            else:  # the column is a number on the device, so that the step can be replayed
-                buffer[: c.n].index_copy_(2, c.at - self.base, new)
+            else:
+                buffer[: c.n].index_copy_(2, at, new)
         return self.keys[: c.n, :, lo:hi], self.values[: c.n, :, lo:hi]
 
     def place(self, first: int, keys: Tensor, values: Tensor, which: Sequence[int]) -> None:
@@ -230,13 +231,12 @@ def attention_windows(prompts: DynamicCache) -> list[int | None]:
 
 def _in_large_pages(buffer: Tensor) -> None:
     """Ask Linux for pages of 2 MiB: the first touch of each page is what filling a new buffer takes on a CPU."""
+    if buffer.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
     first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
     first, end = -(-first // LARGE_PAGE) * LARGE_PAGE, end // LARGE_PAGE * LARGE_PAGE
-    if buffer.device.type == "cpu" and end > first and hasattr(mmap, "MADV_HUGEPAGE"):
-        madvise = ctypes.CDLL(None).madvise
-        madvise(
-            ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE
-        )  # where refused, nothing is lost
+    if end > first:  # where it is refused, nothing is lost
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE)
 
 
 def bytes_per_token(prompts: Any) -> int:

@@ -3,8 +3,7 @@
 PyTorch's products are made for hundreds of rows, and a step of a rollout has 1 to 64; between them it calls thirty
 operations a layer, each longer to start than to do. The kernels are compiled once, into the user's cache, by the C
 compiler that is there, and run on PyTorch's own threads. Where they cannot be had (another instruction set, no
-compiler), PyTorch's are taken. A whole layer is taken where it has the parts of Llama's, Qwen's or Mistral's, and only
-after its first prompt has been taken both ways, with one result.
+compiler), PyTorch's are taken. Which layers are taken whole: `layers`.
 
 Results differ from PyTorch's by the rounding of another order of sums, as PyTorch's do between batch sizes.
 """
@@ -19,7 +18,6 @@ import os
 import shlex
 import subprocess
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,21 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rl_soft.layers import Layer, Parts, casts, parts_of, patched
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
-# Without default libraries, the names of OpenMP are those of the library that PyTorch has loaded: one pool of threads.
+# OpenMP's library is asked for by the name of the one that PyTorch has loaded, so there is one pool of threads.
 FLAGS = ("-O3", "-mfma", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs")
 SETS = {"AVX2": ["-mavx2"], "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]}  # names as PyTorch's
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # floats of a vector
 ROWS = 512 if LANES == 16 else 192  # of a product; from there on PyTorch's are as fast
 LARGE = 2**16  # numbers of a matrix; a smaller one stays in the cache of a core, where little is to be won
 WIDEST = 256  # head size
-AGREE, ROUNDING = 1e-4, 1e-6  # of a layer's change, and of its input: what its two ways may differ by
-
-_judged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # layers, and whether they agreed
 
 
 @functools.cache
@@ -56,15 +52,17 @@ def library() -> ctypes.CDLL | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_soft"
         file = folder / f"cpu_kernels-{digest}.so"
-        if not file.exists():
+        if file.exists():
+            loaded = ctypes.CDLL(str(file))
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 out = Path(made) / file.name
                 command = [*shlex.split(os.environ.get("CC", "cc")), *flags, "-o", str(out), str(SOURCE)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+                loaded = ctypes.CDLL(str(out))  # before it is kept: what cannot be loaded is made anew the next time
                 out.replace(file)  # several processes may do this at once
-        loaded = ctypes.CDLL(str(file))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # no home; a CC in half quotes
         reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
         logger.info("rollout: steps take PyTorch's products, our CPU kernels cannot be compiled (%s)", reason)
         return None
@@ -83,24 +81,18 @@ def library() -> ctypes.CDLL | None:
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
     """While on, steps without gradients take the kernels: in layers, large `nn.Linear`, and attention `sdpa`."""
-    on = not torch.is_autocast_enabled("cpu")
-    linears: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and _takes(m)] if on else []
+    linears = [m for m in model.modules() if type(m) is nn.Linear and _takes(m)]
     kernels = library() if linears else None
     if kernels is None:
         yield
         return
-    for module in linears:
-        module.forward = functools.partial(_linear, kernels, module)
-    layers: list[Any] = [m for m in model.modules() if _is_layer(m) and _judged.get(m, True)]
-    for module in layers:
-        module.forward = Layer(kernels, module)
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = functools.partial(_attention, kernels, ALL_ATTENTION_FUNCTIONS["sdpa"])
-    try:
+    forwards: dict[Any, Any] = {}
+    for module in model.modules():
+        if (parts := parts_of(module)) is not None and _takes_layer(parts):
+            forwards[module] = CpuLayer(kernels, module, parts)
+    forwards |= {module: functools.partial(_linear, kernels, module) for module in linears}
+    with patched(forwards, functools.partial(_attention, kernels)):
         yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        for module in linears + layers:
-            del module.forward
 
 
 def _takes(module: nn.Linear) -> bool:
@@ -111,7 +103,7 @@ def _takes(module: nn.Linear) -> bool:
 def _linear(kernels: Any, module: nn.Linear, x: Tensor) -> Tensor:
     """The product (..., N) of x (..., K) with the weight (N, K), and the bias."""
     w, bias, rows = module.weight, module.bias, x.numel() // x.shape[-1]
-    if rows > ROWS or x.dtype != torch.float32 or torch.is_grad_enabled():
+    if rows > ROWS or x.dtype != torch.float32 or torch.is_grad_enabled() or casts(x):
         return F.linear(x, w, bias)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], len(w))
@@ -139,7 +131,7 @@ def _attention(
         (T > 1 or D % (2 * LANES) or D > WIDEST or {query.dtype, key.dtype, value.dtype} != {torch.float32})
         or (key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (D, 1))
         or (seen is not None and (seen.dtype != torch.bool or seen.shape != (n, 1, 1, C)))
-        or (dropout or kwargs.get("position_bias") is not None or torch.is_grad_enabled())
+        or (dropout or kwargs.get("position_bias") is not None or torch.is_grad_enabled() or casts(query))
     ):
         return sdpa(module, query, key, value, seen, dropout=dropout, scaling=scaling, **kwargs)
     query, seen = query.contiguous(), None if seen is None else seen.contiguous()
@@ -151,95 +143,57 @@ def _attention(
     return out, None
 
 
-def _is_layer(module: Any) -> bool:
-    """A decoder layer with exactly the parts that the kernels know, all of them float32 on a CPU."""
-    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-    if attention is None or mlp is None or "forward" in vars(module):
-        return False
-    head_norms = [name for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    known = (
-        (module, ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]),
-        (attention, ["q_proj", "k_proj", "v_proj", "o_proj", *head_norms]),
-        (mlp, ["gate_proj", "up_proj", "down_proj", "act_fn"]),
-    )
-    if len(head_norms) == 1 or any({n for n, _ in m.named_children()} != set(names) for m, names in known):
-        return False
-    inner = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, *inner]
-    norms = [module.input_layernorm, module.post_attention_layernorm]
-    norms += [getattr(attention, name) for name in head_norms]
-    return (
-        all(
-            type(m) is nn.Linear and _fits(m.weight) and m.weight.numel() for m in linears
-        )  # ZeRO-3 may hold them apart
-        and not any(n % LANES for m in linears for n in m.weight.shape)
-        and all(m.bias is None for m in inner)
-        and all(hasattr(m, "variance_epsilon") and _fits(m.weight) for m in norms)
-        and attention.config._attn_implementation == "sdpa"
-        and getattr(attention, "head_dim", 1) % (2 * LANES) == 0
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
-    )
+class CpuLayer(Layer):
+    """A layer with large float32 `nn.Linear`s, by two calls of the kernels."""
 
+    def __init__(self, kernels: Any, module: Any, parts: Parts) -> None:
+        super().__init__(module, parts)
+        p, self.kernels = parts, kernels
+        self.H, self.D, self.F = p.q.in_features, p.attention.head_dim, p.gate.out_features
+        self.Q, self.A = p.q.out_features // self.D, p.k.out_features // self.D
+        self.eps = p.first_norm.variance_epsilon, 0.0 if p.q_norm is None else p.q_norm.variance_epsilon
+        before = (p.first_norm, p.q, p.q.bias, p.q_norm, p.k, p.k.bias, p.k_norm, p.v, p.v.bias)
+        self.addresses_before = [_address(m) for m in before]
+        self.addresses_after = [_address(m) for m in (p.o, p.second_norm, p.gate, p.up, p.down)]
 
-class Layer:
-    """`forward` of a decoder layer: the kernels for prompts and steps of a rollout, what was there for all else."""
+    def takes(self, x: Tensor, cos: Tensor) -> bool:
+        return x.dtype == torch.float32 and cos.dtype == torch.float32 and cos.shape[-1] == self.D
 
-    def __init__(self, kernels: Any, module: Any) -> None:
-        attention, mlp = module.self_attn, module.mlp
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        first, second = module.input_layernorm, module.post_attention_layernorm
-        self.kernels, self.module, self.plain, self.attention = kernels, module, module.forward, attention
-        self.H, self.D, self.F = q.in_features, attention.head_dim, mlp.gate_proj.out_features
-        self.Q, self.A = q.out_features // self.D, k.out_features // self.D
-        self.eps = first.variance_epsilon, 0.0 if q_norm is None else q_norm.variance_epsilon
-        self.eps_second = second.variance_epsilon
-        weights = (first.weight, q.weight, q.bias, q_norm, k.weight, k.bias, k_norm, v.weight, v.bias)
-        self.before = [_address(w) for w in weights]
-        inner = (attention.o_proj, second, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        self.after = [_address(m) for m in inner]
-        self.agreed = _judged.get(module)
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, cache, mask = hidden_states, kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        cos, sin = kwargs.get("position_embeddings") or (x, None)
-        if (self.agreed is False or args or cache is None or sin is None or torch.is_grad_enabled()) or (
-            x.dtype != torch.float32 or cos.dtype != torch.float32 or cos.shape[-1] != self.D
-        ):
-            return self.plain(x, *args, **kwargs)
-        if self.agreed is None and x.shape[1] > 1 and not cache.get_seq_length(self.attention.layer_idx):
-            self.judge(x, cos, sin, mask, kwargs)
-        return self.step(x, cos, sin, cache, mask) if self.agreed else self.plain(x, **kwargs)
-
-    def judge(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Take a prompt both ways, without its cache, and compare them position by position."""
-        expected = self.plain(x, **{**kwargs, "past_key_values": None})
-        found = self.step(x, cos, sin, None, mask)
-        if expected.isfinite().all():
-            off, change, size = (a.abs().amax(-1) for a in (found - expected, expected - x, x))  # (n, T)
-            self.agreed = _judged[self.module] = bool((off <= AGREE * change + ROUNDING * size).all())
-
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
-        """The layer's output (n, T, H) of x (n, T, H); cos, sin (n or 1, T, D). Without a cache, x is all there is."""
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (n, T, _), x = x.shape, x.contiguous()
         cos, sin = (a.expand(n, T, self.D).contiguous() for a in (cos, sin))
-        h, y = torch.empty_like(x), torch.empty_like(x)
+        h = torch.empty_like(x)
         q, (k, v) = x.new_empty(n, T, self.Q, self.D), x.new_empty(2, n, T, self.A, self.D)
         self.kernels.before_attention(
-            x.data_ptr(), *self.before, *(a.data_ptr() for a in (cos, sin, h, q, k, v)),
+            x.data_ptr(), *self.addresses_before, *(a.data_ptr() for a in (cos, sin, h, q, k, v)),
             n * T, self.H, self.Q, self.A, self.D, *self.eps,
         )  # fmt: skip
-        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (n, heads, T, D)
-        if cache is not None:
-            k, v = cache.update(k, v, self.attention.layer_idx)
-        read, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self.attention, q, k, v, mask, scaling=self.attention.scaling)
-        read = read.contiguous()
-        gate, up = x.new_empty(2, n * T, self.F)
+        return q, k, v
+
+    def after(self, x: Tensor, read: Tensor) -> Tensor:
+        x, read, rows = x.contiguous(), read.contiguous(), x.shape[0] * x.shape[1]
+        h, y, (gate, up) = torch.empty_like(x), torch.empty_like(x), x.new_empty(2, rows, self.F)
         self.kernels.after_attention(
-            x.data_ptr(), read.data_ptr(), *self.after, *(a.data_ptr() for a in (h, gate, up, y)),
-            n * T, self.H, self.Q * self.D, self.F, self.eps_second,
+            x.data_ptr(), read.data_ptr(), *self.addresses_after, *(a.data_ptr() for a in (h, gate, up, y)),
+            rows, self.H, self.Q * self.D, self.F, self.parts.second_norm.variance_epsilon,
         )  # fmt: skip
         return y
+
+
+def _takes_layer(parts: Parts) -> bool:
+    p = parts
+    return (
+        # ZeRO-3 may hold them apart: then they have no numbers here
+        all(type(m) is nn.Linear and _fits(m.weight) and m.weight.numel() for m in p.linears)
+        and not any(n % LANES for m in p.linears for n in m.weight.shape)
+        and all(m.bias is None for m in (p.o, p.gate, p.up, p.down))
+        and all(m.bias is None or _fits(m.bias) for m in (p.q, p.k, p.v))
+        and all(_fits(m.weight) for m in p.norms)
+        and p.attention.head_dim % (2 * LANES) == 0
+        and p.k.weight.shape == p.v.weight.shape
+        and p.o.in_features == p.q.out_features
+        and p.gate.weight.shape == p.up.weight.shape == p.down.weight.shape[::-1]
+    )
 
 
 def _fits(w: Tensor) -> bool:

@@ -33,16 +33,16 @@ except ImportError:  # builds of torch without a GPU come without it
 logger = logging.getLogger(__name__)
 
 _BLOCK = 4096  # logits a program holds in registers: 16 a thread at 8 warps
-_INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
 
-def _jit(function: Any) -> Any:
+def jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
 def usable(logits: Tensor) -> bool:
     """Whether the kernels take these logits: those on a GPU, and with TRITON_INTERPRET=1 those on a CPU, too."""
-    return triton is not None and (_INTERPRETED or (logits.is_cuda and _starts()))
+    return triton is not None and (INTERPRETED or (logits.is_cuda and _starts()))
 
 
 @functools.cache
@@ -135,8 +135,8 @@ def gradient(
 # ---------------------------------------------------------------- kernels
 
 
-@_jit
-def _tempered(raw, inverse, softcap, HAS_SOFTCAP: tl.constexpr):
+@jit
+def tempered(raw, inverse, softcap, HAS_SOFTCAP: tl.constexpr):
     """Capped logits by 1 / T, since a division a logit would cost as much as its exponential; -inf stays -inf."""
     if HAS_SOFTCAP:
         tanh = 1 - 2 / (tl.exp(raw * (2 / softcap)) + 1)  # finite for all raw; Triton has no tanh of its own
@@ -144,7 +144,7 @@ def _tempered(raw, inverse, softcap, HAS_SOFTCAP: tl.constexpr):
     return raw * inverse
 
 
-@_jit
+@jit
 def _complement_kernel(
     logits,
     stride,
@@ -165,7 +165,7 @@ def _complement_kernel(
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         raw = tl.load(logits + row * stride + columns, mask=columns < V, other=float("-inf"))
-        x = _tempered(raw.to(tl.float32), inverse, softcap, HAS_SOFTCAP)
+        x = tempered(raw.to(tl.float32), inverse, softcap, HAS_SOFTCAP)
         higher = tl.maximum(peak, tl.max(x, axis=0))
         reference = tl.where(higher > float("-inf"), higher, 0.0)  # no -inf - -inf before the first logit
         p = tl.exp(x - reference)
@@ -177,7 +177,7 @@ def _complement_kernel(
     tl.store(means + row, moment / tl.where(total > 0, total, 1.0))
 
 
-@_jit
+@jit
 def _gradient_kernel(
     logits,
     out,
@@ -199,7 +199,7 @@ def _gradient_kernel(
     temperature = tl.load(temperatures + row)
     inverse = 1 / temperature
     raw = tl.load(logits + row * stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    x = _tempered(raw, inverse, softcap, HAS_SOFTCAP)
+    x = tempered(raw, inverse, softcap, HAS_SOFTCAP)
     q = tl.exp(x - tl.load(outsides + row))
     d = -q * (tl.load(levels + row) + tl.load(slopes + row) * x) * inverse
     if HAS_SOFTCAP:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_soft import cpu_sampling
+from rl_soft import sampling
 from rl_soft.decoding import Decoding
 from rl_soft.densities import GumbelTopK, SoftToken
 from rl_soft.layout import Layout, Thinking
@@ -198,7 +198,7 @@ class Walk:
         seeds, noisy = None if self.greedy else live.seed, thinking.thought in NOISY
         fused = None
         if seeds is not None and noisy and not self.decoding.cuts:
-            fused = cpu_sampling.draw(logits, temperature, self.K, seeds, live.t)
+            fused = sampling.draw(logits, temperature, self.K, seeds, live.t)
         if fused is not None:
             action = SoftToken(fused.support, torch.log_softmax(fused.values / tau_of(thinking), dim=-1))
         else:

@@ -166,7 +166,7 @@ def test_the_step_for_graphs_is_the_step(kind, monkeypatch):
     made, layout = make(kind, EXPLICIT)
     given = arguments(made, layout)
     expected = rollout(*given)
-    monkeypatch.setattr(walk.cpu_sampling, "draw", lambda *args: None)
+    monkeypatch.setattr(walk.sampling, "draw", lambda *args: None)
     for name, value in {"GRAIN": 16, "CHUNK": 32, "LOOK_EVERY": 5, "IDLE": 0.5}.items():
         monkeypatch.setattr(engine, name, {"cpu": value})
     for budget in (None, 200):

@@ -31,7 +31,7 @@ def as_on_a_gpu(monkeypatch):
     for name, value in {"GRAIN": 4, "CHUNK": 16, "LOOK_EVERY": 5, "IDLE": 0.5}.items():
         monkeypatch.setattr(engine, name, {"cpu": value})
     monkeypatch.setattr(cache, "RENUMBER", 4)
-    monkeypatch.setattr(walk.cpu_sampling, "draw", lambda *args: None)
+    monkeypatch.setattr(walk.sampling, "draw", lambda *args: None)
     monkeypatch.setattr(walk, "_log_outside", lambda p, phi, ids: phi.scatter_(-1, ids, -torch.inf).logsumexp(-1))
 
 
@@ -118,7 +118,7 @@ def test_rows_that_are_done_take_no_further_position(as_on_a_gpu, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_step_that_runs_out_of_memory_while_it_samples_is_taken_again(kind, monkeypatch):
     """The rows that go on have fed their input, and feed it once more, at the same position."""
-    monkeypatch.setattr(walk.cpu_sampling, "draw", lambda *args: None)
+    monkeypatch.setattr(walk.sampling, "draw", lambda *args: None)
     made, layout = make(kind, EXPLICIT)
     given = arguments(made, layout)
     expected = rollout(*given)
@@ -259,7 +259,7 @@ def test_without_a_compiler_the_head_does_without_its_kernels(monkeypatch, caplo
     for start, usable in ((no_compiler, False), (object, True)):
         driver = SimpleNamespace(active=SimpleNamespace(get_current_target=start))
         monkeypatch.setattr(kernels, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
-        monkeypatch.setattr(kernels, "_INTERPRETED", False)
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
         kernels._starts.cache_clear()
         for logits, on_a_gpu in ((SimpleNamespace(is_cuda=True), True), (SimpleNamespace(is_cuda=False), False)):
             assert kernels.usable(logits) == kernels.usable(logits) == (usable and on_a_gpu)

@@ -26,7 +26,7 @@ INF = float("inf")
 C, V = 5, 211  # four blocks, the last one of 19
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = kernels.usable(torch.empty(1, device=DEVICE))
-BF16 = 2**-7 if kernels._INTERPRETED else 2**-8  # the interpreter truncates, a GPU rounds to the nearest
+BF16 = 2**-7 if kernels.INTERPRETED else 2**-8  # the interpreter truncates, a GPU rounds to the nearest
 needs_kernels = pytest.mark.skipif(not RUNS, reason="no GPU, and not in Triton's interpreter (TRITON_INTERPRET=1)")
 
 
@@ -231,7 +231,7 @@ def test_in_the_interpreter(file):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
-@pytest.mark.skipif(kernels._INTERPRETED, reason="nothing is compiled in the interpreter")
+@pytest.mark.skipif(kernels.INTERPRETED, reason="nothing is compiled in the interpreter")
 @pytest.mark.parametrize("logits", ["*bf16", "*fp16", "*fp32"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles(capability, logits):
