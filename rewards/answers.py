@@ -85,8 +85,9 @@ def _alternatives(gap: str) -> bool:
 
 
 def _enumerated(gap: str) -> bool:
-    """Whether the text between two bare candidates does: the same, within a sentence and with a separator."""
-    return _alternatives(gap) and _STOP.search(gap) is None and _LISTING.search(gap) is not None
+    """Whether the text between two bare candidates does: the same, within a sentence and with a separator. A `#` ends
+    a list, since it announces what follows: steps like `7*3=1;1-4=3;#7` give one answer."""
+    return _alternatives(gap) and "#" not in gap and _STOP.search(gap) is None and _LISTING.search(gap) is not None
 
 
 def _join(spans: Sequence[Span]) -> Span:

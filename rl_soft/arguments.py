@@ -47,12 +47,15 @@ class ModelArguments:
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha; the update is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout, for supervised methods; RL takes none."})
     lora_target_modules: str | list[str] = field(
         default="all-linear", metadata={"help": "Modules that get an adapter: names, or all-linear."}
     )
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
 
 
 @dataclass
@@ -68,6 +71,9 @@ class DataArguments:
     data_seed_train: int = field(default=1, metadata={"help": "Seed of generated training problems."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation source; dataset if absent."})
     eval_dataset_options: dict[str, Any] | None = field(default=None, metadata={"help": "Options of eval_dataset."})
+    eval_dataset_columns: dict[str, str] | None = field(
+        default=None, metadata={"help": "Names of eval_dataset's columns."}
+    )
     eval_problems: int = field(default=256, metadata={"help": "Number of held-out problems; 0 skips the evaluation."})
     data_seed_eval: int = field(default=2, metadata={"help": "Seed of generated evaluation problems."})
 
@@ -291,7 +297,7 @@ class CodiArguments(SupervisedArguments):
     projector_size: int | None = field(
         default=None, metadata={"help": "Width between the projector's layers; the model's if absent."}
     )
-    drop_last_step: bool = field(default=False, metadata={"help": "Leave the teacher's last step out."})
+    drop_last_step: bool = field(default=True, metadata={"help": "Leave the teacher's last step out."})
     train_noise: bool = field(
         default=True, metadata={"help": "Draw Gumbel noise on the student's thoughts (gumbel and hybrid)."}
     )

@@ -72,6 +72,8 @@ class CoconutTrainer(ScheduledTrainer):
                 "uniform_prob must be 0 under ZeRO-3: stages differ between processes, and so would their forward "
                 "passes, for which ZeRO-3 gathers weights; use ZeRO-2"
             )
+        # DDP would send the model's buffers around at each forward pass, and processes may make different numbers.
+        args.ddp_broadcast_buffers = False
         super().__init__(model, args, arguments=arguments, **kwargs)
 
     def make_schedule(self, rows: list[Row], steps_per_epoch: int) -> Curriculum:

@@ -40,6 +40,7 @@ from rl_soft.layout import Layout
 from rl_soft.noise import address
 from rl_soft.policy import add_projector, last_state, position_ids, reads_hidden, think
 from rl_soft.projector import KeepsProjector, beside_adapter, refuse_checkpointing
+from rl_soft.refusals import IN_MEMORY
 from rl_soft.supervised import IGNORE, pad, token_cross_entropy
 
 
@@ -236,11 +237,12 @@ def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
     from peft import get_peft_model
 
     if not model.name_or_path:
-        raise ValueError(
-            "use_peft: an adapter's folder names its base model by path, and model_config makes one in memory; "
-            "train it whole (use_peft false), or start from a saved model (model_name_or_path)"
-        )
-    peft_config.trainable_token_indices = [layout.bot_id, layout.eot_id]
+        raise ValueError(f"use_peft: {IN_MEMORY}")
+    rows = [layout.bot_id, layout.eot_id]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    ends = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
+    peft_config.trainable_token_indices = {names[id(module)]: rows for module in ends}
     adapted: Any = get_peft_model(model, beside_adapter(peft_config) if hasattr(model, "projector") else peft_config)
     # A longer vocabulary makes peft save both embedding matrices whole; only these rows differ from the base's.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)

@@ -31,8 +31,8 @@ from rl_soft.arguments import (
 )
 from rl_soft.decoding import Decoding
 from rl_soft.layout import Thinking
+from rl_soft.refusals import IN_MEMORY, MUST_BE_TRUE, check_keys, check_thought, check_trackers, unread_keys
 from rl_soft.refusals import RL_METHODS as RL_METHODS
-from rl_soft.refusals import check_keys, check_thought, check_trackers, unread_keys
 
 METHODS = ("codi", "sft", "icot", "coconut", "grpo", "ppo")
 
@@ -226,10 +226,15 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             f"{path} must name one of warm_start, model_name_or_path and model_config, not "
             f"{' and '.join(sources) or 'none of them'}"
         )
-    if data.eval_dataset_options and not data.eval_dataset:
-        raise ValueError(
-            f"eval_dataset_options: {path} names no eval_dataset; problems of the same source take dataset_options"
-        )
+    for name in ("options", "columns"):
+        if getattr(data, f"eval_dataset_{name}") and not data.eval_dataset:
+            raise ValueError(
+                f"eval_dataset_{name}: {path} names no eval_dataset; problems of the same source take dataset_{name}"
+            )
+    if model.model_config and model.use_peft:
+        raise ValueError(f"use_peft: {IN_MEMORY}")
+    if model.lora_dropout and method in RL_METHODS:
+        raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
     if model.model_config and not model.vocabulary:
         raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
     if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:

@@ -18,6 +18,7 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef float four __attribute__((vector_size(16), aligned(4)));
+typedef float two __attribute__((vector_size(8), aligned(4)));
 typedef int ints __attribute__((vector_size(4 * LANES)));
 
 static inline float total(vec a) {
@@ -29,31 +30,77 @@ static inline float total(vec a) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-/* y[j * N + i] += w[i] . x[j] for R rows of w and C rows of x, over `part` of their K columns; = where `first`. On the
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* The way from vectors to their totals, for many at a time: halves of a and b are added, of a where a bit of the position
+ * is 0 and of b where it is 1. After a merge for each bit, position p holds the total of vector p. */
+#if LANES == 16
+#define MERGE_8(a, b)                                                        \
+  (SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +   \
+   SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define MERGE_4(a, b)                                                        \
+  (SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) + \
+   SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+#define MERGE_2(a, b)                                                        \
+  (SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) + \
+   SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+#define MERGE_1(a, b)                                                        \
+  (SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) + \
+   SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#else
+#define MERGE_8(a, b) (a)
+#define MERGE_4(a, b) (SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15))
+#define MERGE_2(a, b) (SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15))
+#define MERGE_1(a, b) (SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15))
+#endif
+
+/* y[j * N + i] += w[i] . x[j] for 6 rows of w and C rows of x, over `part` of their K columns; = where `first`. On the
  * way it fetches `apart` bytes of what comes next in w, so that reading keeps pace with multiplying; where rows are fewer
  * than a tile's, the processor fetches better by itself. */
-#define TILE(R, C)                                                                                                \
-  static void tile_##R##_##C(const float *x, const float *w, float *y, long N, long K, long part, int first,      \
-                             const char *next, long apart) {                                                      \
-    vec sum[R][C];                                                                                                \
-    for (int i = 0; i < R; i++)                                                                                   \
-      for (int j = 0; j < C; j++) sum[i][j] = (vec){0};                                                           \
+#define TILE(C)                                                                                                   \
+  static void tile_##C(const float *x, const float *w, float *y, long N, long K, long part, int first,            \
+                       const char *next, long apart) {                                                            \
+    vec sum[6][C], zero = {0};                                                                                    \
+    for (int i = 0; i < 6; i++)                                                                                   \
+      for (int j = 0; j < C; j++) sum[i][j] = zero;                                                               \
     for (long k = 0; k < part; k += LANES, next += apart) {                                                       \
       vec b[C];                                                                                                   \
       for (long o = 0; C == ABREAST && o < apart; o += 64) __builtin_prefetch(next + o, 0, 2);                    \
       for (int j = 0; j < C; j++) b[j] = *(const vec *)(x + j * K + k);                                           \
-      for (int i = 0; i < R; i++) {                                                                               \
+      for (int i = 0; i < 6; i++) {                                                                               \
         vec a = *(const vec *)(w + i * K + k);                                                                    \
         for (int j = 0; j < C; j++) sum[i][j] += a * b[j];                                                        \
       }                                                                                                           \
     }                                                                                                             \
-    for (int i = 0; i < R; i++)                                                                                   \
-      for (int j = 0; j < C; j++) y[j * N + i] = (first ? 0 : y[j * N + i]) + total(sum[i][j]);                   \
+    for (int j = 0; j < C; j += LANES / 8) { /* totals of 6 sums, in 8 positions for each j */                    \
+      vec v[6];                                                                                                   \
+      for (int i = 0; i < 6; i++) v[i] = MERGE_8(sum[i][j], (j + 1 < C ? sum[i][j + 1] : zero));                  \
+      vec even = MERGE_2(MERGE_4(v[0], v[4]), MERGE_4(v[2], zero));                                               \
+      vec odd = MERGE_2(MERGE_4(v[1], v[5]), MERGE_4(v[3], zero));                                                \
+      union { vec whole; float at[LANES]; } u = {MERGE_1(even, odd)};                                             \
+      for (int p = 0; p < LANES / 8 && j + p < C; p++) {                                                          \
+        float *to = y + (j + p) * N;                                                                              \
+        four s = *(four *)(u.at + 8 * p);                                                                         \
+        two t = *(two *)(u.at + 8 * p + 4);                                                                       \
+        *(four *)to = first ? s : *(four *)to + s;                                                                \
+        *(two *)(to + 4) = first ? t : *(two *)(to + 4) + t;                                                      \
+      }                                                                                                           \
+    }                                                                                                             \
   }
-TILE(6, 4)
-TILE(6, 2)
-TILE(6, 1)
-TILE(1, 1)
+TILE(4)
+TILE(2)
+TILE(1)
+
+/* The same for one row of each; it fetches nothing. */
+static float single(const float *x, const float *w, long part) {
+  vec sum = {0};
+  for (long k = 0; k < part; k += LANES) sum += *(const vec *)(w + k) * *(const vec *)(x + k);
+  return total(sum);
+}
 
 #define COLUMNS 768 /* of w at a time: 6 rows then stay in the first cache */
 #define FEW 256 /* rows of x at a time: they then stay in the second */
@@ -69,12 +116,15 @@ static void product_of_few(const float *x, const float *w, float *y, long M, lon
       const float *a = w + n * K + k, *b = x + k;
       if (n + 6 <= N) {
         for (; ABREAST == 4 && m + 4 <= M; m += 4, next += step)
-          tile_6_4(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart);
-        for (; m + 2 <= M; m += 2, next += step) tile_6_2(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart);
-        if (m < M) tile_6_1(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart), next += step;
+          tile_4(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart);
+        for (; m + 2 <= M; m += 2, next += step) tile_2(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart);
+        if (m < M) tile_1(b + m * K, a, y + m * N + n, N, K, part, !k, next, apart), next += step;
       } else {
         for (long i = 0; n + i < N; i++)
-          for (m = 0; m < M; m++) tile_1_1(b + m * K, a + i * K, y + m * N + n + i, N, K, part, !k, next, 0);
+          for (m = 0; m < M; m++) {
+            float s = single(b + m * K, a + i * K, part), *to = y + m * N + n + i;
+            *to = k ? *to + s : s;
+          }
       }
     }
   }

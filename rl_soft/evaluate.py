@@ -248,9 +248,17 @@ def evaluate(
         decoding: how distributions are cut before positions are drawn; part of the header.
 
     Raises:
-        ValueError: the directory holds another evaluation, or records of other problems.
+        ValueError: the directory holds another evaluation, or records of other problems; control `shuffle` and
+            batches of which one has a single completion.
     """
     state = PartialState()
+    together = [_shares(n, batch_size, state.num_processes) for n in (len(rows), len(rows) * samples)]
+    if control == "shuffle" and any(1 in shares for shares in together):
+        raise ValueError(
+            "control shuffle feeds a completion the thoughts of another problem decoded with it, and a batch here "
+            f"would have one alone: {len(rows)} problems in batches of {batch_size} on {state.num_processes} "
+            "processes; choose another eval_batch_size"
+        )
     header = header_of(layout.thinking, len(rows), name, model_name, dataset, split, samples, seed, config, decoding)
     check_header(out_dir, header, FREE_KEYS)
     path = out_dir / "records.jsonl"
@@ -296,6 +304,16 @@ def evaluate(
             writer.close()
     model.train(was_training)
     state.wait_for_everyone()
+
+
+def _shares(n: int, batch_size: int, processes: int) -> set[int]:
+    """How many of n tasks are decoded together on some process, as `evaluate` cuts them."""
+    shares, chunk = set(), batch_size * processes
+    for start in range(0, n, chunk):
+        part = min(chunk, n - start)
+        share = -(-part // processes)
+        shares |= {max(0, min(share, part - i * share)) for i in range(processes)}
+    return shares
 
 
 def header_of(

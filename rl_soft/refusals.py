@@ -57,6 +57,10 @@ GROUP_ONLY = {  # what only a method with groups can read
     "multi_objective_aggregation": "PPO has no groups; it takes the weighted sum of the rewards",
 }
 EVALUATION = ("eval_samples", "eval_k")  # read by methods that evaluate before and after
+IN_MEMORY = (
+    "an adapter's folder names its base model by path, and model_config makes one in memory; train it whole "
+    "(use_peft false), or start from a saved model (model_name_or_path)"
+)
 MUST_BE_TRUE = {
     "ds3_gather_for_generation": "rollouts end at different lengths on different processes",
     "disable_dropout": "with dropout on, the recomputed density is not the rollout's",
@@ -120,6 +124,11 @@ def check_thought(method: str, thinking: Thinking, extra: Any) -> None:
         raise ValueError(
             "thought hidden has no density (it is a point mass): RL cannot train it; use hybrid, which a checkpoint "
             "of thought hidden can go on to"
+        )
+    if method == "codi" and (thinking.phase != "latent" or thought == "token"):
+        raise ValueError(
+            f"thought {thought}, phase {thinking.phase}: codi trains latent thoughts; use phase latent with thought "
+            "hidden, soft, gumbel or hybrid"
         )
     if method == "codi" and thought == "dirichlet":
         raise ValueError(

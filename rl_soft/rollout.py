@@ -78,9 +78,11 @@ def rollout(
 
     Raises:
         ValueError: a model that is no decoder-only language model, or one with layers that the cache does not know;
-            control `shuffle` and a budget that does not hold all rows.
+            control `shuffle` of a single row, or with a budget that does not hold all rows.
     """
     check_model(model)
+    if control == "shuffle" and len(prompt_ids) == 1:
+        raise ValueError("control shuffle needs at least 2 rows: it feeds each the thoughts of another")
     return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch).run()
 
 

@@ -84,7 +84,7 @@ _numeric = partial(Stored, answer_type="number")
 CATALOGUE: dict[str, Stored] = {
     "gsm8k": _numeric("openai/gsm8k", "main", steps=("answer",), split_steps=_gsm8k_text),
     "gsm8k-aug": _numeric("zen-E/GSM8k-Aug", split_steps=_words),
-    "gsm8k-aug-nl": _numeric("zen-E/GSM8k-Aug-NL", split_steps=_sentences),
+    "gsm8k-aug-nl": _numeric("zen-E/GSM8k-Aug-NL", evaluation=None, split_steps=_sentences),
     "commonsenseqa-cot": Stored(
         "zen-E/CommonsenseQA-GPT4omini", evaluation="validation", answer_type="choice", split_steps=_sentences
     ),
@@ -142,19 +142,25 @@ def read(source: str, split: str, options: dict[str, Any], columns: Mapping[str,
             raise ValueError(f"{place} has no column {column!r}; it has {', '.join(map(str, records[0]))}")
 
     prefix = Path(source).stem if path and not known else f"{source}/{split}"
+    names = [f"{prefix}/{_text(record, spec.id) or i}" for i, record in enumerate(records)]
+    if unknown := dropped - set(names):
+        raise ValueError(f"drop: {place} has no row {min(unknown)!r}; its first is {names[0]!r}")
     rows: dict[str, Row] = {}
-    for i, record in enumerate(records):
+    refused: dict[str, str] = {}  # row -> why
+    for i, (name, record) in enumerate(zip(names, records, strict=True)):
+        if name in dropped:
+            continue
         try:
-            row = _row(record, spec, source, prefix, i)
-            if row.id in rows:
-                raise ValueError(f"the id {row.id!r} is not unique")
+            if name in rows:
+                raise ValueError(f"the id {name!r} is not unique")
+            rows[name] = _row(record, spec, source, name)
         except ValueError as error:
-            raise ValueError(f"{place}, row {i + 1}: {error}") from None
-        rows[row.id] = row
-    if unknown := dropped - rows.keys():
-        raise ValueError(f"drop: {place} has no row {min(unknown)!r}; its first is {next(iter(rows))!r}")
-    for name in dropped:
-        del rows[name]
+            refused.setdefault(name, f"{place}, row {i + 1}: {error}")
+    if refused:
+        why, others = next(iter(refused.values())), len(refused) - 1
+        more = f"; {others} more rows cannot be read either" if others else ""
+        out = ", ".join(list(refused)[:20])
+        raise ValueError(f"{why}{more}; to leave them out: dataset_options: {{drop: [{out}]}}")
     return [row for row in rows.values() if not holdout or side_of(question_hash(row.question)) == split]
 
 
@@ -178,11 +184,13 @@ def _renamed(spec: Stored, columns: Mapping[str, str]) -> Stored:
     return replace(spec, **names)
 
 
-def _row(record: Mapping[str, Any], spec: Stored, source: str, prefix: str, index: int) -> Row:
-    def text(column: str) -> str:
-        value = record.get(column)
-        return "" if value is None else str(value).strip()
+def _text(record: Mapping[str, Any], column: str) -> str:
+    value = record.get(column)
+    return "" if value is None else str(value).strip()
 
+
+def _row(record: Mapping[str, Any], spec: Stored, source: str, name: str) -> Row:
+    text = partial(_text, record)
     for column in (spec.question, spec.answer):
         if not text(column):
             raise ValueError(f"no {column}")
@@ -193,7 +201,7 @@ def _row(record: Mapping[str, Any], spec: Stored, source: str, prefix: str, inde
     check("answer_type", answer_type, (*ANSWER_TYPES, EXPRESSION))
     solution = next((record[column] for column in spec.steps if record.get(column) is not None), ())
     return Row(
-        id=f"{prefix}/{text(spec.id) or index}",
+        id=name,
         question=text(spec.question),
         steps=spec.split_steps(solution) if isinstance(solution, str) else tuple(map(str, solution)),
         answer=_answer(text(spec.answer), answer_type),

@@ -41,14 +41,20 @@ def row_length(layout: Layout, row: Row, with_steps: bool = True) -> int:
 
 
 def usable_rows(
-    rows: list[Row], layout: Layout, context: int | None, limit: int | None, with_steps: bool, dataset: str
+    rows: list[Row],
+    layout: Layout,
+    context: int | None,
+    limit: int | None,
+    with_steps: bool,
+    dataset: str,
+    drop_last_step: bool = False,
 ) -> list[Row]:
     """The rows to train on. What is unusual about them is counted in the log; none is left out without a word.
 
     Args:
         context: positions that the model has; None if it names none.
         limit: `max_row_tokens`; longer rows are left out.
-        with_steps: whether the method reads the steps.
+        with_steps: whether the method reads the steps; drop_last_step: all but the last.
 
     Raises:
         ValueError: a row is longer than the model and no limit is given; no row has steps; no row is left.
@@ -81,6 +87,12 @@ def usable_rows(
         logger.info(
             "%d of %d rows have no steps and train the answer alone; the first is %s",
             *(len(without), len(kept), without[0].id),
+        )
+    emptied = [row for row in kept if len(row.steps) == 1] if drop_last_step else []
+    if emptied:
+        logger.info(
+            "%d of %d rows have one step, which drop_last_step leaves out, so their teacher has none; the first is %s",
+            *(len(emptied), len(kept), emptied[0].id),
         )
     return kept
 

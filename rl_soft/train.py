@@ -104,6 +104,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, train: list[data
         recipe.extra.max_row_tokens,
         getattr(recipe.extra, "worked_steps", True),
         recipe.data.dataset,
+        getattr(recipe.extra, "drop_last_step", False),
     )
     held_out = min(recipe.extra.validation_problems, len(train) // 5)
     validation, train = train[:held_out], train[held_out:]
@@ -333,7 +334,7 @@ def load_rows(recipe: Recipe) -> tuple[list[data.Row], list[data.Row]]:
         d.eval_problems,
         d.data_seed_eval,
         (d.eval_dataset_options or {}) if d.eval_dataset else options,
-        columns,
+        d.eval_dataset_columns if d.eval_dataset else columns,
     )
     check_golds(test, d.eval_dataset or d.dataset)
     data.assert_disjoint(train, test)
@@ -368,7 +369,7 @@ def lora_config(recipe: Recipe) -> Any:
     return LoraConfig(
         r=m.lora_r,
         lora_alpha=m.lora_alpha,
-        lora_dropout=0.0,  # dropout would make the recomputed density another one
+        lora_dropout=m.lora_dropout,
         target_modules=m.lora_target_modules,
         task_type="CAUSAL_LM",
     )

@@ -26,6 +26,12 @@ EXTRACT_NUMBER = [
     ("", None, None),
     ("   ", None, None),
     ("I do not know.", None, None),
+    # steps and then an answer, with no words at all: no list, even where the last step says something else
+    ("7*3=1;1-4=3;#7", "7", None),
+    ("3+4=7;#7", "7", None),
+    ("2;#12", "12", None),
+    ("3, #4", "4", None),
+    ("3;4", "3, 4", None),
     # boxes
     (r"\boxed{5}", "5", "5"),
     (r"So $x = \boxed{5}$.", "5", "5"),

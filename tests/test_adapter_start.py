@@ -21,8 +21,8 @@ from rl_soft.side_modules import language_model
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 
 
-def trained_by_codi(folder: Path, **values) -> Path:
-    made = tiny_policy()
+def trained_by_codi(folder: Path, tied: bool = True, **values) -> Path:
+    made = tiny_policy(tied=tied)
     made.model.save_pretrained(folder / "base")
     made.tokenizer.save_pretrained(folder / "base")
     given = {"model_config": None, "vocabulary": None, "model_name_or_path": str(folder / "base"), **LORA, **values}
@@ -64,6 +64,17 @@ def test_rl_trains_the_adapter_of_codi_and_resumes(codi, tmp_path, beta):
     train.run(recipe)
     resumed = adapter(run / "model")
     assert all(torch.equal(trained[name], resumed[name]) for name in trained)
+
+
+def test_a_head_that_is_not_tied_has_rows_of_its_own(tmp_path):
+    codi = trained_by_codi(tmp_path, tied=False)
+    train.run(grpo(codi, tmp_path, beta=0.1, rewards=["test_parallel.digit_sum"]))
+    start, trained = adapter(codi / "codi/model"), adapter(tmp_path / "rl/model")
+    assert start.keys() == trained.keys() and sum("trainable_tokens" in name for name in start) == 2
+    logged = metrics(tmp_path / "rl")
+    assert all(line["rollout/density_gap"] < 1e-4 for line in logged if "rollout/density_gap" in line)
+    kl = [line["kl"] for line in logged if "kl" in line]
+    assert abs(kl[0]) < 1e-6 < kl[-1]
 
 
 def test_rl_starts_from_what_codi_saved(codi, tmp_path):

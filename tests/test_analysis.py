@@ -17,7 +17,7 @@ from rl_soft.cli import main
 from rl_soft.config import load_evaluation
 from rl_soft.data import Row
 from rl_soft.eval_command import check_lengths
-from rl_soft.evaluate import eos_token_ids, sample_records
+from rl_soft.evaluate import eos_token_ids, evaluate, sample_records
 from rl_soft.layout import Layout, Thinking
 from rl_soft.policy import add_projector
 from rl_soft.records import GREEDY
@@ -136,6 +136,21 @@ def test_a_control_changes_the_thoughts_and_nothing_else(thought):
     for control in ("zero", "repeat"):
         single = torch.cat([log_probs(control, slice(i, i + 1))[:, at + 1] for i in range(8)])
         torch.testing.assert_close(single, log_probs(control)[:, at + 1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch,fits", [(4, True), (5, True), (7, False), (1, False)])
+def test_no_row_is_shuffled_alone(tmp_path, batch, fits):
+    """It would keep its own thoughts, and count as if it had not."""
+    model, layout = made("soft")
+    told = {"name": "x", "model_name": "m", "dataset": "d", "split": "train", "config": None}
+    given = {**told, "samples": 1, "seed": 0, "batch_size": batch, "control": "shuffle"}
+    if fits:
+        evaluate(model, layout, rows(8), tmp_path, **given)
+        return
+    with pytest.raises(ValueError, match=f"8 problems in batches of {batch} .* choose another eval_batch_size"):
+        evaluate(model, layout, rows(8), tmp_path, **given)
+    with pytest.raises(ValueError, match="control shuffle needs at least 2 rows"):
+        rollout(model, layout, [layout.prompt_ids("1+1=")], None, [2], control="shuffle")
 
 
 def test_a_control_is_an_argument_of_eval():

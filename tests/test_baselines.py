@@ -380,6 +380,11 @@ def test_unusual_rows_are_counted_or_refused_by_name(caplog):
     assert 0 < len(kept) < 8 and f"{8 - len(kept)} of 8 rows are longer than max_row_tokens 20" in caplog.text
     with pytest.raises(ValueError, match="no row has at most max_row_tokens = 2"):
         usable_rows(some, layout, 20, 2, True, "d")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "rl_soft"):
+        assert usable_rows(some, layout, 128, None, True, "d", drop_last_step=True) == some
+    single = sum(len(row.steps) == 1 for row in some)
+    assert single and f"{single} of 8 rows have one step, which drop_last_step leaves out, so" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -392,6 +397,10 @@ def test_unusual_rows_are_counted_or_refused_by_name(caplog):
         ("icot", {"remove_per_epoch": 0}, "remove_per_epoch must be above 0"),
         ("sft", {"max_length": 64}, "max_length is derived from max_row_tokens"),
         ("sft", {"worked_step": True}, "did you mean worked_steps"),
+        ("sft", {"use_peft": True}, "use_peft: an adapter's folder names its base model by path"),
+        ("icot", {"use_peft": True}, "use_peft: an adapter's folder names its base model by path"),
+        ("icot", {"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0"),
+        ("icot", {"eval_dataset_columns": {"question": "q"}}, "names no eval_dataset; .* take dataset_columns"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, method, values, message):

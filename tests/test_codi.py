@@ -41,7 +41,7 @@ def batch_of(trainer, n):
 
 @pytest.mark.parametrize("where", ["first", "answer"])
 def test_both_streams_predict_the_answer_at_the_distilled_positions(tmp_path, where):
-    trainer = make(tmp_path, kd_position=where)
+    trainer = make(tmp_path, kd_position=where, drop_last_step=False)
     batch, seen = batch_of(trainer, 8), {}
     for i, in_student, in_teacher in batch["kd"].tolist():
         token = batch["student_ids"][i, in_student + 1]
@@ -197,6 +197,13 @@ def test_options_out_of_range_are_refused(values, message):
     [
         ("grpo", "hidden", {}, "thought hidden has no density .* use hybrid"),
         ("ppo", "soft", {}, "thought soft has no density"),
+        ("codi", "token", {}, "thought token, phase latent: codi trains latent thoughts"),
+        (
+            "codi",
+            "soft",
+            {"phase": "explicit", "end_of_thinking": "#"},
+            "thought soft, phase explicit: codi trains latent thoughts",
+        ),
         ("grpo", "hybrid", {"ratio": "conditional"}, "thought hybrid takes joint, factored or top1"),
         ("codi", "dirichlet", {}, "thought dirichlet cannot be trained by codi"),
         ("codi", "hybrid", {"use_projector": False}, "use_projector false: thought hybrid"),

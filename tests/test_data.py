@@ -423,6 +423,15 @@ def test_rows_are_dropped_by_name(tmp_path: Path) -> None:
         load(path, "train", options={"drop": ["rows/9"]})
 
 
+def test_rows_that_cannot_be_read_can_be_dropped(tmp_path: Path) -> None:
+    answers = ["1", "x", "2", "y"]
+    path = write(tmp_path / "rows.jsonl", [{"question": f"{i}?", "answer": a} for i, a in enumerate(answers)])
+    number = {"answer_type": "number"}
+    with pytest.raises(ValueError, match=r"row 2: the answer 'x' .*; 1 more rows .*\{drop: \[rows/1, rows/3\]\}"):
+        load(path, "train", options=number)
+    assert [row.answer for row in load(path, "train", options={**number, "drop": ["rows/1", "rows/3"]})] == ["1", "2"]
+
+
 def test_gsm8k_as_equations(tmp_path: Path) -> None:
     path = write(tmp_path / "test.jsonl", [GSM8K])
     (row,) = load("gsm8k", "evaluation", options={"path": path, "steps": "equations"})

@@ -56,7 +56,7 @@ ALLOWED = {  # module -> modules of ours that it may import
     "config": {"arguments", "decoding", "layout", "refusals"},
     "reward_entries": set(),
     "help": {"arguments", "config", "decoding", "layout"},
-    "codi": {"arguments", "config", "data", "layout", "noise", "policy", "projector", "supervised"},
+    "codi": {"arguments", "config", "data", "layout", "noise", "policy", "projector", "refusals", "supervised"},
     "callbacks": set(),
     "supervised": {"data", "layout"},
     "sft": {"arguments", "data", "layout", "supervised"},

@@ -274,6 +274,19 @@ def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_star
     assert moved.max() < 1e-4 and moved.mean() < 1e-6
 
 
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_coconut_may_have_other_stages_on_each_process(tmp_path, stage):
+    """So processes make different numbers of forward passes in a step."""
+    if stage:
+        pytest.importorskip("deepspeed")
+    values = {**CODI, "thought": "hidden", "method": "coconut", "uniform_prob": 0.7, "thoughts_per_step": 1}
+    values |= {"max_steps": 4, "validation_problems": 0, "per_device_train_batch_size": 3, "logging_steps": 1}
+    values |= {"output_dir": str(tmp_path / "rl")}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    error = launch(tmp_path, stage, "-m", "rl_soft", tmp_path / "two.yaml").communicate(timeout=180)[1]
+    assert (tmp_path / "rl/model/config.json").exists(), error[-3000:]
+
+
 @pytest.mark.parametrize(
     "stage,busy", [(0, 0), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(0, 300, marks=pytest.mark.slow)]
 )

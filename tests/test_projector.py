@@ -19,9 +19,9 @@ from rl_soft.projector import Projector, add_projector, load_projector
 from rl_soft.side_modules import language_model, split_module
 
 
-def on_disk(folder, model_type="llama"):
+def on_disk(folder, model_type="llama", tied=True):
     """A saved base model without <bot> and <eot>, as a hub has them: their rows must be added."""
-    made = tiny_policy(model_type)
+    made = tiny_policy(model_type, tied)
     kept = [t for t in sorted(made.tokenizer.get_vocab(), key=made.tokenizer.get_vocab().get) if t not in (BOT, EOT)]
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -97,9 +97,9 @@ def test_the_language_model_is_found_with_a_wrapper_and_without():
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
-@pytest.mark.parametrize("thought", ["hidden", "hybrid", "soft"])
-def test_a_folder_comes_back_bit_for_bit(tmp_path, thought, peft_config):
-    start = on_disk(tmp_path / "base")
+@pytest.mark.parametrize("thought,tied", [("hidden", True), ("hybrid", True), ("soft", True), ("soft", False)])
+def test_a_folder_comes_back_bit_for_bit(tmp_path, thought, tied, peft_config):
+    start = on_disk(tmp_path / "base", tied=tied)
     trainer = make(
         tmp_path / "run", thought=thought, made=start, peft_config=peft_config,
         training={"max_steps": 2, "learning_rate": 1e-2},

@@ -49,6 +49,7 @@ def write(tmp_path, **values):
         ({"thought_tau": "hot"}, "thought_tau must be float, got 'hot'"),
         ({"thought_k": True}, "thought_k must be int, got True"),
         ({"thought": "soft"}, "thought soft has no density"),
+        ({"lora_dropout": 0.1}, "lora_dropout must be 0, got 0.1: with dropout on"),
         ({"thought": "gumble"}, "thought must be one of token, soft, gumbel, dirichlet, hidden, hybrid, got 'gumble'"),
         ({"use_vllm": True}, "use_vllm is not available"),
         ({"ds3_gather_for_generation": False}, "ds3_gather_for_generation must be true"),
