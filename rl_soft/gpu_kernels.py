@@ -1,8 +1,8 @@
-"""Rollouts on a GPU: sampling, attention of one position, and what lies between the products of a layer, in Triton.
+"""Rollouts on a GPU: attention of one position, and what lies between the products of a layer, in Triton.
 
 A step reads every weight once, and that is what it should take. PyTorch's operations in between are some forty short
 kernels a layer and fifty passes over the vocabulary, each of which takes as long to start as it does to run. Here they
-are ten a layer, and three passes to sample. Products stay cuBLAS's, called through their modules, so adapters are as
+are ten a layer, and two passes to sample. Products stay cuBLAS's, called through their modules, so adapters are as
 they are.
 
 Roundings are those of transformers' operations: what a layer writes to half precision in between is rounded here too.
@@ -16,16 +16,19 @@ size, C columns of the cache, H hidden, F width of the MLP.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rl_soft import kernels, noise
-from rl_soft.kernels import jit, tempered
-from rl_soft.layers import Layer, Parts, casts, parts_of, patched
+from rl_soft import gpu_sampling, kernels, noise
+from rl_soft.kernels import jit
+from rl_soft.layers import AGREE, Layer, Parts, casts, parts_of, patched
 
 try:
     import triton
@@ -33,10 +36,45 @@ try:
 except ImportError:  # builds of torch without a GPU come without it
     triton = None
 
-SLOTS = 64  # of a draw; they are found one by one
+logger = logging.getLogger(__name__)
+
 WIDEST = 256  # head size
-_BLOCK = 4096  # logits that a program of a draw holds
 _SPLIT, _COLUMNS = 256, 32  # columns that a program of attention reads, and reads at a time
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels take x: Triton starts, and on x's device and in its dtype they do what they are for."""
+    return kernels.usable(x) and x.dtype in AGREE and _works(x.device, x.dtype)
+
+
+@functools.cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """One call of attention and of a draw, beside PyTorch's. What lies in a layer is judged there (`layers`)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 1), (2, 300), (2, 300))  # heads, columns
+    q, k, v = (torch.randn(2, *shape, 64, generator=generator).to(device, dtype) for shape in shapes)
+    logits = torch.randn(2, 5000, generator=generator).to(device, dtype)
+    seen = torch.arange(300, device=device) >= torch.tensor([[[[0]]], [[[280]]]], device=device)
+    seeds, one = torch.arange(2, device=device), torch.ones(2, device=device)
+    try:
+        with torch.no_grad():
+            read, _ = _attend(q, k, v, seen, 0.125)
+            support, _, top, mass, _ = gpu_sampling.draw(logits, one, 4, seeds, 1)
+            outside = gpu_sampling.log_outside(logits, one, support)
+    except Exception as error:  # Triton has exceptions of many kinds: for resources, for compilers, for drivers
+        logger.warning("rollout: steps take PyTorch's operations, Triton's kernels fail (%s)", str(error)[:200])
+        return False
+    phi = logits.double().log_softmax(-1)
+    exact = F.scaled_dot_product_attention(
+        q.double(), k.double().repeat_interleave(3, 1), v.double().repeat_interleave(3, 1), attn_mask=seen, scale=0.125
+    )
+    found = (phi + noise.gumbel(seeds, 1, 5000)).topk(4).indices
+    off = phi.scatter(-1, found, -torch.inf).logsumexp(-1) - (outside - top - mass.log())
+    right = (read.transpose(1, 2) - exact).abs().max() < 8 * torch.finfo(dtype).eps and off.abs().max() < 1e-4
+    if not (right and torch.equal(found, support)):
+        logger.warning("rollout: steps take PyTorch's operations, Triton's kernels give other results on %s", device)
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +98,7 @@ class GpuLayer(Layer):
 
     def takes(self, x: Tensor, cos: Tensor) -> bool:
         D = self.attention.head_dim
-        return self.dtypes == {x.dtype} == {cos.dtype} and cos.shape[-1] == D and D <= WIDEST and kernels.usable(x)
+        return self.dtypes == {x.dtype} == {cos.dtype} and cos.shape[-1] == D and D <= WIDEST and usable(x)
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p, D = self.parts, self.attention.head_dim
@@ -125,16 +163,22 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(n, AG, 1, D) queries, (n, A, C, D) keys and values, (n, 1, 1, C) bool mask -> (n, 1, AG, D)."""
-    n, heads, T, D = query.shape
-    A, C = key.shape[1:3]
-    seen = attention_mask
+    n, _, T, D = query.shape
+    C, seen = key.shape[2], attention_mask
     if (
-        (T > 1 or D > WIDEST or not kernels.usable(query) or len({query.dtype, key.dtype, value.dtype}) > 1)
+        (T > 1 or D > WIDEST or not usable(query) or len({query.dtype, key.dtype, value.dtype}) > 1)
         or (key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (D, 1))
         or (seen is not None and (seen.dtype != torch.bool or seen.shape != (n, 1, 1, C)))
         or (dropout or kwargs.get("position_bias") is not None or torch.is_grad_enabled() or casts(query))
     ):
+        if T > 1 and seen is not None and seen.dtype == torch.bool:
+            seen = seen | ~seen.any(-1, keepdim=True)  # some of CUDA's kernels make NaN of padding that sees nothing
         return sdpa(module, query, key, value, seen, dropout=dropout, scaling=scaling, **kwargs)
+    return _attend(query, key, value, seen, D**-0.5 if scaling is None else scaling)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scaling: float) -> tuple[Tensor, None]:
+    (n, heads, _, D), (A, C) = query.shape, key.shape[1:3]
     query, seen = query.contiguous(), None if seen is None else seen.contiguous()
     G, splits, out = heads // A, triton.cdiv(C, _SPLIT), query.new_empty(n, 1, heads, D)
     means = query.new_empty(n * heads, splits, D, dtype=torch.float32)
@@ -143,7 +187,7 @@ def _attention(
     with torch.cuda.device_of(query):
         _attend_kernel[(n * A, splits)](
             query, key, value, query if seen is None else seen, means, masses, C, *key.stride()[:2],
-            float(D**-0.5 if scaling is None else scaling), A=A, G=G, D=D, MASKED=seen is not None,
+            float(scaling), A=A, G=G, D=D, MASKED=seen is not None,
             G_BLOCK=max(16, triton.next_power_of_2(G)), D_BLOCK=max(16, wide), SPLIT=_SPLIT, COLUMNS=_COLUMNS,
             INTERPRETED=kernels.INTERPRETED, num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -151,47 +195,6 @@ def _attention(
             means, masses, out, splits, D=D, D_BLOCK=wide, SPLITS=triton.next_power_of_2(splits)
         )
     return out, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: Any) -> tuple[Tensor, ...]:
-    """A Gumbel top-K sample of each row, with the noise of `noise.gumbel`; one read of the logits.
-
-    Args:
-        logits: (m, V), any float dtype, rows contiguous; temperature: (m,) float32; slots: K, at most SLOTS.
-        seeds: (m,) int64; step: int or (m,) int64.
-
-    Returns:
-        support (m, K) int64, the strongest first; values (m, K) float32, of logits / temperature - top + noise;
-        top (m,), the largest of logits / temperature; mass (m,), the sum of exp(logits / temperature - top), NaN where
-        a row has a logit that is NaN or +inf, or none that is finite; dot (m,), the same sum times the exponents.
-    """
-    m, V = logits.shape
-    blocks = triton.cdiv(V, _BLOCK)
-    low, high = (half.contiguous() for half in noise.keys(seeds, step))
-    hashes = noise.index_hashes(V, logits.device)
-    few = min(slots, _BLOCK)
-    values = logits.new_empty(m, blocks * few, dtype=torch.float32)
-    ids = logits.new_empty(m, blocks * few, dtype=torch.int32)
-    sums = logits.new_empty(3, m, blocks, dtype=torch.float32)
-    top, mass, dot = logits.new_empty(3, m, dtype=torch.float32)
-    found, support = (logits.new_empty(m, slots, dtype=dtype) for dtype in (torch.float32, torch.int64))
-    temperature = temperature.contiguous()
-    with torch.cuda.device_of(logits):
-        _draw_kernel[(m, blocks)](
-            logits, logits.stride(0), temperature, low, high, hashes, values, ids, sums, m * blocks,
-            V=V, K=few, BLOCK=_BLOCK, num_warps=8,
-        )  # fmt: skip
-        _best_kernel[(m,)](
-            logits, logits.stride(0), temperature, low, high, hashes, values, ids, sums, m * blocks,
-            found, support, top, mass, dot,
-            K=slots, COUNT=blocks * few, BLOCKS=blocks,
-            WIDE=triton.next_power_of_2(blocks * few), BLOCKS_WIDE=triton.next_power_of_2(blocks), num_warps=4,
-        )  # fmt: skip
-    return support, found, top, mass, dot
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,102 +330,3 @@ def _merge_kernel(means, masses, out, splits, D: tl.constexpr, D_BLOCK: tl.const
     mean = tl.load(means + (task * splits + parts[:, None]) * D + features[None, :], mask=inside, other=0.0)
     mean = tl.sum(mean * share[:, None], axis=0) / tl.sum(share, axis=0)
     tl.store(out + task * D + features, mean.to(out.dtype.element_ty), mask=features < D)
-
-
-@jit
-def _logarithm(x):
-    """ln of normal numbers above 0, relative error 1e-7 (Cephes). The GPU's own is not that good near 1, where the
-    largest Gumbel numbers come from."""
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23  # the mantissa is in [sqrt(1/2), sqrt(2))
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1
-    n, z = exponent.to(tl.float32), f * f
-    p = f * 7.0376836292e-2 - 1.1514610310e-1
-    p = (p * f + 1.1676998740e-1) * f - 1.2420140846e-1
-    p = (p * f + 1.4249322787e-1) * f - 1.6668057665e-1
-    p = (p * f + 2.0000714765e-1) * f - 2.4999993993e-1
-    p = (p * f + 3.3333331174e-1) * f * z
-    return f + (p - n * 2.12194440e-4 - z * 0.5) + n * 0.693359375
-
-
-@jit
-def _gumbel(index_hash, low, high):
-    """`noise.gumbel` at one address, but for the last bits of its logarithms."""
-    bits = (index_hash ^ low) * high
-    bits += bits >> 16
-    bits *= 0x7FEB352D
-    bits += bits >> 15
-    u = tl.abs(bits.to(tl.float32)) * 4.656612318092527e-10 + 2.3283064365386963e-10  # 2^-31 (1 - 2^-23), 2^-32
-    w = 1 - u
-    d = 1 - w  # ln(1 - u) = -u ln(w) / (w - 1), exact where w is rounded; and -u where it is 1
-    small = d == 0
-    e = tl.where(small, u, -u * _logarithm(w) / tl.where(small, 1.0, d))
-    return -_logarithm(e)
-
-
-@jit
-def _draw_kernel(
-    logits, stride, temperatures, lows, highs, hashes, values, ids, sums, count,
-    V: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program a row and block of the vocabulary: its K best, and its sums relative to its largest logit."""
-    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    within = tl.arange(0, BLOCK)
-    columns = block * BLOCK + within
-    raw = tl.load(logits + row * stride + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-    x = tempered(raw, 1 / tl.load(temperatures + row), 1.0, False)
-    wrong = tl.max(tl.where((x != x) | (x == float("inf")), 1, 0), axis=0)
-    top = tl.max(tl.where(x == x, x, float("-inf")), axis=0)
-    shifted = x - tl.where(top > float("-inf"), top, 0.0)
-    e = tl.exp(shifted)
-    mass = tl.sum(e, axis=0)
-    dot = tl.sum(tl.where(x == float("-inf"), 0.0, e * shifted), axis=0)
-    at = row * blocks + block
-    tl.store(sums + at, top)
-    tl.store(sums + count + at, tl.where(wrong > 0, float("nan"), mass))
-    tl.store(sums + 2 * count + at, dot)
-    index_hash = tl.load(hashes + columns, mask=columns < V, other=0)
-    z = x + _gumbel(index_hash, tl.load(lows + row), tl.load(highs + row))
-    z = tl.where(z == z, z, float("-inf"))
-    left = tl.full((BLOCK,), 1, tl.int1)
-    for k in range(K):
-        best = tl.max(tl.where(left, z, float("-inf")), axis=0)
-        first = tl.min(tl.where(left & (z == best), within, BLOCK - 1), axis=0)
-        tl.store(values + at * K + k, best)
-        tl.store(ids + at * K + k, tl.minimum(block * BLOCK + first, V - 1))
-        left = left & (within != first)
-
-
-@jit
-def _best_kernel(
-    logits, stride, temperatures, lows, highs, hashes, values, ids, sums, count, found, support, tops, totals, dots,
-    K: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr, BLOCKS_WIDE: tl.constexpr,
-):  # fmt: skip
-    """One program a row: the blocks together, and the values of the best once more, now that the largest is known."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, BLOCKS_WIDE)
-    at, inside = row * BLOCKS + blocks, blocks < BLOCKS
-    peaks = tl.load(sums + at, mask=inside, other=float("-inf"))
-    top = tl.max(peaks, axis=0)
-    apart = peaks - tl.where(top > float("-inf"), top, 0.0)
-    rescale = tl.exp(apart)
-    masses = tl.load(sums + count + at, mask=inside, other=0.0)
-    mass = tl.sum(masses * rescale, axis=0)
-    shift = tl.where(peaks > float("-inf"), apart, 0.0)
-    dot = tl.sum((tl.load(sums + 2 * count + at, mask=inside, other=0.0) + masses * shift) * rescale, axis=0)
-    tl.store(tops + row, top)
-    tl.store(totals + row, tl.where(top > float("-inf"), mass, float("nan")))
-    tl.store(dots + row, dot)
-    low, high, inverse = tl.load(lows + row), tl.load(highs + row), 1 / tl.load(temperatures + row)
-    candidates = tl.arange(0, WIDE)
-    z = tl.load(values + row * COUNT + candidates, mask=candidates < COUNT, other=float("-inf"))
-    left = candidates < COUNT
-    for k in range(K):
-        best = tl.max(tl.where(left, z, float("-inf")), axis=0)
-        first = tl.min(tl.where(left & (z == best), candidates, COUNT - 1), axis=0)
-        i = tl.load(ids + row * COUNT + first)
-        x = tempered(tl.load(logits + row * stride + i).to(tl.float32), inverse, 1.0, False)
-        value = x - tl.where(top > float("-inf"), top, 0.0) + _gumbel(tl.load(hashes + i), low, high)
-        tl.store(found + row * K + k, value)
-        tl.store(support + row * K + k, i.to(tl.int64))
-        left = left & (candidates != first)

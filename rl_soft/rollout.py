@@ -23,11 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rl_soft import kernels
 from rl_soft.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.cpu_kernels import cpu_kernels
 from rl_soft.decoding import Decoding
-from rl_soft.gpu_kernels import gpu_kernels
+from rl_soft.gpu_kernels import gpu_kernels, usable
 from rl_soft.graphs import Replay
 from rl_soft.layout import Layout
 from rl_soft.policy import disturb, mix_embeddings, position_ids, reads_hidden, thought_input
@@ -148,8 +147,8 @@ class Engine:
         self.replay = Replay(self.device)
 
     def run(self) -> Rollout:
-        patched = gpu_kernels if kernels.usable(self.embedding.weight) else cpu_kernels
-        with patched(self.model):
+        kernels = gpu_kernels if usable(self.embedding.weight) else cpu_kernels
+        with kernels(self.model):
             self._run()
         failed = int(self.walk.out.failed.sum())
         if failed:

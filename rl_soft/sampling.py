@@ -1,5 +1,5 @@
 """Sampling by kernels: softmax, entropy, noise and top-K of rows of logits in one pass, on a CPU (`cpu_kernels.c`) and
-on a GPU (`gpu_kernels`).
+on a GPU (`gpu_sampling`).
 
 PyTorch takes fifteen passes over the vocabulary on a CPU and fifty on a GPU, each writing what the next one reads.
 Noise is that of `noise.gumbel` but for the last bits of its logarithms.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rl_soft import cpu_kernels, gpu_kernels, kernels, noise
+from rl_soft import cpu_kernels, gpu_kernels, gpu_sampling, noise
 
 SLOTS = 128  # on a CPU, where the kernel inserts one by one
 
@@ -40,9 +40,8 @@ class Drawn:
 
     def log_outside(self, ids: Tensor) -> Tensor:
         """(m,) float32, ln of the mass outside ids (m, K), summed over the complement."""
-        if kernels.usable(self.logits):
-            outside, _ = kernels.complement(self.logits, ids, self.temperature[:, None], None)
-            return outside - self.top - self.mass.log()
+        if gpu_kernels.usable(self.logits):
+            return gpu_sampling.log_outside(self.logits, self.temperature, ids) - self.top - self.mass.log()
         library: Any = cpu_kernels.library()
         (m, V), ids, outside = self.logits.shape, ids.contiguous(), torch.empty_like(self.mass)
         inputs = (self.logits, self.temperature, self.top, ids, outside)
@@ -63,8 +62,8 @@ def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: A
         slots: K.
     """
     m, V = logits.shape
-    if kernels.usable(logits) and 0 < slots <= min(V, gpu_kernels.SLOTS):
-        support, values, top, mass, dot = gpu_kernels.draw(logits, temperature, slots, seeds, step)
+    if gpu_kernels.usable(logits) and 0 < slots <= min(V, gpu_sampling.SLOTS):
+        support, values, top, mass, dot = gpu_sampling.draw(logits, temperature, slots, seeds, step)
         return Drawn(logits, temperature, support, values, top, mass, mass.log() - dot / mass)
     if logits.device.type != "cpu" or not 0 < slots <= min(V, SLOTS):
         return None
