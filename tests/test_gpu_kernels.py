@@ -286,6 +286,18 @@ def test_a_layer_that_does_not_agree_keeps_its_operations(monkeypatch):
 
 
 @needs_kernels
+def test_a_layer_whose_kernels_fail_keeps_its_operations(monkeypatch, caplog):
+    made, layout = make("llama", replace(LATENT, num_thoughts=1, max_answer_tokens=1))
+    made.model.to(DEVICE)
+    given = arguments(made, layout, samples=1)
+    expected = without(monkeypatch, given)
+    monkeypatch.setattr(gpu_kernels, "_gated_kernel", None)
+    with caplog.at_level("WARNING", "rl_soft"):
+        assert_same(rollout(*given), expected, atol=1e-4)
+    assert "a layer keeps its own operations, Triton's kernels fail" in caplog.text
+
+
+@needs_kernels
 def test_kernels_that_fail_or_are_wrong_are_not_taken(monkeypatch, caplog):
     gpu_kernels._works.cache_clear()
     with monkeypatch.context() as patch, caplog.at_level("WARNING", "rl_soft"):
