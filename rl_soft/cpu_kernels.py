@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_soft.layers import Layer, Parts, casts, parts_of, patched
+from rl_soft.layers import Layer, Parts, casts, is_step, parts_of, patched
 
 logger = logging.getLogger(__name__)
 
@@ -124,15 +124,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(n, H, 1, D) queries, (n, A, C, D) keys and values, (n, 1, 1, C) bool mask -> (n, 1, H, D)."""
-    n, H, T, D = query.shape
-    A, C = key.shape[1:3]
-    seen = attention_mask
-    if (
-        (T > 1 or D % (2 * LANES) or D > WIDEST or {query.dtype, key.dtype, value.dtype} != {torch.float32})
-        or (key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (D, 1))
-        or (seen is not None and (seen.dtype != torch.bool or seen.shape != (n, 1, 1, C)))
-        or (dropout or kwargs.get("position_bias") is not None or torch.is_grad_enabled() or casts(query))
-    ):
+    (n, H, _, D), (A, C), seen = query.shape, key.shape[1:3], attention_mask
+    known = query.dtype == torch.float32 and D <= WIDEST and D % (2 * LANES) == 0
+    if not (known and is_step(query, key, value, seen, dropout, kwargs)):
         return sdpa(module, query, key, value, seen, dropout=dropout, scaling=scaling, **kwargs)
     query, seen = query.contiguous(), None if seen is None else seen.contiguous()
     out = query.new_empty(n, 1, H, D)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from rl_soft import gpu_sampling, kernels, noise
 from rl_soft.kernels import jit
-from rl_soft.layers import AGREE, Layer, Parts, casts, parts_of, patched
+from rl_soft.layers import AGREE, Layer, Parts, is_step, parts_of, patched
 
 try:
     import triton
@@ -172,14 +172,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(n, AG, 1, D) queries, (n, A, C, D) keys and values, (n, 1, 1, C) bool mask -> (n, 1, AG, D)."""
-    n, _, T, D = query.shape
-    C, seen = key.shape[2], attention_mask
-    if (
-        (T > 1 or D > WIDEST or not usable(query) or len({query.dtype, key.dtype, value.dtype}) > 1)
-        or (key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (D, 1))
-        or (seen is not None and (seen.dtype != torch.bool or seen.shape != (n, 1, 1, C)))
-        or (dropout or kwargs.get("position_bias") is not None or torch.is_grad_enabled() or casts(query))
-    ):
+    (_, _, T, D), seen = query.shape, attention_mask
+    if not (D <= WIDEST and is_step(query, key, value, seen, dropout, kwargs) and usable(query)):
         if T > 1 and seen is not None and seen.dtype == torch.bool:
             seen = seen | ~seen.any(-1, keepdim=True)  # some of CUDA's kernels make NaN of padding that sees nothing
         return sdpa(module, query, key, value, seen, dropout=dropout, scaling=scaling, **kwargs)

@@ -99,6 +99,19 @@ def casts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
 
 
+def is_step(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, more: Any) -> bool:
+    """Whether this is attention of one position a row, without gradients, laid out as the kernels of both devices read
+    it: (n, AG, 1, D) queries, (n, A, C, D) keys and values with contiguous columns, (n, 1, 1, C) bool mask."""
+    (n, _, T, D), C = query.shape, key.shape[2]
+    return (
+        T == 1
+        and query.dtype == key.dtype == value.dtype
+        and (key.shape == value.shape and key.stride() == value.stride() and key.stride()[2:] == (D, 1))
+        and (seen is None or (seen.dtype == torch.bool and seen.shape == (n, 1, 1, C)))
+        and not (dropout or more.get("position_bias") is not None or torch.is_grad_enabled() or casts(query))
+    )
+
+
 @contextmanager
 def patched(forwards: dict[Any, Any], attention: Callable[..., Any]) -> Iterator[None]:
     """While on, these modules have these forwards, and `sdpa` is `attention(sdpa, ...)`; then all is as it was."""

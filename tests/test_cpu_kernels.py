@@ -44,6 +44,25 @@ def roll(made, **thinking):
     return rollout(made.model, layout, prompts, seeds, [made.tokenizer.eos_token_id], token_budget=300)
 
 
+def assert_drawn(drawn, logits, temperature, K, seeds, step):
+    """A draw is that of `noise.gumbel`, its figures those of float64; returns ids of its support."""
+    V = logits.shape[1]
+    phi = (logits.double() / temperature[:, None]).log_softmax(-1)
+    values, support = (phi + gumbel(seeds, step, V)).topk(K)
+    real = values.isfinite()
+    assert torch.equal(drawn.support[real], support[real]) and drawn.support.max() < V
+    shift = (drawn.values - values)[:, :1]
+    torch.testing.assert_close((drawn.values - shift)[real], values[real], check_dtype=False, atol=1e-5, rtol=1e-6)
+    entropy = -(phi.exp() * phi.clamp(min=-1e4)).sum(-1)
+    torch.testing.assert_close(drawn.entropy, entropy, check_dtype=False, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(drawn.log_probs(support), phi.gather(-1, support), check_dtype=False, atol=1e-5, rtol=0)
+    ids = support[:, : max(1, min(K, V // 4))].clone()
+    ids[:, -1] = ids[:, 0]  # absent slots name the first again
+    outside = phi.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(drawn.log_outside(ids), outside, check_dtype=False, atol=1e-5, rtol=1e-5)
+    return ids
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Calls of the kernels by name."""
@@ -179,19 +198,7 @@ def test_a_draw(m, V, K):
     logits[0, : V // 2] = -torch.inf
     before, seeds, step = logits.clone(), torch.arange(m) * 7, torch.arange(m)
     drawn = sampling.draw(logits, temperature, K, seeds, step)
-    phi = (logits.double() / temperature[:, None]).log_softmax(-1)
-    values, support = (phi + gumbel(seeds, step, V)).topk(K)
-    real = values.isfinite()
-    assert torch.equal(drawn.support[real], support[real])
-    shift = (drawn.values - values)[:, :1]
-    torch.testing.assert_close((drawn.values - shift)[real], values[real], check_dtype=False, atol=1e-5, rtol=1e-6)
-    entropy = -(phi.exp() * phi.clamp(min=-1e4)).sum(-1)
-    torch.testing.assert_close(drawn.entropy, entropy, check_dtype=False, atol=2e-6, rtol=2e-6)
-    torch.testing.assert_close(drawn.log_probs(support), phi.gather(-1, support), check_dtype=False, atol=1e-5, rtol=0)
-    ids = support[:, : max(1, min(K, V // 4))].clone()
-    ids[:, -1] = ids[:, 0]  # absent slots name the first again
-    outside = phi.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    torch.testing.assert_close(drawn.log_outside(ids), outside, check_dtype=False, atol=1e-5, rtol=1e-5)
+    ids = assert_drawn(drawn, before, temperature, K, seeds, step)
     assert torch.equal(drawn.logits[:, :V], before)
     for i in range(m):
         alone = sampling.draw(logits[i : i + 1], temperature[i : i + 1], K, seeds[i : i + 1], step[i : i + 1])
