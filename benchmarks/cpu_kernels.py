@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_soft import cpu_kernels
+from rl_soft.rollouts.kernels import cpu as cpu_kernels
 
 LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 SHAPES = LAYER * 30 + ((49152, 576),)

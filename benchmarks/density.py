@@ -27,8 +27,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from rl_soft import noise
-from rl_soft.densities import FilteredGumbel, GumbelTopK, SoftToken
+from rl_soft.thoughts import noise
+from rl_soft.thoughts.densities import FilteredGumbel, GumbelTopK, SoftToken
 
 V, SPREAD, SD = 200, 2.0, 0.05  # vocabulary, sd of the logits, sd of their update
 KS, TAUS = (1, 2, 3, 5, 8, 16, 32, 64, 128, 200), (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)

@@ -29,9 +29,11 @@ def step_times(side: str, args: argparse.Namespace) -> list[float]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from rl_soft import data, policy
-    from rl_soft.layout import Layout, Thinking
-    from rl_soft.rl import SoftGRPOTrainer
+    from rl_soft.data import sources as data
+    from rl_soft.model import policy
+    from rl_soft.thoughts.layout import Layout
+    from rl_soft.thoughts.thinking import Thinking
+    from rl_soft.train.grpo import SoftGRPOTrainer
 
     torch.manual_seed(0)
     start = policy.load(args.model)

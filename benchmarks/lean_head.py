@@ -1,4 +1,4 @@
-"""Memory and time of the lean head pass (`rl_soft.head.soft_log_prob`) against plain materialised logits.
+"""Memory and time of the lean head pass (`rl_soft.model.head.soft_log_prob`) against plain materialised logits.
 
     python benchmarks/lean_head.py [--n 4096 --v 49152 --h 576 --k 8 --rounds 3 --threads 2]
 
@@ -11,8 +11,8 @@ eighth of the rows. Ratios, lean / plain, stand last.
 
 With a GPU (--device cuda, the default where there is one): N 16,384, V 151,936, H 1,536 and bfloat16 unless given. The
 warm-up is a whole step, time is between CUDA events, extra memory the allocator's peak. Two more sides: "unfused", the
-lean pass with the passes over a chunk in torch instead of `rl_soft.kernels`, and "trl", at K = 1, the chunked head
-that TRL's trainers use for discrete tokens (`trl.kernels.ChunkedLogProbFunction`).
+lean pass with the passes over a chunk in torch instead of `rl_soft.model.head_triton`, and "trl", at K = 1, the
+chunked head that TRL's trainers use for discrete tokens (`trl.kernels.ChunkedLogProbFunction`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import time
 import torch
 from torch import Tensor, nn
 
-from rl_soft import densities, head, kernels
+from rl_soft.model import head
+from rl_soft.model import head_triton as kernels
+from rl_soft.thoughts import densities
 
 TAU, TEMPERATURE = 0.5, 0.8
 SIZES = {"cpu": {"n": 4096, "v": 49152, "h": 576, "k": 8}, "cuda": {"n": 16384, "v": 151936, "h": 1536, "k": 8}}

@@ -28,8 +28,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rl_soft import passk
-from rl_soft.records import read
+from rl_soft.evaluation import passk
+from rl_soft.evaluation.records import read
 
 TARGET, WINDOW, LAST = 0.80, 10, 40
 REWARD = "rewards/math_accuracy/mean"

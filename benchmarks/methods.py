@@ -36,8 +36,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rl_soft import passk
-from rl_soft.records import GREEDY, read
+from rl_soft.evaluation import passk
+from rl_soft.evaluation.records import GREEDY, read
 
 PROBLEMS = 500
 

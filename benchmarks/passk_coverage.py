@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rl_soft import records, report
-from rl_soft.passk import bootstrap, paired_bootstrap, pass_at_k
+from rl_soft.evaluation import records, report
+from rl_soft.evaluation.passk import bootstrap, paired_bootstrap, pass_at_k
 
 KS = (1, 4, 16)
 FAMILY = 5

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rl_soft.rl
-from rl_soft import noise
+import rl_soft.train.grpo
+from rl_soft.thoughts import noise
 
 
-class PublicDensity(rl_soft.rl.SoftGRPOTrainer):
+class PublicDensity(rl_soft.train.grpo.SoftGRPOTrainer):
     over: str = ""
     perturbed: Tensor | None = None  # (B, C, V) z of the batch at hand
 
@@ -77,7 +77,7 @@ def main() -> None:
     PublicDensity.over = sys.argv[1]
     if PublicDensity.over not in ("product", "terms"):
         raise SystemExit(f"expected product or terms, got {PublicDensity.over!r}")
-    rl_soft.rl.SoftGRPOTrainer = PublicDensity  # type: ignore[misc]
+    rl_soft.train.grpo.SoftGRPOTrainer = PublicDensity  # type: ignore[misc]
     os.environ["RL_SOFT_DEBUG"] = "1"
     from rl_soft.cli import main as run
 

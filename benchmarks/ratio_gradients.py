@@ -25,11 +25,14 @@ import torch
 from torch import Tensor
 
 from rewards.answers import judge
-from rl_soft import data, noise, policy, scored
-from rl_soft.densities import gather_statistics, gumbel_topk_log_prob
-from rl_soft.evaluate import completion_text, eos_token_ids
-from rl_soft.layout import Layout
-from rl_soft.rollout import rollout
+from rl_soft.data import sources as data
+from rl_soft.evaluation.samples import completion_text, eos_token_ids
+from rl_soft.model import policy
+from rl_soft.model import scored_forward as scored
+from rl_soft.rollouts.engine import rollout
+from rl_soft.thoughts import noise
+from rl_soft.thoughts.densities import gather_statistics, gumbel_topk_log_prob
+from rl_soft.thoughts.layout import Layout
 
 TASK = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1, "compact": True}
 PROMPTS, G = 32, 8

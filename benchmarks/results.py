@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rl_soft import passk
-from rl_soft.records import GREEDY, read
+from rl_soft.evaluation import passk
+from rl_soft.evaluation.records import GREEDY, read
 
 ROOT = Path(__file__).parents[1]
 

@@ -46,7 +46,7 @@ def load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rl_soft import policy
+    from rl_soft.model import policy
 
     if not name.startswith("random:"):
         loaded = policy.load(name, dtype)
@@ -95,10 +95,11 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    from rl_soft import cpu_kernels
-    from rl_soft.layout import Layout, Thinking
-    from rl_soft.rollout import Engine
-    from rl_soft.walk import DONE, Live, Walk
+    from rl_soft.rollouts.engine import Engine
+    from rl_soft.rollouts.kernels import cpu as cpu_kernels
+    from rl_soft.rollouts.state_machine import DONE, Live, Walk
+    from rl_soft.thoughts.layout import Layout
+    from rl_soft.thoughts.thinking import Thinking
 
     if args.plain:
         cpu_kernels.library = lambda: None  # type: ignore[assignment]
@@ -166,8 +167,8 @@ def limits(args: argparse.Namespace) -> dict[str, float]:
     """Bytes and multiply-adds a second that this machine reaches, and the shape of the model."""
     import torch
 
-    from rl_soft.cpu_kernels import library
-    from rl_soft.estimate import measure_speeds
+    from rl_soft.cli.estimate import measure_speeds
+    from rl_soft.rollouts.kernels.cpu import library
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
     n = 8192 if device == "cuda" else 2048

@@ -9,10 +9,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rl_soft.decoding import Decoding as Decoding
-    from rl_soft.generation import Completion as Completion
-    from rl_soft.generation import generate as generate
-    from rl_soft.layout import Thinking as Thinking
+    from rl_soft.evaluation.generation import Completion as Completion
+    from rl_soft.evaluation.generation import generate as generate
+    from rl_soft.thoughts.decoding import Decoding as Decoding
+    from rl_soft.thoughts.thinking import Thinking as Thinking
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,12 @@ if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:  # TRL pings at trainer constru
     if "huggingface_hub.constants" in sys.modules:  # which read the variable when it was imported
         sys.modules["huggingface_hub.constants"].HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
 
-_HOME = {"generate": "generation", "Completion": "generation", "Decoding": "decoding", "Thinking": "layout"}
+_HOME = {
+    "generate": "evaluation.generation",
+    "Completion": "evaluation.generation",
+    "Decoding": "thoughts.decoding",
+    "Thinking": "thoughts.thinking",
+}
 
 
 def __getattr__(name: str) -> Any:

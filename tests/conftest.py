@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_soft import policy
-from rl_soft.data import Row
-from rl_soft.layout import Layout, Thinking
+from rl_soft.data.sources import Row
+from rl_soft.model import policy
+from rl_soft.thoughts.layout import Layout
+from rl_soft.thoughts.thinking import Thinking
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = "0123456789+-=;#"

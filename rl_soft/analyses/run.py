@@ -1,0 +1,160 @@
+"""One analysis of traces from start to end, on disk: records, which are resumed; then figures, table and picture.
+
+    NAME.jsonl   what it depends on, then a line a problem (`journal`)
+    NAME.json    the figures with their intervals; NAME.csv the same as a table; NAME.png the picture
+
+Everything but the first is a function of the records, and is written again by every run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from rl_soft.analyses import branching, lens, plane, traces
+from rl_soft.analyses import figures as analysis_figures
+from rl_soft.analyses.findings import Claim
+from rl_soft.config.arguments import AnalysisArguments
+from rl_soft.data.sources import Row, question_hash
+from rl_soft.evaluation.records import write_atomic
+from rl_soft.files import Journal
+from rl_soft.thoughts.layout import Layout
+from rl_soft.thoughts.thinking import Thinking
+
+logger = logging.getLogger("rl_soft")
+
+DEFAULTS = {  # of `Thinking`, for models that were not trained to think by this package: the paper's T, K, tau, gamma
+    "thought_temperature": 0.6,
+    "thought_k": 10,
+    "thought_tau": 0.5,
+    "thought_gamma": 4.0,
+    "num_thoughts": 256,
+    "end_of_thinking": "</think>",
+}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis: its module, and which arguments its records and its figures depend on.
+
+    Attributes:
+        module: has `measure(model, layout, rows, ...)`, `summarise(records, ...)`, `table`, `says`, `claims`,
+            `QUESTION` and `PAPER`.
+        measured, summarised: names of those functions' further arguments -> fields of `AnalysisArguments`.
+    """
+
+    module: ModuleType
+    measured: dict[str, str]
+    summarised: dict[str, str]
+
+
+WEIGHT = {"branch_weight": "branch_weight"}
+ANALYSES = {  # in the order of the report
+    "traces": Analysis(traces, {"seed": "eval_seed", "samples": "eval_samples"}, {}),
+    "branching": Analysis(branching, {}, WEIGHT),
+    "lens": Analysis(lens, {"branches": "branches"}, {}),
+    "plane": Analysis(plane, {"seed": "eval_seed", "draws": "draws", **WEIGHT}, WEIGHT),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out of one analysis."""
+
+    name: str
+    summary: dict[str, Any]
+    records: list[dict[str, Any]]  # in the order of the problems
+    says: list[str]
+    claims: list[Claim]
+    picture: bytes
+
+
+def check_thinking(thinking: Thinking, vocab_size: int, changes: dict[str, Any]) -> Thinking:
+    """The thinking that traces are made with; the answer after it is not looked at.
+
+    Raises:
+        ValueError: `thought` or `max_answer_tokens` among the changes, fewer than two slots, or no thoughts.
+    """
+    for key, why in (
+        ("thought", "each analysis sets the kinds it follows"),
+        ("max_answer_tokens", "no answer is read"),
+    ):
+        if key in changes:
+            raise ValueError(f"{key} is not an argument of this analysis: {why}; leave it out")
+    thinking = replace(thinking, thought="soft", max_answer_tokens=1)
+    if thinking.support_size(vocab_size) < 2:
+        raise ValueError(f"thought_k must be 0 or at least 2 for this analysis, got {thinking.thought_k}")
+    if thinking.num_thoughts < 1:
+        raise ValueError(f"num_thoughts must be at least 1 for this analysis, got {thinking.num_thoughts}")
+    return thinking
+
+
+def run(name: str, model: Any, layout: Layout, rows: Sequence[Row], arguments: AnalysisArguments) -> Finding:
+    """Measure what is not measured yet, `eval_batch_size` problems at a time, and write the files.
+
+    Args:
+        name: a key of `ANALYSES`.
+        model: on its device, in evaluation mode.
+
+    Raises:
+        ValueError: output_dir holds records of something else.
+    """
+    analysis, out = ANALYSES[name], Path(str(arguments.output_dir))
+    values = asdict(arguments)
+    of_records = {key: values[field] for key, field in analysis.measured.items()}
+    names = ("dataset", "dataset_options", "dataset_columns", "split", "data_seed_eval", "dtype")
+    identity = {"analysis": name, "model": arguments.model_name_or_path, **{key: values[key] for key in names}}
+    identity |= {**layout.thinking.to_dict(), **of_records}
+    with Journal(out / f"{name}.jsonl", identity, {r.id: question_hash(r.question) for r in rows}) as journal:
+        missing = [row for row in rows if row.id not in journal.records]
+        bar = tqdm(
+            total=len(rows),
+            initial=len(rows) - len(missing),
+            desc=name,
+            unit="problem",
+            disable=not missing,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
+        with bar:
+            for start in range(0, len(missing), arguments.eval_batch_size):
+                part = missing[start : start + arguments.eval_batch_size]
+                found = analysis.module.measure(model, layout, part, **of_records)
+                ids = [{"problem_id": r.id, "question_hash": question_hash(r.question)} for r in part]
+                journal.append(*({**i, **record} for i, record in zip(ids, found, strict=True)))
+                bar.update(len(part))
+        records = [journal.records[row.id] for row in rows]
+    summary = analysis.module.summarise(records, **{k: values[field] for k, field in analysis.summarised.items()})
+    picture = analysis_figures.draw(name, summary)
+    said, claims = analysis.module.says(summary), analysis.module.claims(summary)
+    figures = {"model": arguments.model_name_or_path, "dataset": arguments.dataset, **identity, "figures": summary}
+    figures |= {"says": said, "claims": [asdict(claim) for claim in claims]}
+    write_atomic(out / f"{name}.json", json.dumps(figures, indent=1) + "\n")
+    write_atomic(out / f"{name}.csv", _csv(analysis.module.table(summary)))
+    write_atomic(out / f"{name}.png", picture)
+    return Finding(name, summary, records, said, claims, picture)
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+    return file.getvalue()
+
+
+def markdown(findings: Sequence[Finding]) -> str:
+    """Question, sentences and claims of some analyses, for a terminal."""
+    lines = []
+    for finding in findings:
+        lines += [f"## {finding.name}: {ANALYSES[finding.name].module.QUESTION}", "", *finding.says, ""]
+        lines += [f"- {claim.holds}: {claim.text}: {claim.here}" for claim in finding.claims] + [""]
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""`rl-soft analyze`: what thoughts hold (probe), what they cost against written reasoning (cost), and how soft
+thoughts work in anyone's model (branching, lens, traces, plane, or all of them with a report)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rl_soft.analyses import cost, probe
+from rl_soft.analyses import report as analysis_report
+from rl_soft.analyses import run as analysis_run
+from rl_soft.cli.eval import check_folder, check_lengths, load_policy, load_rows, thinking_of
+from rl_soft.config.arguments import AnalysisArguments
+from rl_soft.config.recipe import load_evaluation
+from rl_soft.data.sources import Row
+from rl_soft.evaluation.generation import layout_for, tell_template
+from rl_soft.evaluation.records import GREEDY, read_header
+from rl_soft.evaluation.samples import check_golds, sample_records
+from rl_soft.model import policy
+from rl_soft.model.policy import context_length
+from rl_soft.thoughts.layout import Layout
+from rl_soft.train.runtime.processes import prepare_devices
+
+logger = logging.getLogger("rl_soft")
+
+
+def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
+    """One analysis; returns its report in Markdown.
+
+    Args:
+        kind: a key of `KINDS`.
+        model: a folder of ours; for analyses of traces also a transformers or PEFT folder, or a hub id.
+        overrides: fields of `AnalysisArguments`, and of `Thinking` to change the model's own.
+
+    Raises:
+        ValueError: an unknown kind, and arguments, data set and model that do not fit.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"analyze must be one of {', '.join(KINDS)}, got {kind!r}")
+    arguments, changes = load_evaluation(model, overrides, AnalysisArguments, f"analyze {kind}")
+    if kind == "cost" and not arguments.against:
+        raise ValueError("against is missing: rl-soft analyze cost MODEL --against COT_MODEL --dataset NAME")
+    if kind in TRACES and not arguments.output_dir:
+        raise ValueError(f"output_dir is missing: rl-soft analyze {kind} MODEL --dataset NAME --output_dir DIR")
+    if arguments.evals and kind != "all":
+        raise ValueError(f"evals is for the report of rl-soft analyze all, not for {kind}")
+    if arguments.output_dir:
+        check_folder(arguments.output_dir)
+    for folder in evaluations(arguments):
+        read_header(folder)
+    rows = load_rows(arguments)
+    if kind not in TRACES:
+        check_golds(rows, arguments.dataset)
+    elif len(rows) < 2:
+        raise ValueError(f"eval_problems must be at least 2 for analyze {kind}: intervals are over prompts; got 1")
+    prepare_devices()
+    return KINDS[kind](arguments, changes, rows)
+
+
+def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:
+    """A model on its device, in evaluation mode, and its layout."""
+    loaded = load_policy(name, arguments)
+    layout = layout_for(loaded.model, loaded.tokenizer, thinking_of(name, changes))
+    check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
+    return loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), layout
+
+
+def run_probe(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
+    model, layout = load(arguments.model_name_or_path, arguments, changes, rows)
+    probe.check(layout, rows)  # before anything is decoded
+    correct = []
+    for start in range(0, len(rows), arguments.eval_batch_size):
+        tasks = [(row, GREEDY) for row in rows[start : start + arguments.eval_batch_size]]
+        correct += [record["outcome"] == "correct" for record in sample_records(model, layout, tasks, seed=0)]
+    probed = probe.probe(model, layout, rows, correct, arguments.top_k, arguments.eval_batch_size)
+    return probe.report(probed, layout, arguments.top_k, Path(arguments.output_dir) if arguments.output_dir else None)
+
+
+def run_cost(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
+    names = [arguments.model_name_or_path, str(arguments.against)]
+    models = [load(names[0], arguments, changes, rows), load(names[1], arguments, {}, rows)]
+    # In bfloat16 too, where `load_policy` leaves adapters beside the weights: here time counts, not the last digit.
+    models = [(m.merge_and_unload() if hasattr(m, "merge_and_unload") else m, layout) for m, layout in models]
+    costs = cost.measure(models, rows)
+    return cost.report(names, costs, Path(arguments.output_dir) if arguments.output_dir else None)
+
+
+def run_traces(kind: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
+    """An analysis of traces, or all; a stopped one goes on with the problems that are missing."""
+    name = arguments.model_name_or_path
+    ours = policy.read_thinking(Path(name)) is not None
+    changes = changes if ours else {**analysis_run.DEFAULTS, **changes}
+    thinking = thinking_of(name, changes)
+    loaded = load_policy(name, arguments)
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    thinking = analysis_run.check_thinking(thinking, vocab_size, changes)
+    layout = layout_for(loaded.model, loaded.tokenizer, thinking)
+    tell_template(layout)
+    check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
+    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    names = list(analysis_run.ANALYSES) if kind == "all" else [kind]
+    try:
+        findings = [analysis_run.run(name, model, layout, rows, arguments) for name in names]
+    except KeyboardInterrupt:
+        logger.info("stopped; the same command goes on with what is missing")
+        raise SystemExit(130) from None
+    text = analysis_run.markdown(findings)
+    if kind == "all":
+        path = analysis_report.write(findings, layout, rows, arguments, evaluations(arguments))
+        text += f"report: {path}\n"
+    return text
+
+
+def evaluations(arguments: AnalysisArguments) -> list[str]:
+    return [arguments.evals] if isinstance(arguments.evals, str) else list(arguments.evals or [])
+
+
+TRACES = (*analysis_run.ANALYSES, "all")
+KINDS: dict[str, Callable[[AnalysisArguments, dict[str, Any], list[Row]], str]] = {
+    "probe": run_probe,
+    "cost": run_cost,
+    **{kind: partial(run_traces, kind) for kind in TRACES},
+}

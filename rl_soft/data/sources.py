@@ -1,0 +1,83 @@
+"""Every data set as one row type.
+
+Three kinds of source, told apart by their name:
+
+* generated (`generated.py`): a reasoning-gym task (`chain_sum`, `gsm_symbolic`, any other by name) or our `chain_mod`.
+  The hash of a question decides whether it is for training or for evaluation, so the two never overlap, whatever the
+  seeds.
+* a local `.jsonl`, `.json`, `.csv` or `.parquet` file (`stored.py`).
+* the hub: a name of `CATALOGUE` (`gsm8k`, `svamp`, ...), whose fields and splits are known, or any `owner/name` id.
+
+`docs/data.md` lists the options of each. Where we differ from CODI's loaders: negative and decimal answers are kept,
+and a row that cannot be used is refused by its number, never dropped.
+"""
+
+import difflib
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl_soft.data import generated
+from rl_soft.data import stored
+from rl_soft.data.row import Row as Row
+from rl_soft.data.row import question_hash as question_hash
+
+
+def load(
+    source: str,
+    split: str,
+    size: int | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """Returns the rows of one split; the same arguments always give the same rows.
+
+    Args:
+        source: a reasoning-gym task, a file, a name of `CATALOGUE` or a hub id.
+        split: `train` or `evaluation`; for a hub set also any split it has. A file is one split, whichever is asked,
+            unless the option `holdout` divides it.
+        size: how many rows: generated, or drawn at random (a larger draw contains the smaller). None takes all.
+        seed: of the generation or of the draw.
+        options: passed to the generator, apart from those listed in `docs/data.md`.
+        columns: our name -> the file's, for `question`, `answer`, `steps`, `id`, `answer_type`, `family`.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    options = dict(options or {})
+    if source in stored.CATALOGUE or "/" in source or Path(source).suffix in stored.READERS:
+        rows = stored.read(source, split, options, columns or {})
+        return rows if size is None else _draw(rows, size, seed, f"{source} ({split})")
+    if columns:
+        raise ValueError(f"columns are for stored rows; {source!r} is generated")
+    if source not in generated.tasks():
+        known = [*stored.CATALOGUE, *generated.tasks()]
+        nearest = difflib.get_close_matches(source.lower(), known, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown data source {source!r}; the nearest known is {nearest!r}. A source is one of "
+            f"{', '.join((*stored.CATALOGUE, *generated.OWN_TASKS))}; a reasoning-gym task; a file "
+            f"({', '.join(stored.READERS)}); or a hub id owner/name"
+        )
+    return generated.generate(source, split, size, seed, options)
+
+
+def assert_disjoint(train: Sequence[Row], evaluation: Sequence[Row]) -> None:
+    """Raises ValueError if a question stands in both."""
+    seen = {question_hash(row.question): row for row in train}
+    shared = [row for row in evaluation if question_hash(row.question) in seen]
+    if shared:
+        first = shared[0]
+        twin = seen[question_hash(first.question)]
+        raise ValueError(
+            f"{len(shared)} evaluation questions are also training questions, "
+            f"the first being {first.id} = {twin.id}: {first.question!r}"
+        )
+
+
+def _draw(rows: list[Row], size: int, seed: int, name: str) -> list[Row]:
+    if size > len(rows):
+        raise ValueError(f"{name} has {len(rows)} rows, fewer than size={size}")
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[:size]

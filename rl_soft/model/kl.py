@@ -1,0 +1,190 @@
+r"""The exact KL divergence between the categoricals of two policies, from hidden states, never holding (N, V) logits.
+
+    KL(pi || rho) = sum_j pi_j d_j,    d_j = ln pi_j - ln rho_j,        dKL / dl_j = pi_j (d_j - KL)
+
+over the whole vocabulary, with l the policy's logits divided by the temperature. It is computed as
+sum_j pi_j (d_j - 1 + e^{-d_j}), the expectation under pi of the one-sample estimate that TRL takes for a token (k3:
+Schulman 2020, joschu.net/blog/kl-approx.html): the sums are equal, no term is negative, and an error in one of the
+normalisers counts in the second order only, so that a policy that has hardly moved has a divergence of hardly more
+than 0.
+
+Chunk by chunk of rows, as in `head`: a frozen plain head forms the gradient to the hidden states in the forward pass,
+a trained one computes both logits again in backward, any other module is called under `torch.utils.checkpoint`.
+
+Shapes: N positions, H hidden size, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from rl_soft.model.head import _cast, _chunking, _grad_raw, _most_calls, _plain_head, _slices, _tempered
+from rl_soft.thoughts import densities
+
+
+def categorical_kl(
+    hidden: Tensor,
+    lm_head: nn.Module | Tensor,
+    ref_hidden: Tensor,
+    ref_lm_head: nn.Module | Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """KL(pi || rho) a position; never negative, and 0 where the logits are equal.
+
+    Args:
+        hidden: (N, H) final hidden states of the policy, any float dtype.
+        lm_head: its head's module, or the plain weight (V, H).
+        ref_hidden: (N, H') final hidden states of the reference; no gradient goes there, nor to its head.
+        ref_lm_head: the reference's head.
+        temperature: T > 0, a float or (N,), of both; divides the (soft-capped) logits.
+        chunk_size: rows a chunk, whose logits are alive twice; None takes half of what `head.soft_log_prob` takes.
+        softcap: of both, as in `head.soft_log_prob`.
+
+    Returns:
+        (N,) float32, nats, differentiable in hidden and the policy's head.
+
+    Raises:
+        ValueError: for shapes or numbers out of range.
+    """
+    if len(ref_hidden) != len(hidden):
+        raise ValueError(f"ref_hidden: expected the {len(hidden)} rows of hidden, got {len(ref_hidden)}")
+    if softcap is not None:
+        densities.check_positive("softcap", softcap)
+    plain = _plain_head(lm_head)
+    vocab_size = len(plain[0]) if plain else getattr(lm_head, "out_features", None)
+    divisor, rows = _chunking(hidden, hidden[:, :1], temperature, chunk_size, vocab_size)
+    rows = rows if chunk_size else max(1, rows // 2)
+
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    @torch.no_grad()
+    def reference(states: Tensor, divisor: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=autocast[0], dtype=autocast[1]):  # in backward, too
+            return _tempered(_call(ref_lm_head, states).float(), divisor, softcap)  # (C, V)
+
+    if plain is not None:
+        ref_logits = lambda r: reference(ref_hidden[r], divisor[r])  # noqa: E731
+        return _PlainHead.apply(*_cast(hidden, *plain), ref_logits, divisor, rows, softcap)
+
+    def chunk(states: Tensor, ref_states: Tensor, divisor: Tensor) -> Tensor:
+        logits = _call(lm_head, states).float()
+        logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / divisor
+        return _Logits.apply(logits, reference(ref_states, divisor))
+
+    own = list(_slices(len(hidden), rows))
+    calls = max(_most_calls(m, len(own), hidden.device) for m in (lm_head, ref_lm_head) if isinstance(m, nn.Module))
+    parts = []
+    for r in own + [slice(0, 1)] * (calls - len(own)):
+        args = (hidden[r], ref_hidden[r], divisor[r])
+        parts.append(checkpoint(chunk, *args, use_reentrant=False) if torch.is_grad_enabled() else chunk(*args))
+    kl = torch.cat(parts[: len(own)])
+    for unused in parts[len(own) :]:
+        kl = kl + 0 * unused.sum()  # so that backward calls the modules as often, too
+    return kl
+
+
+def _call(lm_head: nn.Module | Tensor, states: Tensor) -> Tensor:
+    plain = _plain_head(lm_head)
+    return lm_head(states) if plain is None else F.linear(*_cast(states, *plain))  # type: ignore[operator]
+
+
+class _PlainHead(torch.autograd.Function):
+    """From (hidden, weight, bias); the gradient to hidden is formed at once if the head is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, ref_logits: Callable[[slice], Tensor], divisor, rows, softcap):
+        ctx.ref_logits, ctx.rows, ctx.softcap = ref_logits, rows, softcap
+        ctx.trained = any(ctx.needs_input_grad[1:3])
+        values, grads = [], []
+        for r in _slices(len(hidden), rows):
+            logits = _tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], softcap)
+            log_p, d = _log_ratio(logits, ref_logits(r))
+            values.append(_divergence(log_p, d))
+            if ctx.needs_input_grad[0] and not ctx.trained:
+                grad = _grad_raw(_gradient(log_p, d), logits, divisor[r], softcap)
+                grads.append(grad.to(weight.dtype) @ weight)
+        saved = (hidden, weight, bias, divisor) if ctx.trained else (torch.cat(grads) if grads else None,)
+        ctx.save_for_backward(*saved)
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl):
+        nothing = [None] * 4
+        if not ctx.trained:
+            (jacobian,) = ctx.saved_tensors
+            return (grad_kl.unsqueeze(-1) * jacobian).to(jacobian.dtype), None, None, *nothing
+        hidden, weight, bias, divisor = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # sums over many chunks, so float32 whatever the dtype of the weight
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        for r in _slices(len(hidden), ctx.rows):
+            logits = _tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], ctx.softcap)
+            grad = _gradient(*_log_ratio(logits, ctx.ref_logits(r))).mul_(grad_kl[r].unsqueeze(-1))
+            grad = _grad_raw(grad, logits, divisor[r], ctx.softcap)  # (C, V)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[r])
+            if grad_weight is not None and weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[r])
+            elif grad_weight is not None:
+                grad_weight += grad.T @ hidden[r]
+        cast = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+        return grad_hidden, *cast, *nothing
+
+
+class _Logits(torch.autograd.Function):
+    """From a chunk's logits (C, V) to (C,)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        log_p, d = _log_ratio(logits, ref_logits)
+        ctx.save_for_backward(log_p, d)
+        return _divergence(log_p, d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor, None]:
+        log_p, d = ctx.saved_tensors
+        return _gradient(log_p.clone(), d.clone()).mul_(grad_kl.unsqueeze(-1)), None
+
+
+# ---------------------------------------------------------------- one chunk, (C, V)
+
+
+def _log_ratio(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """ln pi and d = ln pi - ln rho."""
+    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return log_p, torch.sub(log_p, log_q, out=log_q)
+
+
+def _divergence(log_p: Tensor, d: Tensor) -> Tensor:
+    """sum pi (d - 1 + e^-d), each term in the form that does not overflow: pi (u + e) for d = u > 0 and
+    rho (e^d d - e^d + 1) for d = -u < 0, with e = e^-u - 1."""
+    larger = d.clamp(max=0).neg_().add_(log_p).exp_()  # max(pi, rho)
+    u = d.abs()
+    e = u.neg().expm1_()
+    total = u + e
+    return torch.where(d > 0, total, e.mul_(u).add_(total).neg_()).clamp_(min=0).mul_(larger).sum(-1)
+
+
+def _gradient(log_p: Tensor, d: Tensor) -> Tensor:
+    """pi (d - KL), of KL to the logits; with the mean of d for KL, so that a row sums to 0. Overwrites both."""
+    p = log_p.exp_()
+    mean = torch.linalg.vecdot(p, d).unsqueeze(-1)
+    return d.sub_(mean).mul_(p)

@@ -1,0 +1,294 @@
+"""The scored forward pass: log-densities of recorded soft completions, from the model's own forward.
+
+`add_soft_forward` gives a causal LM's forward one more keyword, `soft=`, which feeds mixtures of embeddings instead of
+ids and returns log-densities instead of logits. It is a method on the model itself (under any LoRA adapter), so that
+DDP, DeepSpeed and gradient-checkpointing hooks see an ordinary forward call.
+
+Four ways to the hidden states. By the ratio that is wanted (rl.py): one teacher-forced pass over the recorded
+thoughts; or the thoughts one after another, made again from their noise (pathwise) or from their noise given their
+ids (conditional), with gradients from each position to the thoughts before it. And for thought hybrid the recorded
+thoughts one after another, since each is fed together with the projected state before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.utils import ModelOutput
+
+from rl_soft.model.head import soft_log_prob, support_statistics
+from rl_soft.model.kl import categorical_kl
+from rl_soft.model.policy import density_of, mix_embeddings, position_ids, think, thought_input
+from rl_soft.model.value_head import state_values
+from rl_soft.thoughts.thinking import Thinking
+
+
+@dataclass
+class SoftInputs:
+    """A batch of prompts (left-padded) and soft completions (right-padded), as the rollout recorded them."""
+
+    prompt_ids: Tensor  # (B, P) int64
+    support: Tensor  # (B, C, K) int64
+    log_weights: Tensor  # (B, C, K) float32; a token is [0, -inf, ...]
+    action_mask: Tensor  # (B, C) bool: positions that were sampled, and so have a density
+    thought_mask: Tensor  # (B, C) bool: of those, the thoughts
+    thinking: Thinking
+    ratio: str = "joint"  # see rl.py
+    seeds: Tensor | None = None  # (B,) int64, of the rollout's noise; read by ratio pathwise
+    support_log_probs: Tensor | None = None  # (B, C, K) float32, ln pi at the rollout; read by ratio conditional
+    entropy_grad: bool = False
+    states_only: bool = False  # return the states that the head reads, and nothing else
+    ref_states: Tensor | None = None  # (B, C, H) the reference's, from such a pass; then its KL is returned
+    ref_head: Any = None  # the reference's head, see `reference_head`
+
+
+@dataclass
+class SoftOutput(ModelOutput):
+    log_probs: Tensor | None = None  # (B, C) float32, 0 where action_mask is off
+    entropy: Tensor | None = None  # (B, C) float32, nats, of the categorical at temperature T
+    value_preds: Tensor | None = None  # (B, C) float32, V of each state, where the model has a value head
+    rest: Tensor | None = None  # (B, C) float32, ratio factored: log p(rest | strongest id) at thoughts, else 0
+    kl: Tensor | None = None  # (B, C) float32, nats, KL to the reference's categorical, 0 where nothing is scored
+    states: Tensor | None = None  # (B, C, H) float dtype of the model; states_only
+
+
+def strongest_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
+    """ln pi of the strongest id, the marginal of the joint density, as a function of gathered statistics."""
+    return log_probs[..., 0]
+
+
+def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> None:
+    """Let `model.forward(attention_mask=..., soft=SoftInputs)` return a `SoftOutput`; other calls are unchanged.
+
+    Args:
+        model: a causal LM of transformers, without its PEFT wrapper.
+        chunk_size: positions whose (chunk, V) logits are alive at once; None sizes it by memory.
+    """
+    inner = model.forward
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, soft: SoftInputs | None = None, **kwargs: Any) -> Any:
+        if soft is None:
+            return inner(*args, **kwargs)
+        hidden = _states(soft)(self, inner, soft, kwargs["attention_mask"])  # (B, C, H)
+        if soft.states_only:
+            return SoftOutput(states=hidden)
+        on = soft.action_mask & ~soft.thought_mask if soft.ratio == "pathwise" else soft.action_mask
+        thinking, thoughts = soft.thinking, soft.thought_mask
+        joint, parameter = density_of(thinking)
+
+        def temperature(where: Tensor) -> Tensor:
+            return torch.where(thoughts[where], thinking.thought_temperature, thinking.temperature).float()  # (N,)
+
+        def spread(where: Tensor, values: Tensor) -> Tensor:
+            """(N,) values to their positions in (B, C), 0 off `where`."""
+            return torch.zeros(where.shape, device=where.device).masked_scatter(where, values.float())
+
+        def score(where: Tensor, density: Any) -> tuple[Tensor, Tensor]:
+            """(B, C) log-density and entropy, 0 off `where`."""
+            log_probs, entropy = soft_log_prob(
+                hidden[where],
+                self.get_output_embeddings(),
+                soft.support[where],
+                soft.log_weights[where],
+                parameter,
+                temperature(where),
+                density=density,
+                thought_mask=thoughts[where],
+                chunk_size=chunk_size,
+                softcap=softcap,
+                entropy_grad=soft.entropy_grad,
+            )
+            return spread(where, log_probs), spread(where, entropy)
+
+        top_only = soft.ratio in ("top1", "factored", "conditional")
+        log_probs, entropy = score(on, strongest_log_prob if top_only else joint)
+        rest = None
+        if soft.ratio == "factored":
+            rest = score(on & thoughts, joint)[0] - log_probs * (on & thoughts)
+        kl = None
+        if soft.ref_states is not None:
+            states = hidden[on], self.get_output_embeddings(), soft.ref_states[on], soft.ref_head
+            kl = spread(on, categorical_kl(*states, temperature(on), chunk_size=chunk_size, softcap=softcap))
+        value_preds = state_values(self, hidden)
+        return SoftOutput(log_probs=log_probs, entropy=entropy, value_preds=value_preds, rest=rest, kl=kl)
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _states(soft: SoftInputs) -> Any:
+    """What computes the states (B, C, H) that predict each position of the completion."""
+    if soft.thinking.thought == "hybrid":
+        return _hybrid_states
+    if soft.ratio == "conditional":
+        return _recorded_states if soft.states_only else _conditional_states  # the reference takes what was fed
+    return _pathwise_states if soft.ratio == "pathwise" else _recorded_states
+
+
+def _recorded_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+    """One teacher-forced pass over the recorded actions; the thoughts fed are constants."""
+    embedding = model.get_input_embeddings()
+    embeds = torch.cat(
+        [embedding(soft.prompt_ids), mix_embeddings(embedding, soft.support, soft.log_weights)], dim=1
+    )  # (B, P+C, H)
+    states = model.base_model(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -soft.support.shape[1] - 1 : -1]
+
+
+def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+    """The thoughts are made again from the recorded noise, so that gradients of the answer flow through them.
+
+    Latent phase only: every row has its n thoughts first. Positions of thoughts return zeros; they are not scored.
+    """
+    embedding, n = model.get_input_embeddings(), soft.thinking.num_thoughts
+    mask = attention_mask[:, : soft.prompt_ids.shape[1]]
+    cache = DynamicCache(config=model.config)
+    logits = inner(
+        inputs_embeds=embedding(soft.prompt_ids),
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    mask, position, _ = think(inner, model, logits, None, cache, mask, soft.thinking, soft.seeds)
+    states = _answer_states(model, soft, cache, mask, position, attention_mask)
+    return torch.cat([states.new_zeros(len(states), n + 1, states.shape[-1]), states], dim=1)
+
+
+def _answer_states(
+    model: Any, soft: SoftInputs, cache: Any, mask: Tensor, position: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """(B, C - n - 1, H) states after the thoughts, on the cache that holds prompt and thoughts: what is fed next, and
+    the answer. The first thing fed follows the last thought, so nothing before it needs a state."""
+    tail = soft.support[:, soft.thinking.num_thoughts :, 0]  # (B, C - n)
+    states = model.base_model(
+        inputs_embeds=model.get_input_embeddings()(tail),
+        attention_mask=torch.cat([mask, attention_mask[:, mask.shape[1] :]], dim=1),
+        position_ids=position + torch.arange(tail.shape[1], device=position.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return states[:, :-1]
+
+
+def conditional_weights(log_weights: Tensor, change: Tensor, tau: float) -> Tensor:
+    """Log-weights (..., K) of the same gumbel thought after its log-probabilities changed by `change` (..., K), given
+    its strongest id.
+
+    Of the perturbed log-probabilities z the largest, M, is standard Gumbel noise whatever the policy is, and the
+    others are Gumbels cut off at M, z_j = -ln(e^-M + e^-(phi_j + g_j)) with noise g_j (Maddison et al. 2014, "A*
+    sampling", arXiv 1411.0030). With the noise kept and d = z - M,
+
+        exp(-d_new) = 1 + (exp(-d_old) - 1) exp(-change),    d_old = tau (x - x_1)
+
+    so that neither M nor the noise has to be known.
+    """
+    d = tau * (log_weights - log_weights[..., :1])  # (..., K) <= 0, 0 for the strongest
+    u = torch.expm1(-d).clamp(min=1e-12).log() - change
+    d_new = torch.cat([torch.zeros_like(d[..., :1]), -F.softplus(u)[..., 1:]], dim=-1)
+    return torch.log_softmax(d_new / tau, dim=-1)
+
+
+def _conditional_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+    """The weights of each thought are made again given its recorded ids, so that gradients flow through them."""
+    head, thinking = model.get_output_embeddings(), soft.thinking
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    assert soft.support_log_probs is not None
+    log_probs = soft.support_log_probs
+
+    def fed(t: int, state: Tensor) -> Tensor:
+        support = soft.support[:, t]  # (B, K)
+        now = support_statistics(state, head, support, thinking.thought_temperature, softcap=softcap)[0]
+        weights = conditional_weights(soft.log_weights[:, t], now - log_probs[:, t], thinking.thought_tau)
+        return mix_embeddings(model.get_input_embeddings(), support, weights)
+
+    return _one_after_another(model, soft, attention_mask, fed)
+
+
+def _hybrid_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+    """The recorded mixtures are constants; the projected states that they are fed with are made again, so that the
+    states are those of the rollout, and gradients flow through them."""
+
+    def fed(t: int, state: Tensor) -> Tensor:
+        return thought_input(model, soft.thinking, soft.support[:, t], soft.log_weights[:, t], state)
+
+    return _one_after_another(model, soft, attention_mask, fed)
+
+
+def _one_after_another(
+    model: Any, soft: SoftInputs, attention_mask: Tensor, fed: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The states (B, C, H) with thought t fed as `fed(t, state before it (B, H))`, (B, H).
+
+    Latent phase only: every row has its n thoughts first.
+    """
+    n = soft.thinking.num_thoughts
+    mask = attention_mask[:, : soft.prompt_ids.shape[1]]
+    cache, positions = DynamicCache(config=model.config), position_ids(mask)
+    embeds, states = model.get_input_embeddings()(soft.prompt_ids), []
+    for t in range(n + 1):
+        last = model.base_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1:]  # (B, 1, H)
+        states.append(last)
+        positions = mask.sum(-1, keepdim=True)
+        if t < n:
+            embeds = fed(t, last[:, 0])[:, None]  # (B, 1, H)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    answer = _answer_states(model, soft, cache, mask, positions, attention_mask)
+    return torch.cat([*states, answer], dim=1)
+
+
+def reference_head(model: Any) -> Any:
+    """The head of the reference policy, a module from (N, H) to (N, V) logits.
+
+    Args:
+        model: the reference model; or the policy in its PEFT wrapper, whose reference is the adapter switched off, or
+            the copy named "ref" that TRL keeps of an adapter that training started from. (TRL refuses LoRA on the
+            head; single tokens of it, or a head trained as a whole beside an adapter, are fine.)
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    head = model.get_output_embeddings()
+    if not isinstance(head, AuxiliaryTrainingWrapper):
+        return head
+    if "ref" not in model.peft_config:
+        return head.original_module
+    return head.modules_to_save["ref"] if isinstance(head, ModulesToSaveWrapper) else _StartingRows(head)
+
+
+def copy_reference_rows(model: Any) -> None:
+    """Copy the single tokens that an adapter trains into its copy "ref", where TRL puts the matrices alone."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and "ref" in module.trainable_tokens_delta:
+            rows = module.trainable_tokens_delta
+            rows["ref"].data.copy_(rows["default"].data)
+
+
+class _StartingRows(torch.nn.Module):
+    """A head of which single tokens are trained, with the rows that they started from, merged at each call."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.rows, self.out_features = head.token_adapter, head.token_adapter.base_layer.out_features
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.rows.forward_adapters(states, ["ref"])

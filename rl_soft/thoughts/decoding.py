@@ -1,0 +1,171 @@
+"""How a distribution is cut before a position is drawn from it, and what else only decoding without training has.
+
+Soft thinking was published with cuts (arXiv 2505.15778, 2508.03440). The order of operations, for thoughts and for
+the tokens after them alike, each with settings of its own:
+
+    logits / T -> softmax -> top-k -> top-p -> min-p, each renormalised -> the draw
+
+    order exact   noise on all that is left, then the K strongest by it: the policy whose density RL trains, when
+                  nothing is cut (`densities.GumbelTopK`)
+    order paper   gumbel: the K most probable are kept first, and noise orders and weighs these alone;
+                  dirichlet: weights are drawn for all that is left first, and the K largest are kept
+
+Training has none of this: a set that moves with the weights makes ratios of 0 or infinity (docs/density.md).
+
+Shapes: m rows of one step, V vocabulary, W ids that can be left. Nothing here imports torch: `config` reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rl_soft.thoughts.thinking import Thinking
+
+ORDERS = ("exact", "paper")
+FEW = 256  # ids that are looked at first where a share of the mass is to be held
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Cuts and the cold stop; the defaults cut nothing and never stop."""
+
+    top_k: int = field(default=0, metadata={"help": "Thoughts: keep the top_k most probable ids; 0 = all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Thoughts: then the fewest ids that hold this share of the probability."}
+    )
+    min_p: float = field(
+        default=0.0, metadata={"help": "Thoughts: then ids of at least min_p times the largest probability."}
+    )
+    after_top_k: int | None = field(
+        default=None, metadata={"help": "top_k of the tokens after the thoughts; as in thinking if absent."}
+    )
+    after_top_p: float | None = field(default=None, metadata={"help": "top_p after the thoughts."})
+    after_min_p: float | None = field(default=None, metadata={"help": "min_p after the thoughts."})
+    order: str = field(
+        default="exact",
+        metadata={
+            "help": "exact: noise on all that is left, then the K strongest. paper: gumbel noise on the K most "
+            "probable alone, dirichlet weights before the K largest are kept."
+        },
+    )
+    cold_stop_entropy: float = field(
+        default=0.0, metadata={"help": "A thought whose entropy, in nats, is below this is cold; 0 never stops."}
+    )
+    cold_stop_length: int = field(
+        default=256, metadata={"help": "So many cold thoughts in a row end the thinking, as its cap does."}
+    )
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, allowed: str) -> None:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+        for name in ("top_k", "after_top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                refuse(name, "0 (all) or at least 1")
+        for name in ("top_p", "after_top_p"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+                refuse(name, "above 0 and at most 1 (all)")
+        for name in ("min_p", "after_min_p"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                refuse(name, "between 0 (all) and 1")
+        if self.order not in ORDERS:
+            refuse("order", f"one of {', '.join(ORDERS)}")
+        if not 0 <= self.cold_stop_entropy < math.inf:
+            refuse("cold_stop_entropy", "0 (off) or above, in nats")
+        if self.cold_stop_length < 1:
+            refuse("cold_stop_length", "at least 1")
+
+    @property
+    def after(self) -> tuple[int, float, float]:
+        """top_k, top_p and min_p after the thoughts."""
+        return (
+            self.top_k if self.after_top_k is None else self.after_top_k,
+            self.top_p if self.after_top_p is None else self.after_top_p,
+            self.min_p if self.after_min_p is None else self.after_min_p,
+        )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether anything is drawn otherwise than without this."""
+        whole = (0, 1.0, 0.0)
+        return self.order == "paper" or (self.top_k, self.top_p, self.min_p) != whole or self.after != whole
+
+    def slots_drawn(self, thinking: Thinking, support_size: int) -> int:
+        """Slots that a thought has when it is drawn, before the K largest weights are kept; 0 = the vocabulary."""
+        if thinking.thought == "dirichlet" and self.order == "paper":
+            return max(self.top_k, support_size) if self.top_k else 0
+        return support_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def cut(self, phi: Tensor, is_thought: Tensor, thinking: Thinking) -> Tensor:
+        """What is left of a distribution, renormalised.
+
+        Each cut keeps the ids above some probability, so the three are one threshold a row; ids that tie with the
+        last one kept are kept too.
+
+        Args:
+            phi: (m, V) float32 log-probabilities at the temperature of each row.
+            is_thought: (m,) bool; other rows draw a token after the thoughts.
+            thinking: kind and K, for order paper.
+
+        Returns:
+            (m, V) log-probabilities, -inf where an id was cut; the most probable one never is.
+        """
+        V = phi.shape[-1]
+        after_top_k, after_top_p, after_min_p = self.after
+        top_k, after_top_k = (k if k < V else 0 for k in (self.top_k, after_top_k))
+        min_p = _each(is_thought, self.min_p, after_min_p, phi)  # (m, 1)
+        threshold = phi.amax(-1, keepdim=True) + min_p.log()  # renormalising changes no ratio
+        if top_k or after_top_k or min(self.top_p, after_top_p) < 1:
+            alone = [p for k, p in ((top_k, self.top_p), (after_top_k, after_top_p)) if p < 1 and not k]
+            largest = _largest(phi, max(top_k, after_top_k, 1), max(alone, default=0.0))  # (m, W + 1)
+            all_of = largest.shape[-1]  # its last is -inf: rows without a top-k keep all
+            rank = _each(is_thought, top_k or all_of, after_top_k or all_of, phi).long()
+            last = largest.gather(-1, rank - 1)
+            p = largest.masked_fill(largest < last, -math.inf).exp()
+            total = p.cumsum(-1)[:, -1:].masked_fill(last.isneginf(), 1.0)  # in order, so that W does not matter
+            before = p.roll(1, dims=-1).cumsum(-1)  # the mass of the more probable ids; that of -inf, 0, comes first
+            enough = _each(is_thought, _or_infinite(self.top_p), _or_infinite(after_top_p), phi) * total
+            count = (before < enough).sum(-1, keepdim=True).clamp(min=1)
+            threshold = threshold.maximum(last).maximum(largest.gather(-1, count - 1))
+        if self.order == "paper" and thinking.thought in ("gumbel", "hybrid") and thinking.thought_k:
+            kept = phi.topk(thinking.thought_k, dim=-1).values[:, -1:]  # (m, 1)
+            threshold = threshold.maximum(kept.masked_fill(~is_thought[:, None], -math.inf))
+        return phi.masked_fill(phi < threshold, -math.inf).log_softmax(-1)
+
+
+def _largest(phi: Tensor, width: int, share: float) -> Tensor:
+    """(m, W + 1): the W largest of each row and then -inf; W is at least `width`, and they hold `share` of the mass.
+
+    Few ids hold most of the mass, and to sort the vocabulary may take longer than the model: on a CPU W grows until it
+    is enough. A GPU is not looked at (`walk`), so it sorts.
+    """
+    V = phi.shape[-1]
+    W = width if not share else max(width, FEW) if phi.device.type == "cpu" else V
+    while True:
+        W = min(W, V)
+        values = phi.topk(W, dim=-1).values
+        if W == V or not share or bool((values.exp().cumsum(-1)[:, -1] >= share).all()):
+            break
+        W *= 8
+    largest = phi.new_full((len(phi), W + 1), -math.inf)
+    largest[:, :W] = values
+    return largest
+
+
+def _or_infinite(top_p: float) -> float:
+    """A sum that should be 1 may be rounded to more, and 1 is to keep all."""
+    return top_p if top_p < 1 else math.inf
+
+
+def _each(is_thought: Tensor, thought: float, after: float, like: Tensor) -> Tensor:
+    """(m, 1): one number for rows that think and one for the others."""
+    chosen = like.new_full((len(like), 1), after)
+    return chosen.masked_fill(is_thought[:, None], thought)

@@ -1,0 +1,91 @@
+"""How a row becomes token ids: question, <bot>, thoughts, <eot>, answer prompt, answer.
+
+Every part is tokenised on its own and the ids are joined, so that positions are lengths and never the result of a
+search (CODI's released code finds the distilled position by matching strings; see docs/codi.md).
+
+    latent    student   question <bot> z_1 .. z_n <eot> answer_prompt answer <eos>
+              teacher   question steps answer_prompt answer <eos>
+    explicit  prompt    chat template (system, question); thoughts until `end_of_thinking`, then the answer tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rl_soft.data.row import Row
+from rl_soft.thoughts.thinking import Thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BOT, EOT, PAD = "<bot>", "<eot>", "<pad>"
+
+
+class Layout:
+    """Token ids of prompts and training rows for one tokenizer and one `Thinking`.
+
+    Raises:
+        ValueError: latent phase with a tokenizer that lacks <bot> or <eot>; explicit phase with an end of thinking
+            that encodes to no token.
+    """
+
+    def __init__(self, thinking: Thinking, tokenizer: PreTrainedTokenizerBase):
+        self.thinking, self.tokenizer = thinking, tokenizer
+        self.answer_prompt_ids = self.encode(thinking.answer_prompt)
+        if thinking.phase == "latent":
+            vocabulary = tokenizer.get_vocab()
+            for token in (BOT, EOT):
+                if token not in vocabulary:
+                    raise ValueError(f"phase latent needs the token {token} in the tokenizer; use a CODI warm start")
+            self.bot_id, self.eot_id = vocabulary[BOT], vocabulary[EOT]
+            self.end_ids: list[int] = []
+            self.forced_after_cap = [self.eot_id, *self.answer_prompt_ids]
+            self.forced_after_end = self.forced_after_cap
+        else:
+            self.end_ids = self.encode(thinking.end_of_thinking)
+            if not self.end_ids:
+                raise ValueError(f"end_of_thinking {thinking.end_of_thinking!r} encodes to no token")
+            self.forced_after_cap = [*self.end_ids, *self.answer_prompt_ids]
+            self.forced_after_end = self.answer_prompt_ids
+
+    @property
+    def max_completion_length(self) -> int:
+        return self.thinking.num_thoughts + len(self.forced_after_cap) + self.thinking.max_answer_tokens
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def question_ids(self, question: str) -> list[int]:
+        """Ids of the question alone, with the chat template where the thinking is explicit and the model has one."""
+        text = self.thinking.question_template.replace("{question}", question)
+        if self.thinking.phase == "explicit" and self.tokenizer.chat_template:
+            system = self.thinking.system_prompt
+            messages = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": text})
+            ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+            return list(ids["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return ([bos] if bos is not None else []) + self.encode(text)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Everything before the first thought."""
+        ids = self.question_ids(question)
+        return [*ids, self.bot_id] if self.thinking.phase == "latent" else ids
+
+    def answer_ids(self, answer: str) -> list[int]:
+        return [*self.encode(answer), self.tokenizer.eos_token_id]
+
+    def steps_ids(self, row: Row, drop_last_step: bool) -> list[int]:
+        steps = row.steps[:-1] if drop_last_step else row.steps
+        return self.encode("".join(step + self.thinking.step_separator for step in steps))
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """(B, T) int64."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(r)) for r in rows]
+    return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)])

@@ -1,0 +1,416 @@
+"""When something fails, a run says so in one line, keeps what is needed to look into it, and loses nothing.
+
+Guarded        mixin of a GRPO trainer: a reward that fails ends the run on all processes and is named; a step
+               whose loss or gradient is not finite is skipped, counted and saved, three in a row end the run
+KnownFailures  callback: says in words, once, when the logs show a known failure
+Checkpoints    callback: a checkpoint counts once every process has written its part of it
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from rl_soft.evaluation.records import write_atomic
+
+logger = logging.getLogger("rl_soft")
+
+MAX_SKIPPED_IN_A_ROW = 3
+MAX_SAVED_STEPS = 5  # files in nonfinite/, a process
+PATIENCE = 5  # logged steps in a row that make a failure a known one
+COMPLETE = "complete.json"  # the mark of a checkpoint that all processes have finished
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+class RewardWatch:
+    """Checks what reward functions return. A failure is kept in `failure`, and written with the completions it is
+    about to `path`; the caller raises it when all processes know of it, so that none is left waiting."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.failure: str | None = None
+
+    def wrap(self, function: Callable, name: str) -> Callable:
+        """`function` with the same calling convention (async if it is), which returns finite numbers and None only."""
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+
+            async def watched_async(**batch: Any) -> list[float | None]:
+                try:
+                    values = await function(**batch)
+                except Exception as error:
+                    return self._fail(f"reward {name} raised {_words(error)}", None, batch)
+                return self._checked(name, values, batch)
+
+            return watched_async
+
+        def watched(**batch: Any) -> list[float | None]:
+            try:
+                values = function(**batch)
+            except Exception as error:
+                index = _first_that_raises(function, batch)
+                where = "" if index is None else f" for completion {index} of {len(batch['completions'])}"
+                return self._fail(f"reward {name} raised {_words(error)}{where}", index, batch)
+            return self._checked(name, values, batch)
+
+        return watched
+
+    def _checked(self, name: str, values: Any, batch: dict[str, Any]) -> list[float | None]:
+        n = len(batch["completions"])
+        if isinstance(values, str) or not hasattr(values, "__iter__"):
+            return self._fail(
+                f"reward {name} returned {_shown(values)}; it must return a list of {n} numbers, one a completion",
+                None,
+                batch,
+            )
+        values = list(values)
+        if len(values) != n:
+            return self._fail(f"reward {name} returned {len(values)} rewards for {n} completions", None, batch)
+        for i, value in enumerate(values):
+            if not _is_reward(value):
+                return self._fail(
+                    f"reward {name} returned {_shown(value)} for completion {i} of {n}; it must be a finite number, "
+                    "or None where the reward does not apply",
+                    i,
+                    batch,
+                )
+        return values
+
+    def _fail(self, line: str, index: int | None, batch: dict[str, Any]) -> list[float | None]:
+        """Keep the first failure; the zeros returned in place of rewards are never used."""
+        n = len(batch["completions"])
+        if self.failure is None:
+            self.failure = f"{line}; saved in {self.path}"
+            rows = range(n) if index is None else [index]
+            columns = {
+                key: values
+                for key, values in batch.items()
+                if isinstance(values, list) and len(values) == n and key != "completion_ids"
+            }
+            content = {
+                "error": line,
+                "rows": [{"index": i, **{key: values[i] for key, values in columns.items()}} for i in rows],
+            }
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, json.dumps(content, indent=1, default=repr) + "\n")
+        return [0.0] * n
+
+
+def _is_reward(value: Any) -> bool:
+    """None, or what float() takes and finds finite; a text is none, even one that reads as a number."""
+    if value is None:
+        return True
+    try:
+        return not isinstance(value, str | bytes) and math.isfinite(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _first_that_raises(function: Callable, batch: dict[str, Any]) -> int | None:
+    """Index of the first completion for which the function raises when called with it alone."""
+    n = len(batch["completions"])
+    for i in range(n):
+        row = {key: [v[i]] if isinstance(v, list) and len(v) == n else v for key, v in batch.items()}
+        try:
+            function(**row)
+        except Exception:
+            return i
+    return None
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {' '.join(repr(value).split())[:80]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer
+
+
+class Guarded:
+    """Mixin to stand before TRL's GRPOTrainer in a class's bases.
+
+    Rewards: each function is watched; the first failure is raised as a ValueError on every process after the rewards
+    of a rollout, for which the processes exchange one number.
+
+    Steps: a loss that is not finite makes its gradient NaN, so that one look at the gradient's norm, which every
+    process holds after the reduction, tells of both and all processes agree without a word. A step with such a norm
+    is skipped. With plain optimizers, alone or under DDP, the gradients are dropped, so that weights and optimizer
+    state stay as they are bit by bit and the learning-rate schedule goes on. DeepSpeed's ZeRO optimizers look at the
+    norm themselves and skip likewise; their schedule waits for the next good step. With fp16 the loss scaler's skips
+    are routine and are left to it.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    accelerator: Any
+    processing_class: Any
+    reward_funcs: list
+    reward_func_names: list
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._output = Path(self.args.output_dir)
+        self._watch = RewardWatch(self._output / "failed_reward.json")
+        self.reward_funcs = [
+            function if isinstance(function, torch.nn.Module) else self._watch.wrap(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # (loss, inputs) since the last optimizer step
+        self._skipped_in_a_row = 0
+        self._skipped = 0  # since the last log
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
+        failure = self._watch.failure
+        if self.accelerator.num_processes > 1:
+            failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
+            if self.accelerator.reduce(failed, "sum") > 0:
+                failure = next(line for line in gather_object([failure]) if line is not None)
+        if failure is not None:
+            raise ValueError(failure)
+        return rewards
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not self.model.training:
+            return loss
+        self._micro_batches.append((loss.detach(), inputs))
+        return loss * torch.where(loss.isfinite(), loss.new_ones(()), torch.nan)  # times 1 changes no bit
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        micro_batches, self._micro_batches = self._micro_batches, []
+        if self.args.fp16 or norm is None or math.isfinite(float(norm)):  # the one synchronisation of a step
+            self._skipped_in_a_row = 0
+            return norm
+        step = self.state.global_step + 1
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        folder = self._output / "nonfinite"
+        save_step(folder, step, float(norm), micro_batches, self.processing_class)
+        if self.args.deepspeed_plugin is not None and not self.accelerator.optimizer_step_was_skipped:
+            raise ValueError(
+                f"step {step}: the gradient is not finite and DeepSpeed has applied it; the batch is in {folder}. The "
+                "same command resumes from the last checkpoint; use ZeRO stage 1, 2 or 3, which skip such a step"
+            )
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"step {step}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the batches "
+                f"are in {folder}. A smaller learning_rate or max_grad_norm, or dtype float32, may help"
+            )
+        if PartialState().is_main_process:
+            logger.warning("step %d skipped: loss or gradient is not finite; the batch is in %s", step, folder)
+        model.zero_grad()  # an optimizer passes over parameters without a gradient
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.training and "loss" in logs:
+            logs["skipped_steps"] = self._skipped
+            self._skipped = 0
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def save_step(
+    folder: Path, step: int, norm: float, micro_batches: Sequence[tuple[Tensor, dict[str, Any]]], tokenizer: Any
+) -> None:
+    """This process's micro-batches of a step: `step-N.safetensors` holds the tensors, named `i.name` for the i-th
+    micro-batch, and `step-N.json` losses and texts. Beyond MAX_SAVED_STEPS nothing more is written."""
+    state = PartialState()
+    suffix = f"-process-{state.process_index}" if state.num_processes > 1 else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(list(folder.glob(f"step-*{suffix}.safetensors"))) >= MAX_SAVED_STEPS:
+        return
+    tensors, rows = {}, []
+    for i, (loss, inputs) in enumerate(micro_batches):
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                tensors[f"{i}.{name}"] = value.detach().cpu().contiguous().clone()
+        texts = zip(
+            tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True),
+            tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True),
+            strict=True,
+        )
+        rows += [
+            {"micro_batch": i, "loss": repr(loss.item()), "prompt": prompt, "completion": completion}
+            for prompt, completion in texts
+        ]
+    path = folder / f"step-{step}{suffix}.safetensors"
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+    content = {"step": step, "process": state.process_index, "grad_norm": repr(norm), "rows": rows}
+    write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Callbacks
+
+
+class KnownFailures(TrainerCallback):
+    """One line, once a run, when the logs show a failure that others met before."""
+
+    # pattern of the metric, what is wrong with it, for how many logged steps in a row, what to say
+    RULES: tuple[tuple[str, Callable[[float], bool], int, str], ...] = (
+        (
+            "frac_reward_zero_std",
+            lambda share: share >= 1,
+            PATIENCE,
+            "in {n} logged rollouts in a row all completions of every prompt got the same reward, so there is nothing "
+            "to learn from: the problems are too hard or too easy, the temperature is too low, or the reward is "
+            "constant",
+        ),
+        (
+            "completions/clipped_ratio",
+            lambda share: share > 0.5,
+            PATIENCE,
+            "{value:.0%} of the completions were cut off before they ended, more than half for {n} logged rollouts: "
+            "raise max_answer_tokens, or check that the model ends its answers with an end-of-sequence token",
+        ),
+        (
+            "*/unparsed_rate",
+            lambda share: share > 0.5,
+            PATIENCE,
+            "{name} is {value:.0%}, above half for {n} logged rollouts: most completions hold no readable answer; "
+            "tell the model its form (question_template, system_prompt), or raise max_answer_tokens",
+        ),
+        (
+            "rollout/density_gap",
+            lambda gap: gap > 1e-3,
+            1,
+            "the rollout's log-densities and the training pass's differ by {value:.2g}, more than 1e-3: in bfloat16 "
+            "or with a small thought_tau this is rounding (docs/grpo.md); otherwise the two passes see another model",
+        ),
+    )
+    ENTROPY = ("entropy", 0.05, "the entropy fell from {first:.2g} to {value:.2g} nats: the policy hardly explores "
+               "any more; a smaller learning_rate, a larger epsilon_high or beta above 0 slow this down")  # fmt: skip
+
+    def __init__(self) -> None:
+        self._streak: dict[str, int] = {}
+        self._said: set[str] = set()
+        self._first_entropy: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if not (state.is_world_process_zero and logs):
+            return
+        for pattern, is_bad, patience, text in self.RULES:
+            for name in fnmatch.filter(logs, pattern):
+                if logs[name] is not None:
+                    self._look(name, logs[name], is_bad(logs[name]), patience, text)
+        name, share, text = self.ENTROPY
+        value = logs.get(name)
+        if value is not None:
+            self._first_entropy = value if self._first_entropy is None else self._first_entropy
+            text = text.replace("{first:.2g}", f"{self._first_entropy:.2g}")
+            self._look(name, value, value < share * self._first_entropy, PATIENCE, text)
+
+    def _look(self, name: str, value: float, bad: bool, patience: int, text: str) -> None:
+        self._streak[name] = self._streak.get(name, 0) + 1 if bad else 0
+        if self._streak[name] >= patience and name not in self._said:
+            self._said.add(name)
+            logger.warning("warning: " + text.format(name=name, value=value, n=patience))
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as complete when every process has written its part, and only then deletes older ones.
+
+    transformers writes a checkpoint file by file into its final folder and deletes the oldest before other processes
+    are done; a kill in between would leave half a checkpoint as the newest, or none.
+    """
+
+    def __init__(self, args: Any):
+        self.keep, args.save_total_limit = args.save_total_limit, None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if args.should_save:
+            content = {"step": state.global_step, "processes": processes.num_processes, "zero": zero_stage(args)}
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_atomic(folder / COMPLETE, json.dumps(content) + "\n")
+            rotate_checkpoints(args.output_dir, self.keep)
+        processes.wait_for_everyone()
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    complete = {int(mark.parent.name.rpartition("-")[2]): mark.parent for mark in run.glob(f"checkpoint-*/{COMPLETE}")}
+    return complete[max(complete)] if complete else None
+
+
+def check_resumable(checkpoint: Path, args: Any) -> None:
+    """A checkpoint can be read only by the stage, and under ZeRO by the number of processes, that wrote it.
+
+    Raises:
+        ValueError: they differ; transformers would leave the optimizer's state out without a word, DeepSpeed fail.
+    """
+    mark = json.loads((checkpoint / COMPLETE).read_text())
+    processes, stage = PartialState().num_processes, zero_stage(args)
+    if mark["zero"] != stage:
+        raise ValueError(f"{checkpoint} was written under ZeRO stage {mark['zero']} and cannot be read under {stage}")
+    if mark["processes"] != processes and stage:
+        raise ValueError(
+            f"{checkpoint} was written by {mark['processes']} processes and cannot be read by {processes}"
+        )
+    if mark["processes"] != processes and PartialState().is_main_process:
+        logger.warning(
+            "%s was written by %d processes and is read by %d: the run goes on with another order of completions",
+            *(checkpoint, mark["processes"], processes),
+        )
+
+
+def zero_stage(args: Any) -> int:
+    """0 without DeepSpeed."""
+    return 0 if args.deepspeed_plugin is None else int(args.deepspeed_plugin.zero_stage)
+
+
+def set_aside_unfinished(run: Path) -> None:
+    """Rename checkpoints without the mark, so that nothing takes them for whole ones. For one process to call."""
+    for folder in run.glob("checkpoint-*"):
+        if not (folder / COMPLETE).exists():
+            aside = run / f"unfinished-{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            logger.warning("%s was not finished; it is now %s and is not used", folder, aside.name)
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Ends this process with one line when a collective fails because another process of the job died."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in text or "gloo" in text
+        if PartialState().num_processes == 1 or not lost or os.environ.get("RL_SOFT_DEBUG"):
+            raise
+        logger.error(
+            "process %d: another process of this job has died (%s); the launcher's report below names it. The same "
+            "command resumes from the last checkpoint",
+            PartialState().process_index,
+            " ".join(text.split())[:200],
+        )
+        raise SystemExit(1) from None

@@ -1,0 +1,77 @@
+"""The rewards of a recipe: names, paths, parameters that take effect, and one line for every mistake.
+
+pytest tests/train/test_reward_functions.py
+"""
+
+import inspect
+import pickle
+import sys
+import types
+
+import pytest
+from trl.trainer.utils import get_callable_name
+
+from rewards import StrictFormat, math_accuracy
+from rl_soft.train import pipeline as train
+from rl_soft.train.reward_functions import reward_functions
+
+BATCH = {"prompts": ["?", "?"], "completions": ["It is 3.", "#### 3"], "answer": ["3", "3"]}
+
+
+def test_parameters_of_a_function_take_effect():
+    plain, strict = reward_functions(["math_accuracy", {"math_accuracy": {"strict": True}}])
+    assert plain is math_accuracy
+    assert plain(**BATCH) == [1, 1]
+    assert strict(**BATCH) == [0, 1], "only the marked answer counts"
+    assert get_callable_name(strict) == get_callable_name(plain) == "math_accuracy"  # what the logs call it
+    assert pickle.loads(pickle.dumps(strict))(**BATCH) == [0, 1]
+
+
+def test_parameters_of_a_class_are_its_arguments():
+    assert reward_functions([{"StrictFormat": {"mark": "hashes"}}]) == [StrictFormat("hashes")]
+    assert reward_functions(["StrictFormat"]) == [StrictFormat()]
+
+
+@pytest.mark.parametrize(
+    "entry,message",
+    [
+        ({"math_accuracy": {"strict": True, "bogus": 1}}, "math_accuracy has no parameter 'bogus'; it has strict$"),
+        ({"math_accuracy": {"strikt": True}}, "no parameter 'strikt'; it has strict; did you mean strict"),
+        ({"math_accuracy": {"answer": ["3"]}}, "no parameter 'answer'; it has strict"),  # TRL passes it
+        ({"StrictFormat": {"marks": "boxed"}}, "StrictFormat has no parameter 'marks'; it has mark, think"),
+        ({"ThoughtCost": None}, "ThoughtCost {}: .*missing .*cost"),
+        ({"math_accuracy": True}, "math_accuracy takes its parameters as {parameter: value}, got True"),
+        ({"math_accuracy": {}, "StrictFormat": {}}, "an entry is a name or"),
+        (["math_accuracy"], "an entry is a name or"),
+        ("math_acuracy", "cannot find 'math_acuracy'; did you mean math_accuracy"),
+    ],
+)
+def test_a_mistake_is_told(entry, message):
+    with pytest.raises(ValueError, match=message):
+        reward_functions([entry])
+
+
+def test_a_reward_of_one_s_own(monkeypatch):
+    async def mine(completions, *, bonus=0.0, **columns):
+        return [bonus] * len(completions)
+
+    module = types.ModuleType("own_rewards")
+    module.mine = mine
+    monkeypatch.setitem(sys.modules, "own_rewards", module)
+    (bound,) = reward_functions([{"own_rewards.mine": {"bonus": 2.0}}])
+    assert inspect.iscoroutinefunction(bound), "which the trainer asks"
+    with pytest.raises(ValueError, match="no parameter 'bonos'; it has bonus; did you mean bonus"):
+        reward_functions([{"own_rewards.mine": {"bonos": 2.0}}])
+
+
+def test_check_tells_it_before_anything_runs(tmp_path):
+    from rl_soft.config.recipe import load_recipe
+
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "method: grpo\noutput_dir: run\ndataset: chain_sum\nmodel_name_or_path: m\n"
+        "rewards: [{math_accuracy: {bogus: 1}}]\n"
+    )
+    for command in (train.describe, train.run):
+        with pytest.raises(ValueError, match="math_accuracy has no parameter 'bogus'"):
+            command(load_recipe(path))
