@@ -26,9 +26,10 @@ from torch import Tensor
 
 from rewards.answers import judge
 from rl_soft.data import sources as data
-from rl_soft.evaluation.samples import completion_text, eos_token_ids
+from rl_soft.evaluation.samples import completion_text
 from rl_soft.model import policy
 from rl_soft.model import scored_forward as scored
+from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts import noise
 from rl_soft.thoughts.densities import gather_statistics, gumbel_topk_log_prob

@@ -7,10 +7,13 @@ and that line is cut off. Standard library only.
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -97,3 +100,11 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a file under a temporary name and rename it: a reader sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+    os.replace(temporary, path)

@@ -20,8 +20,9 @@ import torch
 
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.passk import bootstrap
-from rl_soft.evaluation.records import GREEDY, write_atomic
+from rl_soft.evaluation.records import GREEDY
 from rl_soft.evaluation.samples import complete, judge
+from rl_soft.files import write_atomic
 from rl_soft.thoughts.layout import Layout
 
 RESAMPLES = 10_000

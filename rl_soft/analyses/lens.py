@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from rl_soft.analyses.alternatives import Alternatives
 from rl_soft.analyses.findings import Claim, above, compact, number, resampled, shown
 from rl_soft.data.sources import Row
-from rl_soft.evaluation.samples import eos_token_ids
-from rl_soft.model.policy import mix_embeddings
+from rl_soft.model.policy import eos_token_ids
+from rl_soft.model.think import mix_embeddings
 from rl_soft.rollouts.state_machine import Live
 from rl_soft.thoughts.layout import Layout
 

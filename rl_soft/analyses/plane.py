@@ -30,7 +30,7 @@ from torch import Tensor
 from rl_soft.analyses.branching import jensen_shannon
 from rl_soft.analyses.findings import Claim, above, compact, number, resampled, shown
 from rl_soft.data.sources import Row
-from rl_soft.evaluation.samples import eos_token_ids
+from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.densities import Dirichlet, FilteredGumbel, entropy
 from rl_soft.thoughts.layout import Layout

@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.data.sources import Row
-from rl_soft.evaluation.records import write_atomic
-from rl_soft.model.policy import last_state, position_ids, reads_hidden, think
+from rl_soft.files import write_atomic
+from rl_soft.model.think import last_state, position_ids, reads_hidden, think
 from rl_soft.thoughts.layout import Layout, pad
 
 _RESULT = re.compile(r"=\s*[$£€]?\s*(-?[\d.,]*\d)[^=]*$")

@@ -18,8 +18,9 @@ from rl_soft.analyses.rouge import rouge_l
 from rl_soft.analyses.run import ANALYSES, Finding
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.data.sources import Row
-from rl_soft.evaluation import html, records, render, report
-from rl_soft.evaluation.samples import versions
+from rl_soft.evaluation import html, render, report
+from rl_soft.evaluation.provenance import versions
+from rl_soft.files import write_atomic
 from rl_soft.thoughts.layout import Layout
 
 EXAMPLES = 3  # problems whose traces are shown
@@ -78,7 +79,7 @@ def write(
         f"<title>{escape(title)}</title><style>{html.STYLE}{STYLE}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
-    records.write_atomic(out / "report.html", page)
+    write_atomic(out / "report.html", page)
     return out / "report.html"
 
 

@@ -26,8 +26,7 @@ from rl_soft.analyses import figures as analysis_figures
 from rl_soft.analyses.findings import Claim
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.data.sources import Row, question_hash
-from rl_soft.evaluation.records import write_atomic
-from rl_soft.files import Journal
+from rl_soft.files import Journal, write_atomic
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 

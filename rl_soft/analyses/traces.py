@@ -23,7 +23,7 @@ from rl_soft.analyses.findings import Claim, above, compact, number, percent, sh
 from rl_soft.analyses.rouge import rouge_l
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.passk import bootstrap, paired_bootstrap
-from rl_soft.evaluation.samples import eos_token_ids
+from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address

@@ -14,16 +14,17 @@ import torch
 from rl_soft.analyses import cost, probe
 from rl_soft.analyses import report as analysis_report
 from rl_soft.analyses import run as analysis_run
-from rl_soft.cli.eval import check_folder, check_lengths, load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import check_folder, check_lengths, load_policy, load_rows, thinking_of
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.config.recipe import load_evaluation
 from rl_soft.data.sources import Row
-from rl_soft.evaluation.generation import layout_for, tell_template
+from rl_soft.evaluation.generation import layout_for
+from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import GREEDY, read_header
-from rl_soft.evaluation.samples import check_golds, sample_records
+from rl_soft.evaluation.samples import sample_records
 from rl_soft.model import policy
 from rl_soft.model.policy import context_length
-from rl_soft.thoughts.layout import Layout
+from rl_soft.thoughts.layout import Layout, tell_template
 from rl_soft.train.runtime.processes import prepare_devices
 
 logger = logging.getLogger("rl_soft")

@@ -84,7 +84,7 @@ def _dispatch(arguments: list[str]) -> None:
 
         print(fetch(rest[0] if rest else "smollm2"))
     elif command == "env":
-        from rl_soft.evaluation.samples import versions
+        from rl_soft.evaluation.provenance import versions
 
         _env(versions())
     else:

@@ -15,14 +15,15 @@ from typing import IO, Any
 
 import torch
 
-from rl_soft.cli.eval import load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import load_policy, load_rows, thinking_of
 from rl_soft.cli.terminal import Terminal, decoder
 from rl_soft.config.arguments import GenerateArguments
 from rl_soft.config.recipe import load_decoder
 from rl_soft.data.row import encodable
-from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for, tell_template
+from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.model.policy import read_thinking
+from rl_soft.thoughts.layout import tell_template
 
 logger = logging.getLogger("rl_soft")
 

@@ -160,3 +160,15 @@ def check_trackers(report_to: str | list[str] | None) -> None:
             )
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"report_to: {name} is not installed; pip install {name}")
+
+
+def refuse_checkpointing(args: Any, lead: str, instead: str) -> None:
+    """Raises ValueError where layers are checkpointed and gradients flow from a thought to those before it.
+
+    Args:
+        args: the trainer's, or None.
+        lead: how the message begins, with the key and what it does not go with.
+        instead: how it ends, with the way out.
+    """
+    if getattr(args, "gradient_checkpointing", False):
+        raise ValueError(f"{lead} gradients flow through the cache, which checkpointed layers drop; {instead}")

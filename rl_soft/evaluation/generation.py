@@ -16,15 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from rl_soft.evaluation.records import GREEDY
-from rl_soft.evaluation.samples import eos_token_ids
-from rl_soft.model.policy import context_length
+from rl_soft.model.policy import context_length, eos_token_ids
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.decoding import Decoding
-from rl_soft.thoughts.layout import Layout
+from rl_soft.thoughts.layout import Layout, check_texts, tell_template
 from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
 
@@ -142,44 +140,6 @@ def layout_for(model: Any, tokenizer: Any, thinking: Thinking) -> Layout:
     layout = Layout(thinking, tokenizer)
     check_texts(layout)
     return layout
-
-
-def check_texts(layout: Layout) -> None:
-    """Refuse texts that could not do what they are there for.
-
-    Raises:
-        ValueError: an end of thinking that does not come back from its ids; a system prompt and no chat template that
-            takes one.
-    """
-    thinking, tokenizer = layout.thinking, layout.tokenizer
-    if thinking.system_prompt and not (thinking.phase == "explicit" and tokenizer.chat_template):
-        why = "the tokenizer has none" if thinking.phase == "explicit" else "phase latent takes none"
-        raise ValueError(
-            f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
-            "write it into question_template"
-        )
-    if thinking.system_prompt:
-        try:
-            layout.question_ids("?")
-        except TemplateError as error:
-            raise ValueError(
-                f"system_prompt {thinking.system_prompt!r:.60}: the tokenizer's chat template says {str(error)!r}; "
-                "write it into question_template"
-            ) from None
-    if thinking.phase != "explicit":
-        return
-    end = str(tokenizer.decode(layout.end_ids))
-    if end.strip() != thinking.end_of_thinking.strip():
-        raise ValueError(
-            f"end_of_thinking {thinking.end_of_thinking!r} cannot be produced by this tokenizer, which reads {end!r} "
-            "for it: no thoughts would ever spell it"
-        )
-
-
-def tell_template(layout: Layout) -> None:
-    """One line, where questions are asked plainly for want of a chat template."""
-    if layout.thinking.phase == "explicit" and not layout.tokenizer.chat_template:
-        logger.info("the tokenizer has no chat template: questions are asked as they stand in question_template")
 
 
 def complete(

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import IO, Any, Self
 
+from rl_soft.files import write_atomic
+
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
@@ -225,14 +227,6 @@ def check_header(eval_dir: str | Path, header: dict[str, Any], free: Collection[
                     "choose another directory to keep both"
                 )
     return True
-
-
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it: a reader sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
-    os.replace(temporary, path)
 
 
 def _parse(line: bytes) -> Record | None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from rl_soft.evaluation import figures, html, records, render
 from rl_soft.evaluation.passk import Floats, bootstrap, maj_at_k, paired_bootstrap, pass_at_k
+from rl_soft.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -388,8 +389,8 @@ def _write(report: dict[str, Any], evaluations: list[Evaluation], out: Path) -> 
     problems = [{problem.id: problem.records for problem in evaluation.problems} for evaluation in evaluations]
     notes = [*(render.provenance(summary) for summary in report["evaluations"]), render.method(report)]
     for name, png in pictures.items():
-        records.write_atomic(out / name, png)
-    records.write_atomic(out / "passk.csv", render.passk_csv(report))
-    records.write_atomic(out / "report.md", render.markdown(report))
-    records.write_atomic(out / "report.html", html.page(report, tables, notes, list(pictures.values()), problems))
-    records.write_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
+        write_atomic(out / name, png)
+    write_atomic(out / "passk.csv", render.passk_csv(report))
+    write_atomic(out / "report.md", render.markdown(report))
+    write_atomic(out / "report.html", html.page(report, tables, notes, list(pictures.values()), problems))
+    write_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")

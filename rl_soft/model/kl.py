@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rl_soft.model.head import _cast, _chunking, _grad_raw, _most_calls, _plain_head, _slices, _tempered
+from rl_soft.model.chunks import cast_like, chunk_plan, grad_raw, most_calls, plain_head, slices, tempered
 from rl_soft.thoughts import densities
 
 
@@ -60,9 +60,9 @@ def categorical_kl(
         raise ValueError(f"ref_hidden: expected the {len(hidden)} rows of hidden, got {len(ref_hidden)}")
     if softcap is not None:
         densities.check_positive("softcap", softcap)
-    plain = _plain_head(lm_head)
+    plain = plain_head(lm_head)
     vocab_size = len(plain[0]) if plain else getattr(lm_head, "out_features", None)
-    divisor, rows = _chunking(hidden, hidden[:, :1], temperature, chunk_size, vocab_size)
+    divisor, rows = chunk_plan(hidden, hidden[:, :1], temperature, chunk_size, vocab_size)
     rows = rows if chunk_size else max(1, rows // 2)
 
     device = hidden.device.type
@@ -71,19 +71,19 @@ def categorical_kl(
     @torch.no_grad()
     def reference(states: Tensor, divisor: Tensor) -> Tensor:
         with torch.autocast(device, enabled=autocast[0], dtype=autocast[1]):  # in backward, too
-            return _tempered(_call(ref_lm_head, states).float(), divisor, softcap)  # (C, V)
+            return tempered(_call(ref_lm_head, states).float(), divisor, softcap)  # (C, V)
 
     if plain is not None:
         ref_logits = lambda r: reference(ref_hidden[r], divisor[r])  # noqa: E731
-        return _PlainHead.apply(*_cast(hidden, *plain), ref_logits, divisor, rows, softcap)
+        return _PlainHead.apply(*cast_like(hidden, *plain), ref_logits, divisor, rows, softcap)
 
     def chunk(states: Tensor, ref_states: Tensor, divisor: Tensor) -> Tensor:
         logits = _call(lm_head, states).float()
         logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / divisor
         return _Logits.apply(logits, reference(ref_states, divisor))
 
-    own = list(_slices(len(hidden), rows))
-    calls = max(_most_calls(m, len(own), hidden.device) for m in (lm_head, ref_lm_head) if isinstance(m, nn.Module))
+    own = list(slices(len(hidden), rows))
+    calls = max(most_calls(m, len(own), hidden.device) for m in (lm_head, ref_lm_head) if isinstance(m, nn.Module))
     parts = []
     for r in own + [slice(0, 1)] * (calls - len(own)):
         args = (hidden[r], ref_hidden[r], divisor[r])
@@ -95,8 +95,8 @@ def categorical_kl(
 
 
 def _call(lm_head: nn.Module | Tensor, states: Tensor) -> Tensor:
-    plain = _plain_head(lm_head)
-    return lm_head(states) if plain is None else F.linear(*_cast(states, *plain))  # type: ignore[operator]
+    plain = plain_head(lm_head)
+    return lm_head(states) if plain is None else F.linear(*cast_like(states, *plain))  # type: ignore[operator]
 
 
 class _PlainHead(torch.autograd.Function):
@@ -107,12 +107,12 @@ class _PlainHead(torch.autograd.Function):
         ctx.ref_logits, ctx.rows, ctx.softcap = ref_logits, rows, softcap
         ctx.trained = any(ctx.needs_input_grad[1:3])
         values, grads = [], []
-        for r in _slices(len(hidden), rows):
-            logits = _tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], softcap)
+        for r in slices(len(hidden), rows):
+            logits = tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], softcap)
             log_p, d = _log_ratio(logits, ref_logits(r))
             values.append(_divergence(log_p, d))
             if ctx.needs_input_grad[0] and not ctx.trained:
-                grad = _grad_raw(_gradient(log_p, d), logits, divisor[r], softcap)
+                grad = grad_raw(_gradient(log_p, d), logits, divisor[r], softcap)
                 grads.append(grad.to(weight.dtype) @ weight)
         saved = (hidden, weight, bias, divisor) if ctx.trained else (torch.cat(grads) if grads else None,)
         ctx.save_for_backward(*saved)
@@ -131,10 +131,10 @@ class _PlainHead(torch.autograd.Function):
         # sums over many chunks, so float32 whatever the dtype of the weight
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for r in _slices(len(hidden), ctx.rows):
-            logits = _tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], ctx.softcap)
+        for r in slices(len(hidden), ctx.rows):
+            logits = tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], ctx.softcap)
             grad = _gradient(*_log_ratio(logits, ctx.ref_logits(r))).mul_(grad_kl[r].unsqueeze(-1))
-            grad = _grad_raw(grad, logits, divisor[r], ctx.softcap)  # (C, V)
+            grad = grad_raw(grad, logits, divisor[r], ctx.softcap)  # (C, V)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)

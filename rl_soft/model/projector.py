@@ -107,50 +107,11 @@ def start_gate(model: Any) -> None:
     projector.gate.fill_((START_SHARE * projected / embedded).item())
 
 
-def refuse_checkpointing(args: Any, lead: str, instead: str) -> None:
-    """Raises ValueError where layers are checkpointed and gradients flow from a thought to those before it.
-
-    Args:
-        args: the trainer's, or None.
-        lead: how the message begins, with the key and what it does not go with.
-        instead: how it ends, with the way out.
-    """
-    if getattr(args, "gradient_checkpointing", False):
-        raise ValueError(f"{lead} gradients flow through the cache, which checkpointed layers drop; {instead}")
-
-
-def check_hybrid(model: Any, ratio: str, args: Any, peft_config: Any) -> None:
-    """Raises ValueError where RL cannot train hybrid thoughts: each is fed with a state that is made again, so the
-    training pass takes them one after another, on a cache."""
-    if ratio in ("pathwise", "conditional"):
-        raise ValueError(f"ratio {ratio} is made for gumbel thoughts; thought hybrid takes joint, factored or top1")
-    if getattr(language_model(model), "projector", None) is None:
-        raise ValueError(
-            "thought hybrid needs a model with a projector; start from a CODI run with thought hidden or hybrid"
-        )
-    refuse_checkpointing(
-        args,
-        "gradient_checkpointing: with thought hybrid",
-        "use thought gumbel or gradient_checkpointing false",
-    )
-    if getattr(args, "beta", 0) and (peft_config is not None or hasattr(model, "peft_config")):
-        raise ValueError(
-            f"beta {args.beta}: the reference is the adapter switched off, and the projector of thought hybrid is "
-            "trained beside it; use beta 0, or train all weights (use_peft false)"
-        )
-
-
 def beside_adapter(peft_config: Any) -> Any:
     """A LoraConfig whose `all-linear` leaves the projector out: it is trained whole."""
     if peft_config is not None and not peft_config.exclude_modules:
         peft_config.exclude_modules = rf"(.*\.)?{PROJECTOR}\..*"
     return peft_config
-
-
-def add_reference_projector(model: PreTrainedModel) -> None:
-    """The projector that the reference, loaded again by its path, started with."""
-    load_projector(model, Path(str(model.name_or_path)))
-    model.projector.requires_grad_(False)
 
 
 def load_projector(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from rl_soft.model.head import soft_log_prob, support_statistics
 from rl_soft.model.kl import categorical_kl
-from rl_soft.model.policy import density_of, mix_embeddings, position_ids, think, thought_input
+from rl_soft.model.think import density_of, mix_embeddings, position_ids, think, thought_input
 from rl_soft.model.value_head import state_values
 from rl_soft.thoughts.thinking import Thinking
 
@@ -253,42 +253,3 @@ def _one_after_another(
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     answer = _answer_states(model, soft, cache, mask, positions, attention_mask)
     return torch.cat([*states, answer], dim=1)
-
-
-def reference_head(model: Any) -> Any:
-    """The head of the reference policy, a module from (N, H) to (N, V) logits.
-
-    Args:
-        model: the reference model; or the policy in its PEFT wrapper, whose reference is the adapter switched off, or
-            the copy named "ref" that TRL keeps of an adapter that training started from. (TRL refuses LoRA on the
-            head; single tokens of it, or a head trained as a whole beside an adapter, are fine.)
-    """
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-
-    head = model.get_output_embeddings()
-    if not isinstance(head, AuxiliaryTrainingWrapper):
-        return head
-    if "ref" not in model.peft_config:
-        return head.original_module
-    return head.modules_to_save["ref"] if isinstance(head, ModulesToSaveWrapper) else _StartingRows(head)
-
-
-def copy_reference_rows(model: Any) -> None:
-    """Copy the single tokens that an adapter trains into its copy "ref", where TRL puts the matrices alone."""
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer) and "ref" in module.trainable_tokens_delta:
-            rows = module.trainable_tokens_delta
-            rows["ref"].data.copy_(rows["default"].data)
-
-
-class _StartingRows(torch.nn.Module):
-    """A head of which single tokens are trained, with the rows that they started from, merged at each call."""
-
-    def __init__(self, head: Any) -> None:
-        super().__init__()
-        self.rows, self.out_features = head.token_adapter, head.token_adapter.base_layer.out_features
-
-    def forward(self, states: Tensor) -> Tensor:
-        return self.rows.forward_adapters(states, ["ref"])

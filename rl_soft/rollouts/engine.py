@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rl_soft.model.policy import disturb, mix_embeddings, position_ids, reads_hidden, thought_input
+from rl_soft.model.think import disturb, mix_embeddings, position_ids, reads_hidden, thought_input
 from rl_soft.rollouts.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
@@ -68,7 +68,7 @@ def rollout(
         eos_ids: ids that end a completion.
         token_budget: positions that the cache may hold, live rows times the longest that a row can get; other rows
             wait for a place. None: what MEMORY_SHARE of the free memory holds.
-        control: what is done to the thoughts fed, see `policy.disturb`; `shuffle` needs all rows to be live at once.
+        control: what is done to the thoughts fed, see `think.disturb`; `shuffle` needs all rows to be live at once.
         decoding: how distributions are cut before positions are drawn, and the cold stop; None does neither.
         watch: called every few steps, and at the end; changes nothing.
 

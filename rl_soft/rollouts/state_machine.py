@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_soft.model.policy import density_of, next_thought
+from rl_soft.model.think import density_of, next_thought
 from rl_soft.rollouts.kernels import sampling
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.densities import GumbelTopK, SoftToken
@@ -296,7 +296,7 @@ POSITIONS = (  # of `Rollout`, what has a value a position
 def draw(
     scaled: Tensor, phi: Tensor, is_thought: Tensor, thinking: Thinking, seeds: Tensor | None, step: Any
 ) -> SoftToken:
-    """A thought or a token a row; slot 0 is the token. What `policy.next_thought` makes, with one softmax for all.
+    """A thought or a token a row; slot 0 is the token. What `think.next_thought` makes, with one softmax for all.
 
     Args:
         scaled: (m, V) float32 logits, already divided by each row's temperature; phi: (m, V), their log-softmax.

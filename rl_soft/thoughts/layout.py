@@ -10,14 +10,18 @@ search (CODI's released code finds the distilled position by matching strings; s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from rl_soft.data.row import Row
 from rl_soft.thoughts.thinking import Thinking
+
+logger = logging.getLogger("rl_soft")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,3 +93,41 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor
     width = max(map(len, rows))
     fill = [[value] * (width - len(r)) for r in rows]
     return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)])
+
+
+def check_texts(layout: Layout) -> None:
+    """Refuse texts that could not do what they are there for.
+
+    Raises:
+        ValueError: an end of thinking that does not come back from its ids; a system prompt and no chat template that
+            takes one.
+    """
+    thinking, tokenizer = layout.thinking, layout.tokenizer
+    if thinking.system_prompt and not (thinking.phase == "explicit" and tokenizer.chat_template):
+        why = "the tokenizer has none" if thinking.phase == "explicit" else "phase latent takes none"
+        raise ValueError(
+            f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
+            "write it into question_template"
+        )
+    if thinking.system_prompt:
+        try:
+            layout.question_ids("?")
+        except TemplateError as error:
+            raise ValueError(
+                f"system_prompt {thinking.system_prompt!r:.60}: the tokenizer's chat template says {str(error)!r}; "
+                "write it into question_template"
+            ) from None
+    if thinking.phase != "explicit":
+        return
+    end = str(tokenizer.decode(layout.end_ids))
+    if end.strip() != thinking.end_of_thinking.strip():
+        raise ValueError(
+            f"end_of_thinking {thinking.end_of_thinking!r} cannot be produced by this tokenizer, which reads {end!r} "
+            "for it: no thoughts would ever spell it"
+        )
+
+
+def tell_template(layout: Layout) -> None:
+    """One line, where questions are asked plainly for want of a chat template."""
+    if layout.thinking.phase == "explicit" and not layout.tokenizer.chat_template:
+        logger.info("the tokenizer has no chat template: questions are asked as they stand in question_template")

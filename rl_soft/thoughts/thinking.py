@@ -7,7 +7,7 @@ from typing import Any
 
 PHASES = ("latent", "explicit")
 THOUGHTS = ("token", "soft", "gumbel", "dirichlet", "hidden", "hybrid")
-CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `policy.disturb`
+CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `think.disturb`
 
 
 @dataclass(frozen=True)

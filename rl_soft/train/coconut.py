@@ -14,6 +14,7 @@ answer, on one cache.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,20 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.config.arguments import CoconutArguments
+from rl_soft.config.recipe import (
+    Recipe,
+)
+from rl_soft.config.refusals import refuse_checkpointing
+from rl_soft.data import sources as data
 from rl_soft.data.sources import Row
-from rl_soft.model.policy import position_ids
-from rl_soft.model.projector import refuse_checkpointing
-from rl_soft.thoughts.layout import pad
+from rl_soft.model import policy
+from rl_soft.model.think import position_ids
+from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address, uniform
+from rl_soft.train.start import lora_config
 from rl_soft.train.supervised import IGNORE, ScheduledTrainer
+
+logger = logging.getLogger("rl_soft")
 
 
 @dataclass(frozen=True)
@@ -149,3 +158,12 @@ class CoconutTrainer(ScheduledTrainer):
             use_cache=True,
         )
         return out.logits, pad(labels, IGNORE).to(device)
+
+
+def coconut_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
+    from rl_soft.train.coconut import CoconutTrainer
+    from rl_soft.train.start import with_adapter
+
+    adapter = lora_config(recipe)
+    model = start.model if adapter is None else with_adapter(start.model, layout, adapter)
+    return CoconutTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)

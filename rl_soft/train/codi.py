@@ -21,8 +21,8 @@ are trained under LoRA too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,23 @@ from transformers import Trainer
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.config.arguments import CodiArguments
-from rl_soft.config.recipe import load_recipe
-from rl_soft.config.refusals import IN_MEMORY
+from rl_soft.config.recipe import (
+    Recipe,
+    load_recipe,
+)
+from rl_soft.config.refusals import refuse_checkpointing
+from rl_soft.data import sources as data
 from rl_soft.data.sources import Row
 from rl_soft.model import policy
-from rl_soft.model.policy import add_projector, last_state, position_ids, reads_hidden, think
-from rl_soft.model.projector import KeepsProjector, beside_adapter, refuse_checkpointing
+from rl_soft.model.policy import add_projector
+from rl_soft.model.projector import KeepsProjector
+from rl_soft.model.think import last_state, position_ids, reads_hidden, think
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address
+from rl_soft.train.start import lora_config, with_adapter
 from rl_soft.train.supervised import IGNORE, token_cross_entropy
+
+logger = logging.getLogger("rl_soft")
 
 
 class CodiCollator:
@@ -232,23 +240,6 @@ def kd_layers(codi: CodiArguments, depth: int) -> list[int]:
     return layers
 
 
-def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
-    """`model` in a PEFT wrapper whose adapter holds the rows of <bot> and <eot> too."""
-    from peft import get_peft_model
-
-    if not model.name_or_path:
-        raise ValueError(f"use_peft: {IN_MEMORY}")
-    rows = [layout.bot_id, layout.eot_id]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    ends = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
-    peft_config.trainable_token_indices = {names[id(module)]: rows for module in ends}
-    adapted: Any = get_peft_model(model, beside_adapter(peft_config) if hasattr(model, "projector") else peft_config)
-    # A longer vocabulary makes peft save both embedding matrices whole; only these rows differ from the base's.
-    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
-    return adapted
-
-
 def projector_dtype(model: Any, args: Any) -> torch.dtype:
     """float32, in any model; ZeRO-3 partitions parameters of one dtype only."""
     plugin = args.deepspeed_plugin
@@ -296,3 +287,12 @@ class CodiRows(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.items[i]
+
+
+def codi_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
+    from rl_soft.train.codi import CodiRows, CodiTrainer
+
+    data_set, adapter = CodiRows(rows, recipe.seed), lora_config(recipe)
+    return CodiTrainer(
+        start.model, args, layout=layout, codi=recipe.extra, train_dataset=data_set, peft_config=adapter
+    )

@@ -26,32 +26,26 @@ The policy ratio of a thought (S, x), with i* its strongest id (`ratio`; formula
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, pad, use_adapter
 
-from rl_soft.config.refusals import MUST_BE_TRUE, check_features
-from rl_soft.model.projector import (
-    KeepsProjector,
-    add_projector,
-    add_reference_projector,
-    beside_adapter,
-    check_hybrid,
-    refuse_checkpointing,
-)
-from rl_soft.model.scored_forward import SoftInputs, add_soft_forward, copy_reference_rows, reference_head
+from rl_soft.model.projector import KeepsProjector, add_projector
+from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address
+from rl_soft.train.checks import check_given
+from rl_soft.train.reference import _prepare_reference, add_reference_projector, copy_reference_rows, reference_head
 from rl_soft.train.runtime.clock import PhaseClock, peak_gib
 from rl_soft.train.runtime.guards import Guarded
 
@@ -68,39 +62,6 @@ class EpochSampler(RepeatSampler):
     def set_epoch(self, epoch: int) -> None:  # the host calls it before each epoch, a resumed one included
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
-
-
-def check_given(given: Mapping[str, Any], layout: Layout, ratio: str, thought_epsilon: float | None) -> None:
-    """Raises ValueError for what `SoftGRPOTrainer` cannot do; `given` holds TRL's arguments by name."""
-    config, thinking = given.get("args"), layout.thinking
-    for name in ("tools", "rollout_func", "environment_factory"):
-        if given.get(name):
-            raise ValueError(f"{name} cannot be used with soft rollouts: they have a single turn")
-    if config is not None:
-        check_features(vars(config), GRPOConfig)
-    if not getattr(config, "disable_dropout", False) and any(
-        isinstance(module, torch.nn.Dropout) and module.p for module in getattr(given.get("model"), "modules", list)()
-    ):
-        raise ValueError(f"disable_dropout must be true for this model: {MUST_BE_TRUE['disable_dropout']}")
-    for name in ("train_dataset", "eval_dataset"):
-        if found := {"image", "images"}.intersection(getattr(given.get(name), "column_names", None) or ()):
-            raise ValueError(f"{name} has a column {min(found)}: soft rollouts take prompts of text alone")
-    if thinking.thought == "soft":
-        raise ValueError("thought soft is a point mass and has no density; use gumbel, dirichlet or token for RL")
-    if thinking.thought == "hidden":
-        raise ValueError("thought hidden is a point mass and has no density; use hybrid, gumbel or token for RL")
-    if thinking.thought == "hybrid":
-        check_hybrid(given.get("model"), ratio, config, beside_adapter(given.get("peft_config")))
-    if thinking.thought == "dirichlet" and ratio != "joint":
-        raise ValueError(f"ratio {ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
-    if ratio in ("pathwise", "conditional"):
-        if thinking.phase != "latent":
-            raise ValueError(f"ratio {ratio} needs phase latent, where every row has its thoughts first; use top1")
-        refuse_checkpointing(
-            config, f"gradient_checkpointing: with ratio {ratio}", "use ratio top1 or gradient_checkpointing false"
-        )
-    if thought_epsilon is not None and getattr(config, "importance_sampling_level", "token") == "sequence":
-        raise ValueError("thought_epsilon: a sequence has one ratio; use importance_sampling_level token")
 
 
 class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
@@ -469,27 +430,6 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             self._density_gap = 0.0
             logs["memory/peak_gib"] = peak_gib()
         super().log(logs, *args, **kwargs)
-
-
-def _prepare_reference(model: Any, args: Any, peft_config: Any) -> None:
-    """Raises ValueError for a KL whose reference would be another model than the one that training starts from."""
-    if args is None or not args.beta:
-        return
-    if not (isinstance(model, str) or peft_config or is_peft_model(model) or model.config._name_or_path):
-        raise ValueError(
-            f"beta {args.beta}: the reference is the starting model, loaded again by its path, and this one was made "
-            "in memory; save it and load it by its path, train an adapter (use_peft), or set beta 0"
-        )
-    steps = -(-args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
-    if args.sync_ref_model and args.ref_model_sync_steps % steps:
-        raise ValueError(
-            f"ref_model_sync_steps must be a multiple of the {steps} optimizer steps of a rollout, whose reference "
-            f"states are computed once; got {args.ref_model_sync_steps}"
-        )
-    if args.deepspeed_plugin is not None:  # accelerate does not start its communication on a CPU, and ZeRO-3 would
-        import deepspeed  # take the reference, which is loaded next, for that of a single process
-
-        deepspeed.init_distributed(deepspeed.get_accelerator().communication_backend_name())
 
 
 def _parts(rows: int, batch_size: int | None) -> Iterator[slice]:

@@ -14,6 +14,7 @@ Evaluation is that of a CoT model in the explicit phase: it writes what it still
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,18 @@ import torch
 from torch import Tensor
 
 from rl_soft.config.arguments import ICoTArguments
+from rl_soft.config.recipe import (
+    Recipe,
+)
+from rl_soft.data import sources as data
 from rl_soft.data.sources import Row
-from rl_soft.thoughts.layout import pad
+from rl_soft.model import policy
+from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address, exponential
+from rl_soft.train.start import lora_config
 from rl_soft.train.supervised import IGNORE, ScheduledTrainer, token_cross_entropy
+
+logger = logging.getLogger("rl_soft")
 
 MOST_EXTRA = 100  # tokens that smoothing removes at most
 
@@ -96,3 +105,13 @@ class ICoTTrainer(ScheduledTrainer):
         seeds = torch.tensor([address(self.seed, row.id, 0) for row in rows])
         extra = (exponential(seeds, step, 1)[:, 0] / smoothing).floor()
         return [int(o) for o in extra.clamp(max=MOST_EXTRA)]
+
+
+def icot_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
+    from peft import get_peft_model
+
+    from rl_soft.train.icot import ICoTTrainer
+
+    adapter = lora_config(recipe)
+    model = start.model if adapter is None else get_peft_model(start.model, adapter)
+    return ICoTTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)

@@ -28,29 +28,24 @@ from rl_soft.config.recipe import (
     batch_plan,
     check_output_dir,
     device_defaults,
-    load_recipe,
     trainer_class,
     trainer_defaults,
     write_config,
 )
 from rl_soft.data import sources as data
-from rl_soft.evaluation.generation import check_texts
-from rl_soft.evaluation.samples import accuracy, check_golds, evaluate
+from rl_soft.evaluation.judging import check_golds
+from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.model import policy
 from rl_soft.model.policy import context_length
-from rl_soft.thoughts.layout import Layout
-from rl_soft.thoughts.thinking import Thinking
+from rl_soft.thoughts.layout import Layout, check_texts
+from rl_soft.train.coconut import coconut_trainer
+from rl_soft.train.codi import codi_trainer
+from rl_soft.train.icot import icot_trainer
 from rl_soft.train.reward_functions import reward_functions
-from rl_soft.train.runtime.callbacks import Finished, Interrupt, MetricsFile, Progress, Validate
-from rl_soft.train.runtime.guards import (
-    Checkpoints,
-    KnownFailures,
-    check_resumable,
-    last_checkpoint,
-    lost_processes,
-    set_aside_unfinished,
-)
-from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, prepare_devices
+from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
+from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
+from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
+from rl_soft.train.start import check_thinking, lora_config, starting_policy, warm_start_of
 from rl_soft.train.supervised import usable_rows
 
 logger = logging.getLogger("rl_soft")
@@ -129,39 +124,11 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, train: list[data
     trainer.accelerator.free_memory()  # DeepSpeed's hooks would hold the model for good
 
 
-def codi_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from rl_soft.train.codi import CodiRows, CodiTrainer
-
-    data_set, adapter = CodiRows(rows, recipe.seed), lora_config(recipe)
-    return CodiTrainer(
-        start.model, args, layout=layout, codi=recipe.extra, train_dataset=data_set, peft_config=adapter
-    )
-
-
 def sft_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
     from rl_soft.train.sft import sft_trainer
 
     adapter = lora_config(recipe)
     return sft_trainer(start.model, args, layout=layout, arguments=recipe.extra, rows=rows, peft_config=adapter)
-
-
-def icot_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from peft import get_peft_model
-
-    from rl_soft.train.icot import ICoTTrainer
-
-    adapter = lora_config(recipe)
-    model = start.model if adapter is None else get_peft_model(start.model, adapter)
-    return ICoTTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)
-
-
-def coconut_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from rl_soft.train.coconut import CoconutTrainer
-    from rl_soft.train.codi import with_adapter
-
-    adapter = lora_config(recipe)
-    model = start.model if adapter is None else with_adapter(start.model, layout, adapter)
-    return CoconutTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)
 
 
 # method -> its trainer, and the trainer's arguments that must be so
@@ -249,9 +216,9 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], t
 
 
 def report(recipe: Recipe) -> None:
-    from rl_soft.evaluation.records import write_atomic
     from rl_soft.evaluation.render import model_card
     from rl_soft.evaluation.report import compare
+    from rl_soft.files import write_atomic
 
     out = recipe.output_dir
     figures = compare(
@@ -267,60 +234,6 @@ def report(recipe: Recipe) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of a stage
-
-
-def warm_start_of(recipe: Recipe) -> Recipe | None:
-    """The warm start's recipe, with this run's seed; its path is relative to the working folder or to this recipe."""
-    name = recipe.model.warm_start
-    if name is None:
-        return None
-    path = next((p for p in (Path(name), recipe.path.parent / name) if p.exists()), Path(name))
-    return load_recipe(path, {"seed": recipe.seed})
-
-
-def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
-    m = recipe.model
-    if m.model_config:
-        return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype, m.attn_implementation)
-    source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load(source, m.dtype, m.attn_implementation, trainable=True)
-    if hasattr(start.model, "peft_config"):
-        check_adapter(recipe, source, start.model.peft_config["default"])
-    if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
-        policy.add_thought_tokens(start)
-    return start
-
-
-def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
-    """RL goes on with the adapter that it starts from. Refuse a recipe that asks for another one."""
-    m = recipe.model
-    if recipe.method not in RL_METHODS:
-        raise ValueError(
-            f"model {source} is an adapter, and method {recipe.method} makes a new one; start from its base, "
-            f"{adapter.base_model_name_or_path}, or from a folder in which the two are merged"
-        )
-    if not m.use_peft:
-        raise ValueError(f"model {source} is an adapter, and training goes on with it: set use_peft true")
-    for name, theirs in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
-        if getattr(m, name) != theirs:
-            raise ValueError(
-                f"{name} is {getattr(m, name)} in {recipe.path}, but the adapter {source}, with which training goes "
-                f"on, has {theirs}"
-            )
-
-
-def check_thinking(recipe: Recipe, trained: Thinking | None) -> None:
-    """Refuse a checkpoint that was trained for another layout of its thoughts."""
-    if trained is None:
-        if recipe.thinking.phase == "latent":
-            raise ValueError("phase latent needs a model trained for it; name a CODI recipe in warm_start")
-        return
-    for name in ("phase", "num_thoughts", "answer_prompt", "question_template"):
-        ours, theirs = getattr(recipe.thinking, name), getattr(trained, name)
-        if ours != theirs:
-            raise ValueError(f"{name} is {ours!r} in {recipe.path}, but the checkpoint was trained with {theirs!r}")
-    if trained.thought == "token" and recipe.thinking.thought != "token":
-        raise ValueError(f"thought {recipe.thinking.thought} does not fit a checkpoint trained with thought token")
 
 
 def load_rows(recipe: Recipe) -> tuple[list[data.Row], list[data.Row]]:
@@ -360,22 +273,6 @@ def rl_classes(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
     from rl_soft.train.grpo import SoftGRPOTrainer
 
     return GRPOConfig, SoftGRPOTrainer, {}
-
-
-def lora_config(recipe: Recipe) -> Any:
-    """The adapter that the recipe asks for, or None."""
-    m = recipe.model
-    if not m.use_peft:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=m.lora_r,
-        lora_alpha=m.lora_alpha,
-        lora_dropout=m.lora_dropout,
-        target_modules=m.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def training_values(recipe: Recipe, **forced: Any) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from conftest import TINY, VOCABULARY, rows, tiny_policy
 from rl_soft.analyses import branching, lens, plane, traces
 from rl_soft.analyses.branching import jensen_shannon
 from rl_soft.analyses.rouge import rouge_l
-from rl_soft.evaluation.samples import eos_token_ids
 from rl_soft.model import policy
-from rl_soft.model.policy import mix_embeddings
+from rl_soft.model.policy import eos_token_ids
+from rl_soft.model.think import mix_embeddings
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address

@@ -17,7 +17,7 @@ from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
 from rl_soft.rollouts import engine as engine
 from rl_soft.rollouts.engine import Engine
 from rl_soft.thoughts.layout import Layout
-from rl_soft.train import pipeline as train
+from rl_soft.train.start import warm_start_of
 
 SPEEDS = (1e10, 1e10, 1e-5)
 RECIPE = str(ROOT / "recipes/grpo_gumbel.yaml")
@@ -30,7 +30,7 @@ def predict(overrides=None, **kwargs):
 
 def test_memory_is_within_a_third_of_what_is_measured():
     recipe = load_recipe(RECIPE, SMALL)
-    warm_start = train.warm_start_of(recipe)
+    warm_start = warm_start_of(recipe)
     start = make(warm_start.model.model_config, warm_start.model.vocabulary, 0)
     add_thought_tokens(start)
     start.model.set_attn_implementation("float64")

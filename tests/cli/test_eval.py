@@ -22,7 +22,7 @@ from rl_soft import cli
 from rl_soft.cli import eval as eval_command
 from rl_soft.config.recipe import load_recipe, parse_overrides
 from rl_soft.data.sources import Row, load
-from rl_soft.evaluation import records
+from rl_soft.evaluation import judging, records
 from rl_soft.evaluation import samples as evaluate
 from rl_soft.model import policy
 from rl_soft.thoughts.layout import Layout
@@ -424,7 +424,7 @@ def test_puzzles_are_judged_by_their_own_scorers():
         "",
         "open('x')",
     ]
-    judged = evaluate.judge_rows(texts, [row] * len(texts))
+    judged = judging.judge_rows(texts, [row] * len(texts))
     expected = ["correct", "correct", "correct", "wrong", "wrong", "unparsed", "unparsed"]
     assert [judgement.outcome for judgement in judged] == expected
     assert judged[1].prediction == "4*3+2"
@@ -438,10 +438,10 @@ def test_kinds_of_rows_may_be_mixed():
     program = row("assert f(2) == 4", "code")
     rows = [row("12", "number"), puzzle, row("B", "choice"), program, row("12", "number")]
     texts = ["It is 12.", puzzle.answer, "(A)", "def f(x):\n    return x * x\n", "13"]
-    outcomes = [judgement.outcome for judgement in evaluate.judge_rows(texts, rows, run_code=True)]
+    outcomes = [judgement.outcome for judgement in judging.judge_rows(texts, rows, run_code=True)]
     assert outcomes == ["correct", "correct", "wrong", "correct", "wrong"]
     with pytest.raises(ValueError, match="confirm_run_unsafe_code is not set"):
-        evaluate.judge_rows(texts, rows)
+        judging.judge_rows(texts, rows)
 
 
 def test_programs_are_run_only_when_that_is_confirmed(model, tmp_path):

@@ -22,12 +22,12 @@ from rl_soft.cli import terminal
 from rl_soft.config.recipe import parse_overrides
 from rl_soft.evaluation import generation, records
 from rl_soft.evaluation import samples as evaluate
-from rl_soft.evaluation.generation import Completion, Mixture, Task, check_texts, complete, layout_for, tell_template
+from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.model import policy
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.decoding import Decoding
-from rl_soft.thoughts.layout import Layout
+from rl_soft.thoughts.layout import Layout, check_texts, tell_template
 from rl_soft.thoughts.thinking import Thinking
 
 THINKING = Thinking(

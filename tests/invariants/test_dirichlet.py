@@ -12,13 +12,13 @@ from test_grpo import soft_trainer, train
 from test_rollout import check_batch_of_any_size, make, run
 
 from rl_soft.config.recipe import check_output_dir, load_recipe, write_config
-from rl_soft.model.policy import density_of, mix_embeddings, next_thought
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
+from rl_soft.model.think import density_of, mix_embeddings, next_thought
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.densities import Dirichlet, SoftToken
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
-from rl_soft.train.pipeline import check_thinking
+from rl_soft.train.start import check_thinking
 
 LATENT = Thinking(
     thought="dirichlet", thought_k=4, num_thoughts=3, thought_gamma=3.0, answer_prompt="#", max_answer_tokens=5

@@ -22,7 +22,7 @@ from rl_soft.cli import main
 from rl_soft.config.recipe import check_output_dir, load_recipe
 from rl_soft.train import pipeline as train
 from rl_soft.train.runtime.callbacks import MetricsFile
-from rl_soft.train.runtime.guards import COMPLETE
+from rl_soft.train.runtime.checkpoints import COMPLETE
 
 VOCABULARY = "0123456789+-=;#"
 TASK = {

@@ -227,7 +227,7 @@ def test_lora_head():
     model = peft.inject_adapter_in_model(config, model)
     adapted = model["lm_head"]
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    assert len(parameters) == 2 and head._plain_head(adapted) is None
+    assert len(parameters) == 2 and head.plain_head(adapted) is None
     args = (hidden, adapted, support, log_weights, TAU, 0.8)
     ours = backward(head.soft_log_prob, *args, chunk_size=10, parameters=parameters)
     assert_same(ours, backward(plain, *args, parameters=parameters))
@@ -235,7 +235,7 @@ def test_lora_head():
 
 def test_heads_that_must_be_called():
     linear = nn.Linear(4, 7)
-    assert head._plain_head(linear) is not None and head._plain_head(linear.weight) is not None
+    assert head.plain_head(linear) is not None and head.plain_head(linear.weight) is not None
     hooked = nn.Linear(4, 7)
     hooked.register_forward_hook(lambda *_: None)
     partitioned = nn.Linear(4, 7)
@@ -249,7 +249,7 @@ def test_heads_that_must_be_called():
         replaced,
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 7)),
     ):
-        assert head._plain_head(module) is None
+        assert head.plain_head(module) is None
 
 
 def test_spare_calls_of_a_partitioned_head_change_nothing(monkeypatch):
@@ -260,7 +260,7 @@ def test_spare_calls_of_a_partitioned_head_change_nothing(monkeypatch):
     expected = backward(head.soft_log_prob, *args, chunk_size=10, parameters=parameters)
     calls = []
     lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(head, "_most_calls", lambda lm_head, calls, device: calls + 2)
+    monkeypatch.setattr(head, "most_calls", lambda lm_head, calls, device: calls + 2)
     assert_same(backward(head.soft_log_prob, *args, chunk_size=10, parameters=parameters), expected)
     assert len(calls) == 2 * (4 + 2)
     log_prob, _ = head.soft_log_prob(*args, chunk_size=10, entropy_grad=False)

@@ -73,7 +73,7 @@ def ours(raw, support, temperature, softcap, grads):
     """The same by `head`: by the kernels where they are usable, else by its passes in torch."""
     ids, present = densities.slots(support)
     fused = kernels.usable(raw)
-    logits = raw.clone() if fused else head._tempered(raw.float(), temperature, softcap)
+    logits = raw.clone() if fused else head.tempered(raw.float(), temperature, softcap)
     before = logits.clone()
     args = (logits, ids, present, temperature, softcap)
     stats = head._statistics(*args)

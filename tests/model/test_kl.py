@@ -24,7 +24,7 @@ from rl_soft.config.recipe import load_recipe
 from rl_soft.model import kl as kl_module
 from rl_soft.model import policy
 from rl_soft.model.kl import categorical_kl
-from rl_soft.model.policy import mix_embeddings, position_ids
+from rl_soft.model.think import mix_embeddings, position_ids
 from rl_soft.thoughts.densities import GumbelTopK
 from rl_soft.thoughts.layout import Layout
 from rl_soft.train import pipeline as run
@@ -152,7 +152,7 @@ def test_spare_calls_of_a_partitioned_head_change_nothing(monkeypatch):
     calls = []
     for module in (lm_head, ref_head):
         module.register_forward_pre_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(kl_module, "_most_calls", lambda lm_head, calls, device: calls + 2)
+    monkeypatch.setattr(kl_module, "most_calls", lambda lm_head, calls, device: calls + 2)
     ours = grads(categorical_kl, *args, chunk_size=10, parameters=[lm_head.weight])
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert len(calls) == 2 * 2 * (4 + 2)

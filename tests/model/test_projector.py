@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_codi import batch_of, make
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rl_soft.model import policy
+from rl_soft.model import policy, think
 from rl_soft.model.projector import Projector, add_projector, load_projector
 from rl_soft.model.side_modules import language_model, split_module
 from rl_soft.thoughts.layout import BOT, EOT
@@ -179,11 +179,11 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
         load_projector(made.model, tmp_path)
     one = torch.zeros(1, 1, dtype=torch.long)
     with pytest.raises(ValueError, match="thought hybrid needs a model with a projector"):
-        policy.thought_input(made.model, Thinking(thought="hybrid"), one, torch.zeros(1, 1), torch.zeros(1, 32))
+        think.thought_input(made.model, Thinking(thought="hybrid"), one, torch.zeros(1, 1), torch.zeros(1, 32))
     with pytest.raises(ValueError, match="phase must be latent for thought hidden"):
         replace(Thinking(thought="hidden"), phase="explicit", end_of_thinking="#")
     with pytest.raises(ValueError, match="control must be one of none, zero, shuffle, repeat, got 'zeros'"):
-        policy.disturb(torch.zeros(1, 2), "zeros", torch.zeros(1, 2))
+        think.disturb(torch.zeros(1, 2), "zeros", torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("thought", ["hidden", "gumbel"])

@@ -13,7 +13,7 @@ from conftest import TINY, VOCABULARY, rows, tiny_policy
 from torch import Tensor
 
 from rl_soft.model import policy
-from rl_soft.model.policy import mix_embeddings, next_thought
+from rl_soft.model.think import mix_embeddings, next_thought
 from rl_soft.rollouts import engine as engine
 from rl_soft.rollouts import state_machine as walk
 from rl_soft.rollouts.cuda_graphs import Replay

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import rows, tiny_policy
 
-from rl_soft.model.policy import mix_embeddings
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward, conditional_weights
+from rl_soft.model.think import mix_embeddings
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.densities import GumbelTopK, SoftToken
 from rl_soft.thoughts.layout import Layout

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rl_soft.model import policy
-from rl_soft.model.policy import mix_embeddings
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
+from rl_soft.model.think import mix_embeddings
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.densities import Dirichlet

@@ -20,8 +20,9 @@ from rl_soft.config.arguments import CoconutArguments, ICoTArguments
 from rl_soft.config.recipe import load_recipe
 from rl_soft.data import sources as data
 from rl_soft.evaluation.records import GREEDY
-from rl_soft.evaluation.samples import eos_token_ids, sample_records
+from rl_soft.evaluation.samples import sample_records
 from rl_soft.model import policy
+from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking

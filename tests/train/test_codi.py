@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from rl_soft.config.arguments import CodiArguments
 from rl_soft.config.recipe import load_recipe
-from rl_soft.model import policy
+from rl_soft.model import policy, think
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.codi import IGNORE, CodiRows, CodiTrainer, distillation_loss
@@ -173,7 +173,7 @@ def test_without_a_projector_the_state_itself_is_fed(tmp_path):
     trainer = make(tmp_path, thought="hidden", use_projector=False)
     one, states = torch.zeros(4, 1, dtype=torch.long), torch.randn(4, 32)
     assert not any("projector" in name for name in trainer.model.state_dict())
-    fed = policy.thought_input(trainer.model, trainer.layout.thinking, one, torch.zeros(4, 1), states)
+    fed = think.thought_input(trainer.model, trainer.layout.thinking, one, torch.zeros(4, 1), states)
     assert torch.equal(fed, states)
 
 

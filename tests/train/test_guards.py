@@ -23,15 +23,9 @@ from trl import GRPOConfig
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.grpo import SoftGRPOTrainer
-from rl_soft.train.runtime.guards import (
-    COMPLETE,
-    Guarded,
-    KnownFailures,
-    RewardWatch,
-    check_resumable,
-    last_checkpoint,
-    set_aside_unfinished,
-)
+from rl_soft.train.runtime.callbacks import KnownFailures
+from rl_soft.train.runtime.checkpoints import COMPLETE, check_resumable, last_checkpoint, set_aside_unfinished
+from rl_soft.train.runtime.guards import Guarded, RewardWatch
 
 
 def parity(completions, **kwargs):

@@ -25,6 +25,7 @@ from rl_soft.model import policy
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train import pipeline as train
+from rl_soft.train import start
 from rl_soft.train.runtime import processes
 
 CODI = {
@@ -74,7 +75,7 @@ def test_a_model_with_random_weights_has_the_recipe_s_attention(tmp_path):
     recipes(tmp_path)
     for name in ("float64", "eager"):
         codi = load_recipe(tmp_path / "codi.yaml", {"attn_implementation": name})
-        assert train.starting_policy(codi, None).model.config._attn_implementation == name
+        assert start.starting_policy(codi, None).model.config._attn_implementation == name
 
 
 def test_a_finished_model_is_evaluated_with_the_recipe_s_attention(tmp_path, monkeypatch):
@@ -82,7 +83,7 @@ def test_a_finished_model_is_evaluated_with_the_recipe_s_attention(tmp_path, mon
     recipe = load_recipe(recipes(tmp_path, attn_implementation="float64"))
     for name in ("codi", "rl"):  # both are there: what is left is the evaluation
         policy.save(tmp_path / f"{name}/model", made.model.save_pretrained, made.tokenizer, recipe.thinking, True)
-    for stored in (recipe, train.warm_start_of(recipe)):
+    for stored in (recipe, start.warm_start_of(recipe)):
         write_config(stored)
     seen = []
     monkeypatch.setattr(train, "evaluate", lambda model, *args, **more: seen.append(model.config._attn_implementation))

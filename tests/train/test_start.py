@@ -18,6 +18,7 @@ from rl_soft.config.recipe import load_recipe
 from rl_soft.model import policy
 from rl_soft.model.side_modules import language_model
 from rl_soft.train import pipeline as train
+from rl_soft.train.start import starting_policy, warm_start_of
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 
@@ -80,7 +81,7 @@ def test_a_head_that_is_not_tied_has_rows_of_its_own(tmp_path):
 
 def test_rl_starts_from_what_codi_saved(codi, tmp_path):
     recipe = grpo(codi, tmp_path)
-    start = train.starting_policy(recipe, train.warm_start_of(recipe))
+    start = starting_policy(recipe, warm_start_of(recipe))
     saved = policy.load(str(codi / "codi/model")).model.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in start.model.state_dict().items())
     takes = [name for name, p in start.model.named_parameters() if p.requires_grad]

@@ -8,7 +8,9 @@ Validate      callback: accuracy on held-out problems every few steps; stops a r
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import logging
 import math
 import signal
 import sys
@@ -20,6 +22,8 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+logger = logging.getLogger("rl_soft")
 
 
 class MetricsFile(TrainerCallback):
@@ -136,3 +140,70 @@ class Validate(TrainerCallback):
         if self.stop_at is not None and accuracy >= self.stop_at:
             control.should_training_stop = True
         return control
+
+
+PATIENCE = 5  # logged steps in a row that make a failure a known one
+
+
+class KnownFailures(TrainerCallback):
+    """One line, once a run, when the logs show a failure that others met before."""
+
+    # pattern of the metric, what is wrong with it, for how many logged steps in a row, what to say
+    RULES: tuple[tuple[str, Callable[[float], bool], int, str], ...] = (
+        (
+            "frac_reward_zero_std",
+            lambda share: share >= 1,
+            PATIENCE,
+            "in {n} logged rollouts in a row all completions of every prompt got the same reward, so there is nothing "
+            "to learn from: the problems are too hard or too easy, the temperature is too low, or the reward is "
+            "constant",
+        ),
+        (
+            "completions/clipped_ratio",
+            lambda share: share > 0.5,
+            PATIENCE,
+            "{value:.0%} of the completions were cut off before they ended, more than half for {n} logged rollouts: "
+            "raise max_answer_tokens, or check that the model ends its answers with an end-of-sequence token",
+        ),
+        (
+            "*/unparsed_rate",
+            lambda share: share > 0.5,
+            PATIENCE,
+            "{name} is {value:.0%}, above half for {n} logged rollouts: most completions hold no readable answer; "
+            "tell the model its form (question_template, system_prompt), or raise max_answer_tokens",
+        ),
+        (
+            "rollout/density_gap",
+            lambda gap: gap > 1e-3,
+            1,
+            "the rollout's log-densities and the training pass's differ by {value:.2g}, more than 1e-3: in bfloat16 "
+            "or with a small thought_tau this is rounding (docs/grpo.md); otherwise the two passes see another model",
+        ),
+    )
+    ENTROPY = ("entropy", 0.05, "the entropy fell from {first:.2g} to {value:.2g} nats: the policy hardly explores "
+               "any more; a smaller learning_rate, a larger epsilon_high or beta above 0 slow this down")  # fmt: skip
+
+    def __init__(self) -> None:
+        self._streak: dict[str, int] = {}
+        self._said: set[str] = set()
+        self._first_entropy: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if not (state.is_world_process_zero and logs):
+            return
+        for pattern, is_bad, patience, text in self.RULES:
+            for name in fnmatch.filter(logs, pattern):
+                if logs[name] is not None:
+                    self._look(name, logs[name], is_bad(logs[name]), patience, text)
+        name, share, text = self.ENTROPY
+        value = logs.get(name)
+        if value is not None:
+            self._first_entropy = value if self._first_entropy is None else self._first_entropy
+            text = text.replace("{first:.2g}", f"{self._first_entropy:.2g}")
+            self._look(name, value, value < share * self._first_entropy, PATIENCE, text)
+
+    def _look(self, name: str, value: float, bad: bool, patience: int, text: str) -> None:
+        self._streak[name] = self._streak.get(name, 0) + 1 if bad else 0
+        if self._streak[name] >= patience and name not in self._said:
+            self._said.add(name)
+            logger.warning("warning: " + text.format(name=name, value=value, n=patience))

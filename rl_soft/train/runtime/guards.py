@@ -8,15 +8,12 @@ Checkpoints    callback: a checkpoint counts once every process has written its 
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +22,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from rl_soft.evaluation.records import write_atomic
+from rl_soft.files import write_atomic
 
 logger = logging.getLogger("rl_soft")
 
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_SAVED_STEPS = 5  # files in nonfinite/, a process
-PATIENCE = 5  # logged steps in a row that make a failure a known one
-COMPLETE = "complete.json"  # the mark of a checkpoint that all processes have finished
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,149 +261,3 @@ def save_step(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Callbacks
-
-
-class KnownFailures(TrainerCallback):
-    """One line, once a run, when the logs show a failure that others met before."""
-
-    # pattern of the metric, what is wrong with it, for how many logged steps in a row, what to say
-    RULES: tuple[tuple[str, Callable[[float], bool], int, str], ...] = (
-        (
-            "frac_reward_zero_std",
-            lambda share: share >= 1,
-            PATIENCE,
-            "in {n} logged rollouts in a row all completions of every prompt got the same reward, so there is nothing "
-            "to learn from: the problems are too hard or too easy, the temperature is too low, or the reward is "
-            "constant",
-        ),
-        (
-            "completions/clipped_ratio",
-            lambda share: share > 0.5,
-            PATIENCE,
-            "{value:.0%} of the completions were cut off before they ended, more than half for {n} logged rollouts: "
-            "raise max_answer_tokens, or check that the model ends its answers with an end-of-sequence token",
-        ),
-        (
-            "*/unparsed_rate",
-            lambda share: share > 0.5,
-            PATIENCE,
-            "{name} is {value:.0%}, above half for {n} logged rollouts: most completions hold no readable answer; "
-            "tell the model its form (question_template, system_prompt), or raise max_answer_tokens",
-        ),
-        (
-            "rollout/density_gap",
-            lambda gap: gap > 1e-3,
-            1,
-            "the rollout's log-densities and the training pass's differ by {value:.2g}, more than 1e-3: in bfloat16 "
-            "or with a small thought_tau this is rounding (docs/grpo.md); otherwise the two passes see another model",
-        ),
-    )
-    ENTROPY = ("entropy", 0.05, "the entropy fell from {first:.2g} to {value:.2g} nats: the policy hardly explores "
-               "any more; a smaller learning_rate, a larger epsilon_high or beta above 0 slow this down")  # fmt: skip
-
-    def __init__(self) -> None:
-        self._streak: dict[str, int] = {}
-        self._said: set[str] = set()
-        self._first_entropy: float | None = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if not (state.is_world_process_zero and logs):
-            return
-        for pattern, is_bad, patience, text in self.RULES:
-            for name in fnmatch.filter(logs, pattern):
-                if logs[name] is not None:
-                    self._look(name, logs[name], is_bad(logs[name]), patience, text)
-        name, share, text = self.ENTROPY
-        value = logs.get(name)
-        if value is not None:
-            self._first_entropy = value if self._first_entropy is None else self._first_entropy
-            text = text.replace("{first:.2g}", f"{self._first_entropy:.2g}")
-            self._look(name, value, value < share * self._first_entropy, PATIENCE, text)
-
-    def _look(self, name: str, value: float, bad: bool, patience: int, text: str) -> None:
-        self._streak[name] = self._streak.get(name, 0) + 1 if bad else 0
-        if self._streak[name] >= patience and name not in self._said:
-            self._said.add(name)
-            logger.warning("warning: " + text.format(name=name, value=value, n=patience))
-
-
-class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as complete when every process has written its part, and only then deletes older ones.
-
-    transformers writes a checkpoint file by file into its final folder and deletes the oldest before other processes
-    are done; a kill in between would leave half a checkpoint as the newest, or none.
-    """
-
-    def __init__(self, args: Any):
-        self.keep, args.save_total_limit = args.save_total_limit, None
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        processes = PartialState()
-        processes.wait_for_everyone()
-        if args.should_save:
-            content = {"step": state.global_step, "processes": processes.num_processes, "zero": zero_stage(args)}
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_atomic(folder / COMPLETE, json.dumps(content) + "\n")
-            rotate_checkpoints(args.output_dir, self.keep)
-        processes.wait_for_everyone()
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    complete = {int(mark.parent.name.rpartition("-")[2]): mark.parent for mark in run.glob(f"checkpoint-*/{COMPLETE}")}
-    return complete[max(complete)] if complete else None
-
-
-def check_resumable(checkpoint: Path, args: Any) -> None:
-    """A checkpoint can be read only by the stage, and under ZeRO by the number of processes, that wrote it.
-
-    Raises:
-        ValueError: they differ; transformers would leave the optimizer's state out without a word, DeepSpeed fail.
-    """
-    mark = json.loads((checkpoint / COMPLETE).read_text())
-    processes, stage = PartialState().num_processes, zero_stage(args)
-    if mark["zero"] != stage:
-        raise ValueError(f"{checkpoint} was written under ZeRO stage {mark['zero']} and cannot be read under {stage}")
-    if mark["processes"] != processes and stage:
-        raise ValueError(
-            f"{checkpoint} was written by {mark['processes']} processes and cannot be read by {processes}"
-        )
-    if mark["processes"] != processes and PartialState().is_main_process:
-        logger.warning(
-            "%s was written by %d processes and is read by %d: the run goes on with another order of completions",
-            *(checkpoint, mark["processes"], processes),
-        )
-
-
-def zero_stage(args: Any) -> int:
-    """0 without DeepSpeed."""
-    return 0 if args.deepspeed_plugin is None else int(args.deepspeed_plugin.zero_stage)
-
-
-def set_aside_unfinished(run: Path) -> None:
-    """Rename checkpoints without the mark, so that nothing takes them for whole ones. For one process to call."""
-    for folder in run.glob("checkpoint-*"):
-        if not (folder / COMPLETE).exists():
-            aside = run / f"unfinished-{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
-            logger.warning("%s was not finished; it is now %s and is not used", folder, aside.name)
-
-
-@contextmanager
-def lost_processes() -> Iterator[None]:
-    """Ends this process with one line when a collective fails because another process of the job died."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        lost = isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in text or "gloo" in text
-        if PartialState().num_processes == 1 or not lost or os.environ.get("RL_SOFT_DEBUG"):
-            raise
-        logger.error(
-            "process %d: another process of this job has died (%s); the launcher's report below names it. The same "
-            "command resumes from the last checkpoint",
-            PartialState().process_index,
-            " ".join(text.split())[:200],
-        )
-        raise SystemExit(1) from None

@@ -14,6 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 
 logger = logging.getLogger("rl_soft")
 
+logger = logging.getLogger("rl_soft")
+
 
 def prepare_devices() -> None:
     """CPU processes share the cores; DeepSpeed's shared-memory op is optional and would be compiled at start-up."""
@@ -86,3 +88,22 @@ def as_trained(model: Any, args: Any) -> Iterator[None]:
         del model.forward
         if before is not None:
             model.forward = before
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Ends this process with one line when a collective fails because another process of the job died."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in text or "gloo" in text
+        if PartialState().num_processes == 1 or not lost or os.environ.get("RL_SOFT_DEBUG"):
+            raise
+        logger.error(
+            "process %d: another process of this job has died (%s); the launcher's report below names it. The same "
+            "command resumes from the last checkpoint",
+            PartialState().process_index,
+            " ".join(text.split())[:200],
+        )
+        raise SystemExit(1) from None

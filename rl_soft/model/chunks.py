@@ -1,0 +1,86 @@
+"""Chunks of positions for passes over the LM head, so that no (N, V) tensor is ever whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rl_soft.thoughts import densities
+
+
+def tempered(logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    """In place."""
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.div_(temperature)
+
+
+def grad_raw(d: Tensor, logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    """From the gradient to the tempered logits to that of the head's output; overwrites d."""
+    d.div_(temperature)
+    if softcap is not None:
+        capped = logits * (temperature / softcap)  # tanh of the raw logits / softcap
+        d.mul_(capped.square_().neg_().add_(1))
+    return d
+
+
+def plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) if the head is `hidden @ weight.T + bias` and nothing else; None if it must be called as a
+    module."""
+    if isinstance(lm_head, Tensor):
+        return lm_head, None
+    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in vars(lm_head)
+    if type(lm_head) is not nn.Linear or hooks:
+        return None
+    weight = lm_head.weight
+    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3, DTensor
+    return None if partitioned else (weight, lm_head.bias)
+
+
+def chunk_plan(
+    hidden: Tensor, support: Tensor, temperature: float | Tensor, chunk_size: int | None, vocab_size: int | None
+) -> tuple[Tensor, int]:
+    """The temperature as (N, 1), and the rows a chunk; raises ValueError for what does not fit together."""
+    n, device = len(hidden), hidden.device
+    if hidden.dim() != 2 or support.dim() != 2 or len(support) != n:
+        raise ValueError(
+            f"expected hidden (N, H) and support (N, K), got {tuple(hidden.shape)} and {tuple(support.shape)}"
+        )
+    if support.shape[1] < 1 or (vocab_size and support.shape[1] > vocab_size):
+        raise ValueError(f"support: expected 1 <= K <= V = {vocab_size}, got K = {support.shape[1]}")
+    if isinstance(temperature, Tensor):
+        if temperature.shape not in (torch.Size([]), torch.Size([n])):
+            raise ValueError(f"temperature: expected a number or ({n},), got {tuple(temperature.shape)}")
+        temperature = temperature.detach().to(device, torch.float32).expand(n).unsqueeze(-1)
+    else:
+        densities.check_positive("temperature", temperature)
+        temperature = torch.full((n, 1), float(temperature), device=device)
+    if chunk_size is None:
+        chunk_size = max(1, (2**23 if device.type == "cpu" else 2**27) // (vocab_size or 2**17))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected None or >= 1, got {chunk_size}")
+    return temperature, chunk_size
+
+
+def cast_like(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype of the weight, or in autocast's where that is on: inside the Functions nothing is cast for us."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def most_calls(lm_head: nn.Module, calls: int, device: torch.device) -> int:
+    """The most calls that any rank makes. A partitioned head is gathered at each, so all ranks must make as many."""
+    partitioned = any(hasattr(p, "ds_id") or type(p) not in (nn.Parameter, Tensor) for p in lm_head.parameters())
+    if not partitioned or not torch.distributed.is_initialized():
+        return calls
+    most = torch.tensor(calls, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, max(n, 1), size):
+        yield slice(start, min(start + size, n))
