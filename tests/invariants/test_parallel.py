@@ -170,7 +170,8 @@ def launch(folder, stage, *program):
         del config["mixed_precision"]  # accelerate wants such keys in one place
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT / "tests")}
+    folders = os.pathsep.join(str(ROOT / "tests" / name) for name in ("", "invariants", "train"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": folders}
     return subprocess.Popen(
         [*launcher, "--num_processes", "2", "--main_process_port", "0", *map(str, program)],
         cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

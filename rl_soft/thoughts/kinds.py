@@ -1,0 +1,109 @@
+"""What is true of each kind of thought, and of each policy ratio. Nothing else in the package asks for a kind's name.
+
+A kind is what stands in the place of a token embedding at a thought. `noise` decides whether it is drawn at all, and so
+whether it has a density: a thought without noise is a point mass, which policy gradients cannot train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    help: str
+    noise: str | None  # gumbel: on the log-probabilities of all ids; dirichlet: in the weights; None: nothing is drawn
+    parameter: str | None  # the field of `Thinking` that its weights and its density take
+    mixes: bool  # K ids with weights; otherwise one id
+    reads_hidden: bool  # fed from the last hidden state, so that its thoughts spell no text and need phase latent
+    trained_by: tuple[str, ...]  # methods
+    ratios: tuple[str, ...]  # policy ratios made for it, the recommended one first (docs/grpo.md)
+
+    @property
+    def has_density(self) -> bool:
+        return self.noise is not None
+
+
+RL = ("grpo", "ppo")
+KINDS = {
+    "token": Kind(
+        help="one token id, drawn (discrete chain of thought)",
+        noise="gumbel",
+        parameter=None,
+        mixes=False,
+        reads_hidden=False,
+        trained_by=("sft", "icot", *RL),
+        ratios=("joint", "factored", "top1", "conditional", "pathwise"),
+    ),
+    "soft": Kind(
+        help="the softmax mixture of the K most probable ids; a point mass",
+        noise=None,
+        parameter=None,
+        mixes=True,
+        reads_hidden=False,
+        trained_by=("codi",),
+        ratios=(),
+    ),
+    "gumbel": Kind(
+        help="a Gumbel-Softmax mixture of K ids, drawn",
+        noise="gumbel",
+        parameter="thought_tau",
+        mixes=True,
+        reads_hidden=False,
+        trained_by=("codi", *RL),
+        ratios=("top1", "joint", "factored", "conditional", "pathwise"),
+    ),
+    "dirichlet": Kind(
+        help="random weights of the K most probable ids",
+        noise="dirichlet",
+        parameter="thought_gamma",
+        mixes=True,
+        reads_hidden=False,
+        trained_by=RL,
+        ratios=("joint",),
+    ),
+    "hidden": Kind(
+        help="the projected last hidden state (CODI); a point mass",
+        noise=None,
+        parameter=None,
+        mixes=False,
+        reads_hidden=True,
+        trained_by=("codi", "coconut"),
+        ratios=(),
+    ),
+    "hybrid": Kind(
+        help="the projected last hidden state plus a gated gumbel mixture",
+        noise="gumbel",
+        parameter="thought_tau",
+        mixes=True,
+        reads_hidden=True,
+        trained_by=("codi", *RL),
+        ratios=("top1", "joint", "factored"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What stands in the policy ratio of a thought (S, x) whose strongest id is i* (formulas and bias: docs/grpo.md)."""
+
+    help: str
+    scores: str | None  # density: p(S, x); strongest: p(i*) = pi_{i*}; None: a thought is no action
+    second_factor: bool = False  # p(S, x) / p(i*) too, clipped by itself
+    remade: str | None = (
+        None  # thoughts are made again from their noise, or from it given i*, with gradients through them
+    )
+
+    @property
+    def one_by_one(self) -> bool:
+        """Thoughts are fed one after another on a cache: phase latent, and no gradient checkpointing."""
+        return self.remade is not None
+
+
+RATIOS = {
+    "joint": Ratio("p(S, x), the exact density", "density"),
+    "factored": Ratio("p(i*) and p(S, x) / p(i*), clipped apart", "strongest", second_factor=True),
+    "top1": Ratio("p(i*): exact as a marginal, biased as a gradient", "strongest"),
+    "conditional": Ratio("p(i*), with gradients through the weights given i*", "strongest", remade="given id"),
+    "pathwise": Ratio("none: gradients flow through thoughts made again from their noise", None, remade="noise"),
+}
