@@ -1,7 +1,7 @@
 """What is true of each kind of thought, and of each policy ratio. Nothing else in the package asks for a kind's name.
 
-A kind is what stands in the place of a token embedding at a thought. `noise` decides whether it is drawn at all, and so
-whether it has a density: a thought without noise is a point mass, which policy gradients cannot train.
+A kind is what stands in the place of a token embedding at a thought. `noise` decides whether it is drawn at all, and
+so whether it has a density: a thought without noise is a point mass, which policy gradients cannot train.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """What stands in the policy ratio of a thought (S, x) whose strongest id is i* (formulas and bias: docs/grpo.md)."""
+    """What stands in the policy ratio of a thought (S, x) with strongest id i* (formulas and bias: docs/grpo.md)."""
 
     help: str
     scores: str | None  # density: p(S, x); strongest: p(i*) = pi_{i*}; None: a thought is no action
