@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_soft.config.arguments import EvalArguments
+from rl_soft.thoughts.kinds import check_trainable
 from rl_soft.thoughts.thinking import Thinking
 
 RL_METHODS = ("grpo", "ppo")
@@ -116,15 +117,8 @@ def check_thought(method: str, thinking: Thinking, extra: Any) -> None:
             f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
             "write it into question_template"
         )
-    if rl and thought == "soft":
-        raise ValueError(
-            "thought soft has no density (it is a point mass): RL cannot train it; use gumbel, dirichlet or token"
-        )
-    if rl and thought == "hidden":
-        raise ValueError(
-            "thought hidden has no density (it is a point mass): RL cannot train it; use hybrid, which a checkpoint "
-            "of thought hidden can go on to"
-        )
+    if rl:
+        check_trainable(thought, extra.ratio)
     if method == "codi" and (thinking.phase != "latent" or thought == "token"):
         raise ValueError(
             f"thought {thought}, phase {thinking.phase}: codi trains latent thoughts; use phase latent with thought "
@@ -138,12 +132,6 @@ def check_thought(method: str, thinking: Thinking, extra: Any) -> None:
     if method == "codi" and thought == "hybrid" and not extra.use_projector:
         raise ValueError(
             "use_projector false: thought hybrid is the projected state plus a mixture; use thought hidden"
-        )
-    if rl and thought == "dirichlet" and extra.ratio != "joint":
-        raise ValueError(f"ratio {extra.ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint")
-    if rl and thought == "hybrid" and extra.ratio in ("pathwise", "conditional"):
-        raise ValueError(
-            f"ratio {extra.ratio} is made for gumbel thoughts; thought hybrid takes joint, factored or top1"
         )
 
 

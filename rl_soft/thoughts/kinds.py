@@ -23,6 +23,11 @@ class Kind:
     def has_density(self) -> bool:
         return self.noise is not None
 
+    @property
+    def discrete(self) -> bool:
+        """What is fed is the embedding of one id."""
+        return not (self.mixes or self.reads_hidden)
+
 
 RL = ("grpo", "ppo")
 KINDS = {
@@ -107,3 +112,19 @@ RATIOS = {
     "conditional": Ratio("p(i*), with gradients through the weights given i*", "strongest", remade="given id"),
     "pathwise": Ratio("none: gradients flow through thoughts made again from their noise", None, remade="noise"),
 }
+
+
+def check_trainable(thought: str, ratio: str) -> None:
+    """Raises ValueError where RL cannot train a kind of thought, or not with this ratio."""
+    kind = KINDS[thought]
+    if not kind.has_density:
+        others = [name for name, k in KINDS.items() if k.has_density and k.reads_hidden == kind.reads_hidden]
+        more = ", which a checkpoint of thought hidden can go on to" if kind.reads_hidden else ""
+        raise ValueError(
+            f"thought {thought} has no density (it is a point mass): RL cannot train it; use {' or '.join(others)}"
+            + more
+        )
+    if ratio not in RATIOS:
+        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}")
+    if ratio not in kind.ratios:
+        raise ValueError(f"ratio {ratio} is not made for thought {thought}; it takes {', '.join(kind.ratios)}")

@@ -34,7 +34,7 @@ from rl_soft.model import policy
 from rl_soft.model.think import position_ids
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address, uniform
-from rl_soft.train.start import lora_config
+from rl_soft.train.start import lora_config, with_adapter
 from rl_soft.train.supervised import IGNORE, ScheduledTrainer
 
 logger = logging.getLogger("rl_soft")
@@ -161,9 +161,6 @@ class CoconutTrainer(ScheduledTrainer):
 
 
 def coconut_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from rl_soft.train.coconut import CoconutTrainer
-    from rl_soft.train.start import with_adapter
-
     adapter = lora_config(recipe)
     model = start.model if adapter is None else with_adapter(start.model, layout, adapter)
     return CoconutTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)

@@ -290,8 +290,6 @@ class CodiRows(torch.utils.data.Dataset):
 
 
 def codi_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from rl_soft.train.codi import CodiRows, CodiTrainer
-
     data_set, adapter = CodiRows(rows, recipe.seed), lora_config(recipe)
     return CodiTrainer(
         start.model, args, layout=layout, codi=recipe.extra, train_dataset=data_set, peft_config=adapter

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from rl_soft.config.arguments import ICoTArguments
@@ -108,10 +109,6 @@ class ICoTTrainer(ScheduledTrainer):
 
 
 def icot_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from peft import get_peft_model
-
-    from rl_soft.train.icot import ICoTTrainer
-
     adapter = lora_config(recipe)
     model = start.model if adapter is None else get_peft_model(start.model, adapter)
     return ICoTTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)

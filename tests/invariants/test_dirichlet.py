@@ -166,7 +166,7 @@ def test_the_ratio_is_unbiased():
 
 @pytest.mark.parametrize("ratio", ["factored", "top1", "pathwise"])
 def test_other_ratios_are_refused_by_name(tmp_path, ratio):
-    message = f"ratio {ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint"
+    message = f"ratio {ratio} is not made for thought dirichlet; it takes joint"
     with pytest.raises(ValueError, match=message):
         soft_trainer(tmp_path, LATENT, ratio=ratio)
     with pytest.raises(ValueError, match=message):
@@ -212,6 +212,6 @@ def test_a_gumbel_warm_start_is_accepted():
     recipe = load_recipe(ROOT / "recipes/grpo_gumbel.yaml", changes)
     warm = load_recipe(ROOT / "recipes/codi.yaml")
     assert warm.thinking.thought == "gumbel" and recipe.thinking.thought_gamma == 4.0
-    check_thinking(recipe, warm.thinking)
+    check_thinking(recipe.thinking, warm.thinking, "the recipe")
     with pytest.raises(ValueError, match="thought dirichlet does not fit a checkpoint trained with thought token"):
-        check_thinking(recipe, replace(warm.thinking, thought="token"))
+        check_thinking(recipe.thinking, replace(warm.thinking, thought="token"), "the recipe")
