@@ -105,8 +105,23 @@ class CoconutTrainer(ScheduledTrainer):
             predictions = logits[:, :-1].flatten(0, 1).float()
             sums.append(F.cross_entropy(predictions, labels, ignore_index=IGNORE, reduction="sum"))
             counts.append((labels != IGNORE).sum())
-        loss = torch.stack(sums).sum() / torch.stack(counts).sum()
+        (share,) = self.share(inputs, num_items_in_batch)
+        loss = torch.stack(sums).sum() / torch.stack(counts).sum() * share
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def counts(self, batch: dict[str, Any]) -> list[int]:
+        rows = batch["rows"]
+        stages = self.stages(rows, self.state.global_step)
+        return [sum(len(self.text_of(row, stage)) for row, stage in zip(rows, stages, strict=True))]
+
+    def text_of(self, row: Row, stage: int) -> list[int]:
+        """Ids of what follows the thoughts and <eot>."""
+        layout, left = self.layout, row.steps[stage:] if stage <= self.schedule.last else ()
+        return [
+            *layout.encode("".join(step + layout.thinking.step_separator for step in left)),
+            *layout.answer_prompt_ids,
+            *layout.answer_ids(row.answer),
+        ]
 
     def stages(self, rows: list[Row], step: int) -> list[int]:
         """The stage of each row: the scheduled one, or one of 0 .. number of its steps."""
@@ -140,12 +155,7 @@ class CoconutTrainer(ScheduledTrainer):
 
         texts, labels = [], []
         for row in rows:
-            left = row.steps[stage:] if stage <= self.schedule.last else ()
-            text = [
-                *layout.encode("".join(step + layout.thinking.step_separator for step in left)),
-                *layout.answer_prompt_ids,
-                *layout.answer_ids(row.answer),
-            ]
+            text = self.text_of(row, stage)
             texts.append([layout.eot_id, *text])
             labels.append([IGNORE, *text])
         text_ids = pad(texts, pad_id).to(device)  # (B, S)

@@ -34,7 +34,7 @@ class SoftPPOConfig(GRPOConfig):
     """GRPOConfig that takes `num_generations: 1`, which has no group and so is refused by GRPO.
 
     Raises:
-        ValueError: num_generations 1 with a rollout of one completion a process.
+        ValueError: num_generations 1 with a rollout of one completion per process.
     """
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class SoftPPOConfig(GRPOConfig):
                 self.per_device_train_batch_size, self.steps_per_generation or self.gradient_accumulation_steps
             )
             if self.num_generations == 1:
-                raise ValueError("num_generations 1 needs a rollout of at least 2 completions a process")
+                raise ValueError("num_generations 1 needs a rollout of at least 2 completions per process")
             self.num_generations_eval = self.num_generations_eval or 1
         super().__post_init__()
         self.num_generations = asked

@@ -205,7 +205,7 @@ def test_options_out_of_range_are_refused(values, message):
             {"phase": "explicit", "end_of_thinking": "#"},
             "thought soft, phase explicit: codi trains latent thoughts",
         ),
-        ("grpo", "hybrid", {"ratio": "conditional"}, "thought hybrid takes joint, factored or top1"),
+        ("grpo", "hybrid", {"ratio": "conditional"}, "ratio conditional is not made for thought hybrid"),
         ("codi", "dirichlet", {}, "thought dirichlet cannot be trained by codi"),
         ("codi", "hybrid", {"use_projector": False}, "use_projector false: thought hybrid"),
     ],
