@@ -14,7 +14,7 @@ from rl_soft.keys import Number, OneOf, keys, nearest
 from rl_soft.thoughts.kinds import KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
 
-ANALYSES = ("traces", "branching", "lens", "plane")  # of `rl-soft analyze`, in the order of the report
+ANALYSES = ("probe", "cost", "traces", "branching", "lens", "plane", "all")  # kinds of `rl-soft analyze`
 MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 
 
@@ -216,6 +216,16 @@ class AnalysisArguments(OnModelArguments):
     def __post_init__(self) -> None:
         if not self.dataset:
             raise ValueError("dataset is missing: rl-soft analyze KIND MODEL --dataset NAME")
+
+
+@keys()
+class EstimateArguments:
+    """`rl-soft estimate RECIPE`: these and the keys of the recipe."""
+
+    memory: Number | None = Field(default=None, ge=0, description="GiB per process; exit code 1 if a step takes more.")
+    zero: int = Field(default=0, ge=0, le=3, description="ZeRO stage; 0 is without DeepSpeed.")
+    processes: int = Field(default=1, ge=1, description="Number of processes.")
+    prompt_tokens: int = Field(default=256, ge=1, description="Tokens of the longest prompt.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from trl import GRPOConfig
 
 from rl_soft.config.refusals import MUST_BE_TRUE, check_features, refuse_checkpointing
 from rl_soft.model.projector import beside_adapter
@@ -42,7 +41,7 @@ def check_given(given: Mapping[str, Any], layout: Layout, ratio: str, thought_ep
         if given.get(name):
             raise ValueError(f"{name} cannot be used with soft rollouts: they have a single turn")
     if config is not None:
-        check_features(vars(config), GRPOConfig)
+        check_features(vars(config))
     if not getattr(config, "disable_dropout", False) and any(
         isinstance(module, torch.nn.Dropout) and module.p for module in getattr(given.get("model"), "modules", list)()
     ):

@@ -166,7 +166,7 @@ def test_the_ratio_is_unbiased():
 
 @pytest.mark.parametrize("ratio", ["factored", "top1", "pathwise"])
 def test_other_ratios_are_refused_by_name(tmp_path, ratio):
-    message = f"ratio {ratio} is made for gumbel thoughts; thought dirichlet takes ratio joint"
+    message = f"ratio {ratio} is not made for thought dirichlet, which takes joint"
     with pytest.raises(ValueError, match=message):
         soft_trainer(tmp_path, LATENT, ratio=ratio)
     with pytest.raises(ValueError, match=message):
