@@ -68,19 +68,18 @@ def keys(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
     return made
 
 
-def check(cls: type, values: Mapping[str, Any]) -> None:
+def check(cls: Any, values: Mapping[str, Any]) -> None:
     """Raises ValueError for values that the fields of `cls` do not take; how they fit together is not looked at."""
     try:
-        validator = cls.__pydantic_validator__  # type: ignore[attr-defined]
-        validator.validate_python(ArgsKwargs((), dict(values)), self_instance=cls.__new__(cls))
+        cls.__pydantic_validator__.validate_python(ArgsKwargs((), dict(values)), self_instance=cls.__new__(cls))
     except ValidationError as error:
         if error.errors()[0]["type"] != "value_error":  # that of __post_init__
             raise ValueError(_line(cls, error, values)) from None
 
 
-def fields(cls: type) -> dict[str, Any]:
+def fields(cls: Any) -> dict[str, Any]:
     """Name of each key -> pydantic's field, which has `default`, `description`, `annotation` and `metadata`."""
-    return cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return cls.__pydantic_fields__
 
 
 def takes(field: Any, bounds_alone: bool = False) -> str:
@@ -110,7 +109,7 @@ def _kinds(annotation: Any) -> tuple[list[str], bool]:
     return [NAMES[origin or annotation]], False
 
 
-def _line(cls: type, error: ValidationError, values: Mapping[str, Any]) -> str:
+def _line(cls: Any, error: ValidationError, values: Mapping[str, Any]) -> str:
     first, known = error.errors()[0], fields(cls)
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])

@@ -121,7 +121,8 @@ def generate(context: typer.Context, model: ModelName) -> None:
 @app.command(**KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")
 def estimate(context: typer.Context, recipe: RecipeName) -> None:
     """Tell memory and seconds of a training step before anything is loaded; exit code 1 if --memory is not enough."""
-    from rl_soft.config.recipe import EstimateArguments, load_recipe, parse_overrides
+    from rl_soft.config.arguments import EstimateArguments
+    from rl_soft.config.recipe import load_recipe, parse_overrides
     from rl_soft.keys import fields
 
     overrides = parse_overrides(context.args)
@@ -136,7 +137,9 @@ def estimate(context: typer.Context, recipe: RecipeName) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run or of an evaluation.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run or of an evaluation.")],
+) -> None:
     """Make the report of a run or of an evaluation again, from its records."""
     from rl_soft.evaluation.records import read_header
     from rl_soft.evaluation.report import build
@@ -167,7 +170,9 @@ def compare(
 
 @app.command(**KEYED, epilog="Example: rl-soft analyze probe MODEL --dataset NAME")
 def analyze(
-    context: typer.Context, kind: Annotated[str, typer.Argument(metavar="KIND", help="What is told.")], model: ModelName
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="What is told.")],
+    model: ModelName,
 ) -> None:
     """Tell what thoughts hold, what they cost, and how soft thoughts work in a model.
 
@@ -178,7 +183,9 @@ def analyze(
     branching, lens, traces, plane: how soft thoughts work in any model, into --output_dir; all: the four, and one HTML
     report. These five have defaults of their own for a model that this package did not train (docs/analyses.md).
     """
-    from rl_soft.config.recipe import ANALYSES, load_command, nearest, parse_overrides
+    from rl_soft.config.arguments import ANALYSES
+    from rl_soft.config.recipe import load_command, parse_overrides
+    from rl_soft.keys import nearest
 
     if kind not in ANALYSES:
         raise ValueError(f"analyze must be one of {', '.join(ANALYSES)}, got {kind!r}{nearest(kind, ANALYSES)}")

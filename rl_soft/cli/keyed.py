@@ -38,7 +38,8 @@ class KeyedCommand(TyperCommand):
 
     def _with_keys(self, first: str) -> KeyedCommand:
         """This command with its keys as options, of a recipe that `first` names those of its method alone."""
-        from rl_soft.config.recipe import COMMANDS, GROUPS, EstimateArguments, find_recipe, read_yaml
+        from rl_soft.config.arguments import EstimateArguments
+        from rl_soft.config.recipe import COMMANDS, GROUPS, find_recipe, read_yaml
 
         if self.name in COMMANDS:
             groups, note = COMMANDS[self.name], ON_MODELS

@@ -75,9 +75,7 @@ class DataArguments(SourceArguments):
     eval_dataset: str | None = Field(default=None, description="Evaluation source; dataset if absent.")
     eval_dataset_options: dict[str, Any] | None = Field(default=None, description="Options of eval_dataset.")
     eval_dataset_columns: dict[str, str] | None = Field(default=None, description="Names of eval_dataset's columns.")
-    eval_problems: int = Field(
-        default=256, ge=0, description="Number of held-out problems; 0 skips the evaluation."
-    )
+    eval_problems: int = Field(default=256, ge=0, description="Number of held-out problems; 0 skips the evaluation.")
     data_seed_eval: int = Field(default=2, description="Seed of generated evaluation problems.")
 
 
@@ -195,9 +193,7 @@ class AnalysisArguments(OnModelArguments):
     )
     eval_batch_size: int = Field(default=64, ge=1, description="Problems decoded together.")
     eval_seed: int = Field(default=7, description="traces, plane: seed of the noise.")
-    eval_samples: int = Field(
-        default=1, ge=1, description="traces: n, the traces of each random kind per problem."
-    )
+    eval_samples: int = Field(default=1, ge=1, description="traces: n, the traces of each random kind per problem.")
     branch_weight: Number = Field(
         default=0.1,
         ge=0,
@@ -245,9 +241,7 @@ class SupervisedArguments:
     stop_at_accuracy: Number | None = Field(
         default=None, description="Stop once sampled validation accuracy reaches this; null trains max_steps."
     )
-    validation_problems: int = Field(
-        default=256, ge=0, description="Training-side problems held out for validation."
-    )
+    validation_problems: int = Field(default=256, ge=0, description="Training-side problems held out for validation.")
     validation_every: int = Field(default=50, ge=1, description="Steps between validations.")
 
 
@@ -257,9 +251,7 @@ class CodiArguments(SupervisedArguments):
 
     alpha: Number = Field(default=1.0, ge=0, description="Weight of the student's cross-entropy on the answer.")
     beta: Number = Field(default=1.0, ge=0, description="Weight of the distillation loss on the hidden states.")
-    gamma: Number = Field(
-        default=1.0, ge=0, description="Weight of the teacher's cross-entropy on steps and answer."
-    )
+    gamma: Number = Field(default=1.0, ge=0, description="Weight of the teacher's cross-entropy on steps and answer.")
     kd_loss: Annotated[str, OneOf(("l1", "smooth_l1"))] = Field(
         default="smooth_l1", description="Distance of the hidden states: l1 or smooth_l1."
     )

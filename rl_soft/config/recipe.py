@@ -16,12 +16,10 @@ from typing import Any
 import yaml
 
 from rl_soft.config.arguments import (
-    ANALYSES,
     AnalysisArguments,
     CoconutArguments,
     CodiArguments,
     DataArguments,
-    EstimateArguments,
     EvalArguments,
     EvaluationArguments,
     GenerateArguments,
@@ -224,14 +222,15 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     for key in values:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {path}{nearest(key, known)}")
-    parts = [group(**{k: v for k, v in values.items() if k in fields(group)}) for group in groups]
+    parts: list[Any] = [group(**{k: v for k, v in values.items() if k in fields(group)}) for group in groups]
     if not values.get("output_dir"):
         raise ValueError(f"output_dir is missing in {path}")
     values.setdefault("seed", 42)  # resolved, so that a warm start is found whether or not its recipe names the seed
     values["output_dir"] = str(values["output_dir"]).replace("{seed}", str(values["seed"]))
     training = {k: v for k, v in values.items() if k in of_trainer and k != "temperature"}
     resolved = values | {key: value for part in parts for key, value in dataclasses.asdict(part).items()}
-    recipe = Recipe(path, method, *parts, training, resolved)
+    thinking, model, data, evaluation, extra = parts
+    recipe = Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
     check_recipe(recipe)
     return recipe
 
@@ -307,7 +306,9 @@ def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:
 def write_config(recipe: Recipe) -> None:
     """Store the resolved recipe in its run directory."""
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(recipe.output_dir / "config.yaml", yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True))
+    write_atomic(
+        recipe.output_dir / "config.yaml", yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True)
+    )
 
 
 def check_output_dir(recipe: Recipe) -> bool:

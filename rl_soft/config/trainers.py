@@ -36,7 +36,7 @@ def trainer_class(method: str) -> type:
 
 
 def trainer_fields(method: str) -> dict[str, Any]:
-    """Name -> default of the fields of `trainer_class(method)`; None for a default that is not written as a literal."""
+    """Name -> default of the fields of `trainer_class(method)`; None for a default that is no literal."""
     return _fields(CLASSES[method][1])
 
 

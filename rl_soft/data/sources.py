@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_soft.data import generated
-from rl_soft.data import stored
+from rl_soft.data import generated, stored
 from rl_soft.data.row import Row as Row
 from rl_soft.data.row import question_hash as question_hash
 from rl_soft.keys import nearest

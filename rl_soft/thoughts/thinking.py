@@ -55,9 +55,7 @@ class Thinking:
         default="", description="explicit: the text that ends the thinking when the strongest ids spell it."
     )
     system_prompt: str | None = Field(default=None, description="System message (models with a chat template).")
-    question_template: str = Field(
-        default="{question}", description="Text of the question; must contain {question}."
-    )
+    question_template: str = Field(default="{question}", description="Text of the question; must contain {question}.")
 
     def __post_init__(self) -> None:
         def refuse(name: str, allowed: str) -> None:

@@ -14,7 +14,8 @@ from conftest import ROOT
 from rl_soft.analyses.run import DEFAULTS
 from rl_soft.cli import app, main
 from rl_soft.cli.generate import CAPS
-from rl_soft.config import recipe, trainers
+from rl_soft.config import trainers
+from rl_soft.config.arguments import EstimateArguments
 from rl_soft.config.recipe import COMMANDS, GROUPS, METHODS, bundled_recipes, load_command, trainer_defaults
 from rl_soft.keys import fields, takes
 
@@ -84,7 +85,7 @@ def test_a_recipe_shows_the_keys_of_its_method(method, shown):
 
 @pytest.mark.parametrize("command", ["train", "check", "estimate"])
 def test_without_a_recipe_the_keys_of_all_methods_are_shown(command, shown):
-    own = [recipe.EstimateArguments] if command == "estimate" else []
+    own = [EstimateArguments] if command == "estimate" else []
     assert_keys(shown(command, "--help"), [*own, *(g for m in METHODS for g in GROUPS[m])])
 
 
@@ -173,7 +174,9 @@ def test_help_and_a_mistake_need_no_torch():
         "              ['eval', 'm', '--top_p', '2'], ['generate', 'm'], ['analyze', 'probe', 'm']]:\n"
         "    with contextlib.suppress(SystemExit): main(words)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, capture_output=True, text=True
+    )
     assert len(re.findall("^rl_soft: error", run.stderr, re.MULTILINE)) == 5, run.stderr
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rl_soft.data.sources import Row, assert_disjoint, load, question_hash
 from rl_soft.data.equations import equations, holds
 from rl_soft.data.generated import UNSCORED, task_scorer
+from rl_soft.data.sources import Row, assert_disjoint, load, question_hash
 from rl_soft.data.stored import CATALOGUE
 
 SMALL = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1, "compact": True}

@@ -335,7 +335,8 @@ def test_a_percentage_that_is_not_all_does_not_read_as_all():
 
 def test_rebuilds_without_torch(pair):
     before = {path.name: path.read_bytes() for path in _built(pair[0])}
-    code = f"import sys; sys.modules['torch'] = None; from rl_soft.evaluation import report; report.build({str(pair[0])!r})"
+    build = f"from rl_soft.evaluation import report; report.build({str(pair[0])!r})"
+    code = f"import sys; sys.modules['torch'] = None; {build}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     after = {path.name: path.read_bytes() for path in pair[0].iterdir()}
     assert {name: after[name] for name in before} == before  # to the byte, pictures too

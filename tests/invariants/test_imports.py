@@ -34,7 +34,8 @@ def imported(path):
     return names
 
 
-FILES = sorted([*(ROOT / "rl_soft").glob("*/**/*.py"), ROOT / "rl_soft/files.py", ROOT / "rl_soft/keys.py", *(ROOT / "rewards").glob("*.py")])
+LONE = [ROOT / "rl_soft/files.py", ROOT / "rl_soft/keys.py"]
+FILES = sorted([*(ROOT / "rl_soft").glob("*/**/*.py"), *LONE, *(ROOT / "rewards").glob("*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -198,15 +198,15 @@ def test_options_out_of_range_are_refused(values, message):
     [
         ("grpo", "hidden", {}, "thought hidden has no density .* use hybrid"),
         ("ppo", "soft", {}, "thought soft has no density"),
-        ("codi", "token", {}, "method codi trains phase latent .* got phase latent with thought token, which sft, icot, grpo or ppo can"),
+        ("codi", "token", {}, "codi trains phase latent .* got phase latent with thought token, which sft, icot"),
         (
             "codi",
             "soft",
             {"phase": "explicit", "end_of_thinking": "#"},
             "method codi trains phase latent with .* got phase explicit with thought soft",
         ),
-        ("grpo", "hybrid", {"ratio": "conditional"}, "ratio conditional is not made for thought hybrid, which takes top1, joint or factored"),
-        ("codi", "dirichlet", {}, "method codi trains .* thought soft, gumbel, hidden or hybrid, got .* dirichlet, which grpo or ppo can"),
+        ("grpo", "hybrid", {"ratio": "conditional"}, "thought hybrid, which takes top1, joint or factored"),
+        ("codi", "dirichlet", {}, "soft, gumbel, hidden or hybrid, got .* dirichlet, which grpo or ppo can train"),
         ("codi", "hybrid", {"use_projector": False}, "use_projector false: thought hybrid"),
     ],
 )
