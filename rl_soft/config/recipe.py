@@ -1,14 +1,12 @@
-"""Recipes: read, validated as a whole, stored. A recipe is flat YAML; its keys are the fields of `arguments`.
+"""Recipes: found, read, validated as a whole, stored. A recipe is flat YAML; its keys are the fields of `arguments`.
 
 An unknown key is an error that names the nearest valid one. The command line beats the file. Keys of the trainers'
-own configurations (transformers' TrainingArguments, TRL's GRPOConfig) are valid too.
+own configurations (`trainers`) are valid too. Nothing here imports torch, so that a mistake is told at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,39 +16,44 @@ from typing import Any
 import yaml
 
 from rl_soft.config.arguments import (
+    AnalysisArguments,
     CoconutArguments,
     CodiArguments,
     DataArguments,
     EvalArguments,
     EvaluationArguments,
+    GenerateArguments,
     ICoTArguments,
     ModelArguments,
     PPOArguments,
     RLArguments,
     SFTArguments,
 )
-from rl_soft.config.refusals import IN_MEMORY, MUST_BE_TRUE, check_keys, check_thought, check_trackers, unread_keys
-from rl_soft.config.refusals import RL_METHODS as RL_METHODS
+from rl_soft.config.refusals import check_keys, check_recipe, unread_keys
+from rl_soft.config.trainers import trainer_class as trainer_class
+from rl_soft.config.trainers import trainer_fields
+from rl_soft.files import write_atomic
+from rl_soft.keys import check, fields, nearest
 from rl_soft.thoughts.decoding import Decoding
+from rl_soft.thoughts.kinds import RL as RL_METHODS
 from rl_soft.thoughts.thinking import Thinking
 
-METHODS = ("codi", "sft", "icot", "coconut", "grpo", "ppo")
-
-GROUPS: dict[str, tuple[type, ...]] = {
-    "codi": (Thinking, ModelArguments, DataArguments, EvalArguments, CodiArguments),
-    "sft": (Thinking, ModelArguments, DataArguments, EvalArguments, SFTArguments),
-    "icot": (Thinking, ModelArguments, DataArguments, EvalArguments, ICoTArguments),
-    "coconut": (Thinking, ModelArguments, DataArguments, EvalArguments, CoconutArguments),
-    "grpo": (Thinking, ModelArguments, DataArguments, EvalArguments, RLArguments),
-    "ppo": (Thinking, ModelArguments, DataArguments, EvalArguments, PPOArguments),
+SHARED = (Thinking, ModelArguments, DataArguments, EvalArguments)
+GROUPS: dict[str, tuple[type, ...]] = {  # method -> whose fields are its keys
+    "codi": (*SHARED, CodiArguments),
+    "sft": (*SHARED, SFTArguments),
+    "icot": (*SHARED, ICoTArguments),
+    "coconut": (*SHARED, CoconutArguments),
+    "grpo": (*SHARED, RLArguments),
+    "ppo": (*SHARED, PPOArguments),
 }
-# The one way of thinking that a method trains: phase, thought.
-TRAINED_THINKING = {
-    "sft": ("explicit", "token"),
-    "icot": ("explicit", "token"),
-    "coconut": ("latent", "hidden"),
+METHODS = tuple(GROUPS)
+COMMANDS: dict[str, tuple[type, ...]] = {  # command on a model -> whose fields are its keys
+    "eval": (EvaluationArguments, Thinking, Decoding),
+    "generate": (GenerateArguments, Thinking, Decoding),
+    "analyze": (AnalysisArguments, Thinking),
 }
-TRAINER_DEFAULTS = {  # where ours differ from the hosts'; precision and device are `device_defaults`
+TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; precision and device are `device_defaults`
     "logging_steps": 1,
     "report_to": "none",
     "save_strategy": "steps",
@@ -59,6 +62,11 @@ TRAINER_DEFAULTS = {  # where ours differ from the hosts'; precision and device 
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
 }
+BUNDLED = (Path(__file__).parents[1] / "recipes").resolve()  # of the installed package; recipes/ of a clone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,40 +86,44 @@ _Loader.add_implicit_resolver(
 )
 
 
-@dataclass
-class Recipe:
-    """A validated recipe. `training` holds the keys of the trainer's own configuration, built late by the method."""
+def bundled_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package: `grpo_gumbel`, `smollm2/grpo_gumbel`, ..."""
+    paths = sorted(BUNDLED.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+    names = {path.relative_to(BUNDLED).with_suffix("").as_posix(): path for path in paths}
+    return {name: path for name, path in names.items() if not name.startswith("accelerate/")}
 
-    path: Path
-    method: str
-    thinking: Thinking
-    model: ModelArguments
-    data: DataArguments
-    eval: EvalArguments
-    extra: Any  # the last class of the method's GROUPS
-    training: dict[str, Any]
-    values: dict[str, Any]  # flat: every key of ours, and those of the trainer's that the recipe names
 
-    @property
-    def resolved(self) -> dict[str, Any]:
-        """The values, with our defaults of the trainer's keys: what config.yaml stores."""
-        return trainer_defaults(self.method) | self.values
+def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
+    """The file of a recipe.
 
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.values["output_dir"])
+    Args:
+        name: a path; or the name of a bundled recipe, with or without `recipes/` and `.yaml`. A path that exists wins.
+        beside: another recipe, whose folder `name` may be relative to.
 
-    @property
-    def seed(self) -> int:
-        return int(self.values.get("seed", 42))
+    Raises:
+        ValueError: there is no such file; with the nearest name.
+    """
+    path = Path(name)
+    bundled = bundled_recipes()
+    for place in (path, *([beside.parent / path] if beside else [])):
+        if place.is_file():
+            return place
+    known = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if known in bundled:
+        return bundled[known]
+    neighbours = [str(p) for p in path.parent.glob("*.yaml")]
+    raise ValueError(f"recipe {path} does not exist{nearest(path, neighbours) or nearest(known, bundled)}")
+
+
+def first_sentence(path: Path) -> str:
+    """What the first comment of a recipe says the recipe is."""
+    comment = re.search(r"(?:^#.*\n)+", path.read_text(), re.MULTILINE)
+    text = " ".join(line.strip("# ") for line in comment[0].splitlines()) if comment else ""
+    return re.split(r"(?<=\.) ", text, maxsplit=1)[0]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's keys. Raises ValueError naming the file when it is missing or not a mapping."""
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"recipe {path} does not exist{hint}")
+    """A recipe's keys. Raises ValueError naming the file when it is no YAML, or not a mapping."""
     try:
         values = yaml.load(path.read_text(), Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -120,6 +132,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe {path} must hold `key: value` lines")
     values.pop("_", None)  # the line that makes a recipe a Python program too
     return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 def parse_overrides(arguments: list[str], texts: Collection[str] = ()) -> dict[str, Any]:
@@ -155,147 +171,94 @@ def _read_value(text: str) -> Any:
     return text if value is None and text.startswith("#") else value
 
 
-def trainer_class(method: str) -> type:
-    """The configuration dataclass of the host trainer (imported late: it is slow)."""
-    if method == "sft":
-        from trl import SFTConfig
+@dataclass
+class Recipe:
+    """A validated recipe. `training` holds the keys of the trainer's own configuration, built late by the method."""
 
-        return SFTConfig
-    if method not in RL_METHODS:
-        from transformers import TrainingArguments
+    path: Path
+    method: str
+    thinking: Thinking
+    model: ModelArguments
+    data: DataArguments
+    eval: EvalArguments
+    extra: Any  # the last class of the method's GROUPS
+    training: dict[str, Any]
+    values: dict[str, Any]  # flat: every key of ours, and those of the trainer's that the recipe names
 
-        return TrainingArguments
-    from trl import GRPOConfig
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The values, with our defaults of the trainer's keys: what config.yaml stores."""
+        return trainer_defaults(self.method) | self.values
 
-    return GRPOConfig
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values["output_dir"])
 
-
-def _check_type(f: dataclasses.Field, value: Any) -> Any:
-    """Refuse a value of the wrong kind for our own fields; int is accepted for float."""
-    annotation = str(f.type)
-    allowed: tuple[type, ...] = ()
-    for name, kinds in {
-        "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "list": (list,), "dict": (dict,),
-    }.items():  # fmt: skip
-        if re.search(rf"\b{name}\b", annotation):
-            allowed += kinds
-    if value is None:
-        if "None" in annotation:
-            return value
-    elif isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed):
-        return float(value) if "float" in annotation and isinstance(value, int) else value
-    raise ValueError(f"{f.name} must be {annotation}, got {value!r}")
+    @property
+    def seed(self) -> int:
+        return int(self.values.get("seed", 42))
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read and validate a recipe.
+    """Find, read and validate a recipe.
+
+    Args:
+        path: see `find_recipe`.
+        overrides: values that beat the file's.
 
     Raises:
-        ValueError: an unknown key (with the nearest valid one), a value of the wrong type or out of range, a key that
-            we derive from others, or a feature that soft rollouts cannot have.
+        ValueError: no such recipe; an unknown key (with the nearest valid one), a value of the wrong type or out of
+            range, a key that we derive from others, or a feature that soft rollouts cannot have.
     """
-    path = Path(path)
+    path = find_recipe(path)
     values = {**read_yaml(path), **(overrides or {})}
-    method = values.get("method")
+    method = str(values.get("method"))
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r} ({path})")
-    groups = GROUPS[method]
-    trainer_fields = {f.name for f in dataclasses.fields(trainer_class(method)) if f.init}
-    own_fields = {f.name: f for group in groups for f in dataclasses.fields(group)}
-    known = trainer_fields | own_fields.keys() | {"method"}
-    check_keys(values, method, trainer_class(method), path)
+        hint = nearest(method, METHODS)
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {values.get('method')!r} ({path}){hint}")
+    groups, of_trainer = GROUPS[method], trainer_fields(method)
+    known = {"method", *of_trainer, *(name for group in groups for name in fields(group))}
+    check_keys(values, method, path)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown key {key!r} in {path}{hint}")
-    parts = []
-    for group in groups:
-        names = {f.name for f in dataclasses.fields(group)}
-        parts.append(group(**{k: _check_type(own_fields[k], v) for k, v in values.items() if k in names}))
-    thinking, model, data, evaluation, extra = parts
+            raise ValueError(f"unknown key {key!r} in {path}{nearest(key, known)}")
+    parts: list[Any] = [group(**{k: v for k, v in values.items() if k in fields(group)}) for group in groups]
     if not values.get("output_dir"):
         raise ValueError(f"output_dir is missing in {path}")
     values.setdefault("seed", 42)  # resolved, so that a warm start is found whether or not its recipe names the seed
     values["output_dir"] = str(values["output_dir"]).replace("{seed}", str(values["seed"]))
-    if not data.dataset:
-        raise ValueError(f"dataset is missing in {path}")
-    sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
-    if len(sources) != 1:
-        raise ValueError(
-            f"{path} must name one of warm_start, model_name_or_path and model_config, not "
-            f"{' and '.join(sources) or 'none of them'}"
-        )
-    for name in ("options", "columns"):
-        if getattr(data, f"eval_dataset_{name}") and not data.eval_dataset:
-            raise ValueError(
-                f"eval_dataset_{name}: {path} names no eval_dataset; problems of the same source take dataset_{name}"
-            )
-    if model.model_config and model.use_peft:
-        raise ValueError(f"use_peft: {IN_MEMORY}")
-    if model.lora_dropout and method in RL_METHODS:
-        raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
-    if model.model_config and not model.vocabulary:
-        raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
-    if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
-        raise ValueError(f"eval_k must be at most eval_samples ({evaluation.eval_samples}), got {evaluation.eval_k}")
-    check_thought(method, thinking, extra)
-    if method in TRAINED_THINKING and (thinking.phase, thinking.thought) != TRAINED_THINKING[method]:
-        phase, thought = TRAINED_THINKING[method]
-        raise ValueError(
-            f"method {method} trains phase {phase} with thought {thought}, got phase {thinking.phase} with thought "
-            f"{thinking.thought} ({path})"
-        )
-    if method == "coconut" and (thinking.num_thoughts < 1 or thinking.num_thoughts % extra.thoughts_per_step):
-        raise ValueError(
-            f"num_thoughts must be a multiple of thoughts_per_step ({extra.thoughts_per_step}), one for each step "
-            f"that thoughts replace, got {thinking.num_thoughts}"
-        )
-    check_trackers(values.get("report_to"))
-    training = {k: v for k, v in values.items() if k in trainer_fields and k != "temperature"}
+    training = {k: v for k, v in values.items() if k in of_trainer and k != "temperature"}
     resolved = values | {key: value for part in parts for key, value in dataclasses.asdict(part).items()}
-    return Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
+    thinking, model, data, evaluation, extra = parts
+    recipe = Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
+    check_recipe(recipe)
+    return recipe
 
 
-def load_evaluation(
-    model: str,
-    overrides: dict[str, Any],
-    group: type = EvaluationArguments,
-    command: str = "eval",
-    others: tuple[type, ...] = (Thinking,),
-) -> tuple[Any, dict[str, Any]]:
-    """The arguments of `rl-soft eval` or another command on a model, and the fields of `Thinking` among them, which
-    change the model's own.
+def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[Any, dict[str, Any], Decoding]:
+    """The arguments of a command on a model, the fields of `Thinking` that change the model's own, and the decoding.
 
     Args:
-        others: whose fields may be given beside those of `group`.
+        command: a key of `COMMANDS`.
+        model: the command's first argument.
+        overrides: values by the names of the command's keys.
 
     Raises:
         ValueError: an unknown key (with the nearest valid one), or a value of the wrong type or out of range.
     """
-    fields = {f.name: f for part in (group, *others) for f in dataclasses.fields(part)}
     if "model_name_or_path" in overrides:
         raise ValueError(f"model_name_or_path is the first argument of {command}, here {model!r}; leave the key out")
+    group, *others = COMMANDS[command]
+    known = sorted({name for part in COMMANDS[command] for name in fields(part)})
+    for key in overrides:
+        if key not in known:
+            raise ValueError(
+                f"{command} knows no --{key}{nearest(key, known, '--') or '; known: ' + ', '.join(known)}"
+            )
     values = {"model_name_or_path": model, **overrides}
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, sorted(fields), n=1)
-            hint = f"; did you mean --{near[0]}?" if near else f"; known: {', '.join(sorted(fields))}"
-            raise ValueError(f"{command} knows no --{key}{hint}")
-        values[key] = _check_type(fields[key], values[key])
-    names = {f.name for f in dataclasses.fields(group)}
-    arguments = group(**{key: value for key, value in values.items() if key in names})
-    return arguments, {key: value for key, value in values.items() if key not in names}
-
-
-def load_decoder(
-    model: str, overrides: dict[str, Any], group: type = EvaluationArguments, command: str = "eval"
-) -> tuple[Any, dict[str, Any], Decoding]:
-    """`load_evaluation` of a command that takes the fields of `Decoding` too; those come last, as a `Decoding`."""
-    arguments, values = load_evaluation(model, overrides, group, command, (Thinking, Decoding))
-    names = {f.name for f in dataclasses.fields(Decoding)}
-    decoding = Decoding(**{key: value for key, value in values.items() if key in names})
-    return arguments, {key: value for key, value in values.items() if key not in names}, decoding
+    own, changes, cuts = ({k: v for k, v in values.items() if k in fields(c)} for c in (group, Thinking, Decoding))
+    check(Thinking, changes)
+    return group(**own), changes, Decoding(**(cuts if Decoding in others else {}))
 
 
 def trainer_defaults(method: str) -> dict[str, Any]:
@@ -341,12 +304,11 @@ def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:
 
 
 def write_config(recipe: Recipe) -> None:
-    """Store the resolved recipe in its run directory (temporary name, then rename)."""
+    """Store the resolved recipe in its run directory."""
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    target = recipe.output_dir / "config.yaml"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True))
-    os.replace(temporary, target)
+    write_atomic(
+        recipe.output_dir / "config.yaml", yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True)
+    )
 
 
 def check_output_dir(recipe: Recipe) -> bool:
@@ -357,7 +319,8 @@ def check_output_dir(recipe: Recipe) -> bool:
     """
     stored = recipe.output_dir / "config.yaml"
     if not stored.exists():
-        if recipe.output_dir.exists() and any(p.name != "config.tmp" for p in recipe.output_dir.iterdir()):
+        unfinished = (".config.yaml.", "config.tmp")  # of a process that was killed while it wrote
+        if recipe.output_dir.exists() and any(not p.name.startswith(unfinished) for p in recipe.output_dir.iterdir()):
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
         return False
     # A field that did not exist when the run was made had, in effect, its default.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
-from rl_soft.thoughts.kinds import check_trainable
-from rl_soft.thoughts.thinking import Thinking
+from rl_soft.config.trainers import trainer_fields
+from rl_soft.keys import either, nearest
+from rl_soft.thoughts.kinds import KINDS, check_trainable
+from rl_soft.thoughts.kinds import RL as RL_METHODS
 
-RL_METHODS = ("grpo", "ppo")
+if TYPE_CHECKING:
+    from rl_soft.config.recipe import Recipe
+
+PHASES = {"codi": "latent", "coconut": "latent", "sft": "explicit", "icot": "explicit"}  # RL trains both
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 # Set by us from other fields; a recipe that names one of these would contradict itself.
@@ -68,16 +71,16 @@ MUST_BE_TRUE = {
 }
 
 
-def check_features(given: Mapping[str, Any], trainer: type) -> None:
+def check_features(given: Mapping[str, Any], method: str = "grpo") -> None:
     """Refuse features of TRL's that soft rollouts cannot have, or never read.
 
     Args:
-        given: values by the names of the fields of `trainer`, TRL's configuration class.
+        given: values by the names of the fields of the method's trainer configuration.
 
     Raises:
         ValueError: a key has another value than the one that it has when it is not named.
     """
-    defaults = {f.name: f.default for f in dataclasses.fields(trainer)}
+    defaults = trainer_fields(method)
     for key, value in given.items():
         why = REFUSED.get(key) or (VLLM if key.startswith("vllm_") else None)
         if why is not None and value is not None and value != defaults.get(key, False):
@@ -89,9 +92,9 @@ def unread_keys(method: str) -> set[str]:
     return set(REFUSED) | ({"system_prompt", *EVALUATION} if method not in RL_METHODS else set())
 
 
-def check_keys(values: Mapping[str, Any], method: str, trainer: type, path: Path) -> None:
+def check_keys(values: Mapping[str, Any], method: str, path: Path) -> None:
     """Raises ValueError for a key that the method derives from others, cannot have, or would never read."""
-    check_features(values, trainer)
+    check_features(values, method)
     derived = DERIVED if method in RL_METHODS else DERIVED_SFT if method == "sft" else {}
     unread = {key: getattr(EvalArguments(), key) for key in EVALUATION} if method not in RL_METHODS else {}
     for key, value in values.items():
@@ -108,9 +111,45 @@ def check_keys(values: Mapping[str, Any], method: str, trainer: type, path: Path
             )
 
 
-def check_thought(method: str, thinking: Thinking, extra: Any) -> None:
-    """Raises ValueError for a thought kind, or a system message, that the method cannot train."""
-    thought, rl = thinking.thought, method in RL_METHODS
+def check_recipe(recipe: Recipe) -> None:
+    """Raises ValueError for values of a recipe that do not fit together."""
+    path, method, thinking, extra = recipe.path, recipe.method, recipe.thinking, recipe.extra
+    model, data, evaluation = recipe.model, recipe.data, recipe.eval
+    if not data.dataset:
+        raise ValueError(f"dataset is missing in {path}")
+    sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
+    if len(sources) != 1:
+        raise ValueError(
+            f"{path} must name one of warm_start, model_name_or_path and model_config, not "
+            f"{' and '.join(sources) or 'none of them'}"
+        )
+    for name in ("options", "columns"):
+        if getattr(data, f"eval_dataset_{name}") and not data.eval_dataset:
+            raise ValueError(
+                f"eval_dataset_{name}: {path} names no eval_dataset; problems of the same source take dataset_{name}"
+            )
+    if model.model_config and model.use_peft:
+        raise ValueError(f"use_peft: {IN_MEMORY}")
+    if model.lora_dropout and method in RL_METHODS:
+        raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
+    if model.model_config and not model.vocabulary:
+        raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
+    if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
+        raise ValueError(f"eval_k must be at most eval_samples ({evaluation.eval_samples}), got {evaluation.eval_k}")
+    check_thought(recipe)
+    if method == "coconut" and (thinking.num_thoughts < 1 or thinking.num_thoughts % extra.thoughts_per_step):
+        raise ValueError(
+            f"num_thoughts must be a multiple of thoughts_per_step ({extra.thoughts_per_step}), one for each step "
+            f"that thoughts replace, got {thinking.num_thoughts}"
+        )
+    check_trackers(recipe.values.get("report_to"))
+
+
+def check_thought(recipe: Recipe) -> None:
+    """Raises ValueError for a thought kind, a phase, a ratio or a system message that the method cannot train."""
+    method, thinking, extra = recipe.method, recipe.thinking, recipe.extra
+    thought, kind, rl = thinking.thought, KINDS[thinking.thought], method in RL_METHODS
+    trained = [name for name, other in KINDS.items() if method in other.trained_by]
     if thinking.system_prompt and not (rl and thinking.phase == "explicit"):
         why = "phase latent takes none" if rl else f"method {method} trains questions as they are"
         raise ValueError(
@@ -119,19 +158,15 @@ def check_thought(method: str, thinking: Thinking, extra: Any) -> None:
         )
     if rl:
         check_trainable(thought, extra.ratio)
-    if method == "codi" and (thinking.phase != "latent" or thought == "token"):
+    phase = PHASES.get(method, thinking.phase)
+    if method not in kind.trained_by or thinking.phase != phase:
         raise ValueError(
-            f"thought {thought}, phase {thinking.phase}: codi trains latent thoughts; use phase latent with thought "
-            "hidden, soft, gumbel or hybrid"
+            f"method {method} trains phase {phase} with thought {either(trained)}, got phase {thinking.phase} with "
+            f"thought {thought}" + (f", which {either(kind.trained_by)} can train" if thought not in trained else "")
         )
-    if method == "codi" and thought == "dirichlet":
+    if kind.reads_hidden and kind.mixes and not getattr(extra, "use_projector", True):
         raise ValueError(
-            "thought dirichlet cannot be trained by codi: its weights are drawn, and no gradient flows through the "
-            "draw; warm up with gumbel or soft, and run RL with thought dirichlet"
-        )
-    if method == "codi" and thought == "hybrid" and not extra.use_projector:
-        raise ValueError(
-            "use_projector false: thought hybrid is the projected state plus a mixture; use thought hidden"
+            f"use_projector false: thought {thought} is the projected state plus a mixture; use thought hidden"
         )
 
 
@@ -141,10 +176,8 @@ def check_trackers(report_to: str | list[str] | None) -> None:
         if name in ("none", "all"):
             continue
         if name not in TRACKERS:
-            near = difflib.get_close_matches(name, TRACKERS, n=1)
             raise ValueError(
-                f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
+                f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}{nearest(name, TRACKERS)}"
             )
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"report_to: {name} is not installed; pip install {name}")

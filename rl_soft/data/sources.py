@@ -12,16 +12,15 @@ Three kinds of source, told apart by their name:
 and a row that cannot be used is refused by its number, never dropped.
 """
 
-import difflib
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_soft.data import generated
-from rl_soft.data import stored
+from rl_soft.data import generated, stored
 from rl_soft.data.row import Row as Row
 from rl_soft.data.row import question_hash as question_hash
+from rl_soft.keys import nearest
 
 
 def load(
@@ -52,10 +51,9 @@ def load(
     if columns:
         raise ValueError(f"columns are for stored rows; {source!r} is generated")
     if source not in generated.tasks():
-        known = [*stored.CATALOGUE, *generated.tasks()]
-        nearest = difflib.get_close_matches(source.lower(), known, n=1, cutoff=0.0)[0]
+        hint = nearest(source.lower(), [*stored.CATALOGUE, *generated.tasks()]) or "."
         raise ValueError(
-            f"unknown data source {source!r}; the nearest known is {nearest!r}. A source is one of "
+            f"unknown data source {source!r}{hint} A source is one of "
             f"{', '.join((*stored.CATALOGUE, *generated.OWN_TASKS))}; a reasoning-gym task; a file "
             f"({', '.join(stored.READERS)}); or a hub id owner/name"
         )

@@ -18,67 +18,48 @@ Shapes: m rows of one step, V vocabulary, W ids that can be left. Nothing here i
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from rl_soft.keys import Number, OneOf, keys
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rl_soft.thoughts.thinking import Thinking
 
-ORDERS = ("exact", "paper")
 FEW = 256  # ids that are looked at first where a share of the mass is to be held
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Decoding:
     """Cuts and the cold stop; the defaults cut nothing and never stop."""
 
-    top_k: int = field(default=0, metadata={"help": "Thoughts: keep the top_k most probable ids; 0 = all."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Thoughts: then the fewest ids that hold this share of the probability."}
+    top_k: int = Field(default=0, ge=0, description="Thoughts: keep the top_k most probable ids; 0 = all.")
+    top_p: Number = Field(
+        default=1.0, gt=0, le=1, description="Thoughts: then the fewest ids that hold this share of the probability."
     )
-    min_p: float = field(
-        default=0.0, metadata={"help": "Thoughts: then ids of at least min_p times the largest probability."}
+    min_p: Number = Field(
+        default=0.0, ge=0, le=1, description="Thoughts: then ids of at least min_p times the largest probability."
     )
-    after_top_k: int | None = field(
-        default=None, metadata={"help": "top_k of the tokens after the thoughts; as in thinking if absent."}
+    after_top_k: int | None = Field(
+        default=None, ge=0, description="top_k of the tokens after the thoughts; as in thinking if absent."
     )
-    after_top_p: float | None = field(default=None, metadata={"help": "top_p after the thoughts."})
-    after_min_p: float | None = field(default=None, metadata={"help": "min_p after the thoughts."})
-    order: str = field(
+    after_top_p: Number | None = Field(default=None, gt=0, le=1, description="top_p after the thoughts.")
+    after_min_p: Number | None = Field(default=None, ge=0, le=1, description="min_p after the thoughts.")
+    order: Annotated[str, OneOf(("exact", "paper"))] = Field(
         default="exact",
-        metadata={
-            "help": "exact: noise on all that is left, then the K strongest. paper: gumbel noise on the K most "
-            "probable alone, dirichlet weights before the K largest are kept."
-        },
+        description="exact: noise on all that is left, then the K strongest. paper: gumbel noise on the K most "
+        "probable alone, dirichlet weights before the K largest are kept.",
     )
-    cold_stop_entropy: float = field(
-        default=0.0, metadata={"help": "A thought whose entropy, in nats, is below this is cold; 0 never stops."}
+    cold_stop_entropy: Number = Field(
+        default=0.0, ge=0, description="A thought whose entropy, in nats, is below this is cold; 0 never stops."
     )
-    cold_stop_length: int = field(
-        default=256, metadata={"help": "So many cold thoughts in a row end the thinking, as its cap does."}
+    cold_stop_length: int = Field(
+        default=256, ge=1, description="So many cold thoughts in a row end the thinking, as its cap does."
     )
-
-    def __post_init__(self) -> None:
-        def refuse(name: str, allowed: str) -> None:
-            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-
-        for name in ("top_k", "after_top_k"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                refuse(name, "0 (all) or at least 1")
-        for name in ("top_p", "after_top_p"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
-                refuse(name, "above 0 and at most 1 (all)")
-        for name in ("min_p", "after_min_p"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                refuse(name, "between 0 (all) and 1")
-        if self.order not in ORDERS:
-            refuse("order", f"one of {', '.join(ORDERS)}")
-        if not 0 <= self.cold_stop_entropy < math.inf:
-            refuse("cold_stop_entropy", "0 (off) or above, in nats")
-        if self.cold_stop_length < 1:
-            refuse("cold_stop_length", "at least 1")
 
     @property
     def after(self) -> tuple[int, float, float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rl_soft.keys import either, nearest
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -119,12 +121,11 @@ def check_trainable(thought: str, ratio: str) -> None:
     kind = KINDS[thought]
     if not kind.has_density:
         others = [name for name, k in KINDS.items() if k.has_density and k.reads_hidden == kind.reads_hidden]
-        more = ", which a checkpoint of thought hidden can go on to" if kind.reads_hidden else ""
+        more = f", which a checkpoint of thought {thought} can go on to" if kind.reads_hidden else ""
         raise ValueError(
-            f"thought {thought} has no density (it is a point mass): RL cannot train it; use {' or '.join(others)}"
-            + more
+            f"thought {thought} has no density (it is a point mass): RL cannot train it; use {either(others)}{more}"
         )
     if ratio not in RATIOS:
-        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}")
+        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}" + nearest(ratio, RATIOS))
     if ratio not in kind.ratios:
-        raise ValueError(f"ratio {ratio} is not made for thought {thought}; it takes {', '.join(kind.ratios)}")
+        raise ValueError(f"ratio {ratio} is not made for thought {thought}, which takes {either(kind.ratios)}")

@@ -2,79 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rl_soft.keys import Number, OneOf, fields, keys
+from rl_soft.thoughts.kinds import KINDS
 
 PHASES = ("latent", "explicit")
-THOUGHTS = ("token", "soft", "gumbel", "dirichlet", "hidden", "hybrid")
 CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `think.disturb`
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Thinking:
     """What a thought is and where it stands; saved beside the weights, which are trained for one of these."""
 
-    thought: str = field(
+    thought: Annotated[str, OneOf(KINDS)] = Field(
         default="gumbel",
-        metadata={
-            "help": "Thought kind: gumbel (Gumbel-Softmax mixture, random), dirichlet (random weights of the K most "
-            "probable ids), soft (their softmax mixture), hidden (the projected last hidden state), hybrid (hidden "
-            "plus a gated gumbel mixture) or token."
-        },
+        description=f"Thought kind. {'. '.join(f'{name}: {kind.help}' for name, kind in KINDS.items())}.",
     )
-    phase: str = field(
+    phase: Annotated[str, OneOf(PHASES)] = Field(
         default="latent",
-        metadata={"help": "latent: exactly num_thoughts between <bot> and <eot>; explicit: until end_of_thinking."},
+        description="latent: exactly num_thoughts between <bot> and <eot>; explicit: until end_of_thinking.",
     )
-    num_thoughts: int = field(
-        default=6, metadata={"help": "Number of thoughts (latent) or the most thoughts before the answer (explicit)."}
+    num_thoughts: int = Field(
+        default=6,
+        ge=0,
+        description="Number of thoughts (latent) or the most thoughts before the answer (explicit).",
     )
-    thought_k: int = field(default=4, metadata={"help": "K, the number of token ids that a thought mixes; 0 = all."})
-    thought_tau: float = field(default=0.5, metadata={"help": "Gumbel-Softmax temperature of the mixing weights."})
-    thought_gamma: float = field(
+    thought_k: int = Field(
+        default=4, ge=0, description="K, the number of token ids that a thought mixes; 0 = the whole vocabulary."
+    )
+    thought_tau: Number = Field(default=0.5, gt=0, description="Gumbel-Softmax temperature of the mixing weights.")
+    thought_gamma: Number = Field(
         default=4.0,
-        metadata={"help": "dirichlet: total concentration; the weights come near the probabilities as it grows."},
+        gt=0,
+        description="dirichlet: total concentration; the weights come near the probabilities as it grows.",
     )
-    thought_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature T that divides the logits before a thought is drawn."}
+    thought_temperature: Number = Field(
+        default=1.0, gt=0, description="Temperature T that divides the logits before a thought is drawn."
     )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the answer tokens."})
-    max_answer_tokens: int = field(
-        default=16, metadata={"help": "The most answer tokens, <eos> included; then a completion is truncated."}
+    temperature: Number = Field(default=1.0, gt=0, description="Sampling temperature of the answer tokens.")
+    max_answer_tokens: int = Field(
+        default=16, ge=1, description="The most answer tokens, <eos> included; then a completion is truncated."
     )
-    answer_prompt: str = field(
-        default="", metadata={"help": "Text fed before the answer, after the thoughts (not sampled, not trained)."}
+    answer_prompt: str = Field(
+        default="", description="Text fed before the answer, after the thoughts (not sampled, not trained)."
     )
-    step_separator: str = field(default="\n", metadata={"help": "Text after each step of a worked solution."})
-    end_of_thinking: str = field(
-        default="", metadata={"help": "explicit: the text that ends the thinking when the strongest ids spell it."}
+    step_separator: str = Field(default="\n", description="Text after each step of a worked solution.")
+    end_of_thinking: str = Field(
+        default="", description="explicit: the text that ends the thinking when the strongest ids spell it."
     )
-    system_prompt: str | None = field(default=None, metadata={"help": "System message (models with a chat template)."})
-    question_template: str = field(
-        default="{question}", metadata={"help": "Text of the question; must contain {question}."}
-    )
+    system_prompt: str | None = Field(default=None, description="System message (models with a chat template).")
+    question_template: str = Field(default="{question}", description="Text of the question; must contain {question}.")
 
     def __post_init__(self) -> None:
         def refuse(name: str, allowed: str) -> None:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-        if self.thought not in THOUGHTS:
-            refuse("thought", f"one of {', '.join(THOUGHTS)}")
-        if self.phase not in PHASES:
-            refuse("phase", f"one of {', '.join(PHASES)}")
-        if self.thought in ("hidden", "hybrid") and self.phase != "latent":
+        kind = KINDS[self.thought]
+        if kind.reads_hidden and self.phase != "latent":
             refuse("phase", f"latent for thought {self.thought} (its thoughts spell no end of thinking)")
-        if self.num_thoughts < 0 or (self.phase == "explicit" and self.num_thoughts < 1):
-            refuse("num_thoughts", "at least 1 (explicit) or 0 (latent)")
-        if self.thought_k < 0:
-            refuse("thought_k", "0 (the whole vocabulary) or at least 1")
-        if self.thought == "dirichlet" and self.thought_k == 1:
+        if self.phase == "explicit" and self.num_thoughts < 1:
+            refuse("num_thoughts", "at least 1 when phase is explicit")
+        if kind.noise == "dirichlet" and self.thought_k == 1:
             refuse("thought_k", "0 or at least 2 for thought dirichlet (a single weight is certain)")
-        for name in ("thought_tau", "thought_gamma", "thought_temperature", "temperature"):
-            if not getattr(self, name) > 0:
-                refuse(name, "above 0")
-        if self.max_answer_tokens < 1:
-            refuse("max_answer_tokens", "at least 1")
         if self.phase == "explicit" and not self.end_of_thinking:
             refuse("end_of_thinking", "a text when phase is explicit")
         if "{question}" not in self.question_template:
@@ -88,14 +81,11 @@ class Thinking:
         """
         if self.thought_k > vocab_size:
             raise ValueError(f"thought_k must be at most the vocabulary size {vocab_size}, got {self.thought_k}")
-        if self.thought in ("token", "hidden"):
-            return 1
-        return self.thought_k or vocab_size
+        return (self.thought_k or vocab_size) if KINDS[self.thought].mixes else 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Thinking:
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+        return cls(**{k: v for k, v in values.items() if k in fields(cls)})

@@ -25,7 +25,7 @@ def check_config(
     for name in ("tools", "rollout_func", "environment_factory"):
         if given.get(name):
             raise ValueError(f"{name} cannot be used with soft rollouts: they have a single turn")
-    check_features(vars(args), GRPOConfig)
+    check_features(vars(args))
     for name in ("train_dataset", "eval_dataset"):
         columns = getattr(given.get(name), "column_names", None)
         if isinstance(columns, list) and "prompt" not in columns:

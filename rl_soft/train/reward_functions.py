@@ -7,12 +7,13 @@ rewards: [{math_accuracy: {strict: true}}]      with parameters: of a function, 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+from rl_soft.keys import nearest
 
 # What TRL or our rollout passes by keyword at each call: no parameters of a recipe.
 PASSED = {
@@ -58,8 +59,7 @@ def _find(name: str) -> Any:
     except (ImportError, AttributeError):
         import rewards
 
-        near = difflib.get_close_matches(name, rewards.__all__, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(rewards.__all__)}, or a dotted path"
+        hint = nearest(name, rewards.__all__) or f"; known: {', '.join(rewards.__all__)}, or a dotted path"
         raise ValueError(f"rewards: cannot find {name!r}{hint}") from None
 
 
@@ -73,6 +73,5 @@ def _check_parameters(name: str, function: Any, parameters: dict[str, Any]) -> N
         known = [parameter for parameter in known if parameter not in PASSED]
     for key in parameters:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"rewards: {name} has no parameter {key!r}; it has {', '.join(known) or 'none'}{hint}")
+            has = ", ".join(known) or "none"
+            raise ValueError(f"rewards: {name} has no parameter {key!r}; it has {has}{nearest(key, known)}")

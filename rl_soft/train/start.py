@@ -11,6 +11,7 @@ from typing import Any
 from rl_soft.config.recipe import (
     RL_METHODS,
     Recipe,
+    find_recipe,
     load_recipe,
 )
 from rl_soft.config.refusals import IN_MEMORY
@@ -46,8 +47,7 @@ def warm_start_of(recipe: Recipe) -> Recipe | None:
     name = recipe.model.warm_start
     if name is None:
         return None
-    path = next((p for p in (Path(name), recipe.path.parent / name) if p.exists()), Path(name))
-    return load_recipe(path, {"seed": recipe.seed})
+    return load_recipe(find_recipe(name, recipe.path), {"seed": recipe.seed})
 
 
 def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:

@@ -15,7 +15,7 @@ from rl_soft.analyses import cost, probe
 from rl_soft.cli import main
 from rl_soft.cli.opening import check_lengths
 from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments
-from rl_soft.config.recipe import load_evaluation
+from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.evaluation.samples import evaluate, sample_records
@@ -156,10 +156,10 @@ def test_no_row_is_shuffled_alone(tmp_path, batch, fits):
 
 def test_a_control_is_an_argument_of_eval():
     arguments = {"dataset": "d", "output_dir": "o"}
-    assert load_evaluation("m", {**arguments, "control": "zero"})[0].control == "zero"
+    assert load_command("eval", "m", {**arguments, "control": "zero"})[0].control == "zero"
     with pytest.raises(ValueError, match="control must be one of none, zero, shuffle, repeat, got 'zeros'"):
-        load_evaluation("m", {**arguments, "control": "zeros"})
-    assert EvaluationArguments("m", **{"output_dir": "o", "dataset": "d"}).control == "none"
+        load_command("eval", "m", {**arguments, "control": "zeros"})
+    assert EvaluationArguments(model_name_or_path="m", output_dir="o", dataset="d").control == "none"
 
 
 # -- cost ----------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_analyze_writes_its_figures(folders, tmp_path, capsys):
         (["cost", "MODEL", *DATA], "against is missing"),
         (["probe", "MODEL", *DATA, "--topk", "2"], "did you mean --top_k"),
         (["probe", "MODEL"], "dataset is missing"),
-        (["probe"], "analyze needs a kind and a model"),
+        (["probe"], "Missing argument 'MODEL'"),
     ],
 )
 def test_a_mistake_ends_in_one_line(folders, words, message, capsys):

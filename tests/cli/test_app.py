@@ -1,9 +1,8 @@
-"""`--help`: every key of a command, with its default, at once and without torch.
+"""The command line: help with every key, its default and what it takes; at once and without torch.
 
 pytest tests/cli/test_app.py
 """
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -13,11 +12,14 @@ import yaml
 from conftest import ROOT
 
 from rl_soft.analyses.run import DEFAULTS
-from rl_soft.cli import main
+from rl_soft.cli import app, main
 from rl_soft.cli.generate import CAPS
-from rl_soft.cli.help import COMMANDS, HOSTS, MODEL_GROUPS
-from rl_soft.config.recipe import GROUPS, METHODS, load_decoder, load_evaluation, trainer_class, trainer_defaults
+from rl_soft.config import trainers
+from rl_soft.config.arguments import EstimateArguments
+from rl_soft.config.recipe import COMMANDS, GROUPS, METHODS, bundled_recipes, load_command, trainer_defaults
+from rl_soft.keys import fields, takes
 
+NAMES = [command.name or command.callback.__name__ for command in app.app.registered_commands]
 RECIPES = {method: f"recipes/{name}.yaml" for method, name in
            [("codi", "codi"), ("sft", "sft_cot"), ("icot", "icot"), ("coconut", "coconut"), ("grpo", "grpo_gumbel"),
             ("ppo", "ppo_gumbel")]}  # fmt: skip
@@ -28,7 +30,7 @@ def shown(monkeypatch, capsys):
     """What a command prints for a width of the terminal, and no error."""
     monkeypatch.chdir(ROOT)
 
-    def run(*words, columns=80):
+    def run(*words, columns=1000):
         monkeypatch.setenv("COLUMNS", str(columns))
         main(list(words))
         captured = capsys.readouterr()
@@ -39,36 +41,37 @@ def shown(monkeypatch, capsys):
 
 
 def assert_keys(text, groups):
-    """Help and default of each field stand at its key; the default is YAML that a recipe could hold."""
-    keys = re.findall(r"^  --(\w+) +(.*?)(?=\n  -|\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
-    keys = [(name, " ".join(entry.split())) for name, entry in keys]
+    """Help, what it takes and default of each field stand at its key; the default is YAML that a recipe could hold."""
+    entries = re.findall(r"^│ --(\w+) +(.*?) *│$", text, re.MULTILINE)
+    known = {}
     for group in groups:
-        for f in dataclasses.fields(group):
-            if f.name == "model_name_or_path" and f.default == "":
-                assert "\n  MODEL " in text
+        for name, field in fields(group).items():
+            known[name] = True
+            default = field.get_default(call_default_factory=True)
+            if name == "model_name_or_path" and default == "":
+                assert re.search("^│ .*MODEL ", text, re.MULTILINE)
                 continue
-            entries = [entry for name, entry in keys if name == f.name]
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            lead = f"{' '.join(f.metadata['help'].split())} (default "
-            entry = next(entry for entry in entries if entry.startswith(lead))
+            lead = f"{' '.join(field.description.split())} ({takes(field)}; default "
+            entry = next(entry for key, entry in entries if key == name and entry.startswith(lead))
             assert yaml.safe_load(entry[len(lead) : -1]) == default and entry.endswith(")")
-    assert {name for name, _ in keys} <= {f.name for group in groups for f in dataclasses.fields(group)}
+    assert {name for name, _ in entries} - {"help"} <= known.keys()
 
 
-@pytest.mark.parametrize("command", MODEL_GROUPS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_on_a_model_shows_every_key_that_it_takes(command, shown):
-    assert_keys(shown(command, "--help"), MODEL_GROUPS[command])
-    assert shown(command, "MODEL", "--help") == shown(command, "-h")
+    text = shown(command, "--help")
+    assert_keys(text, COMMANDS[command])
+    assert shown(command, "MODEL", "--help") == shown(command, "-h") == text
+    assert shown(command, "--help", columns=80)
 
 
-@pytest.mark.parametrize("command", MODEL_GROUPS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_keys_shown_are_those_that_are_taken(command):
     """A command refuses an unknown key by its list of known ones: the groups of the help."""
-    load = load_evaluation if command == "analyze" else load_decoder
     with pytest.raises(ValueError, match="known: ") as error:
-        load("MODEL", {"0123456789": 1}, MODEL_GROUPS[command][0], command)
+        load_command(command, "MODEL", {"0123456789": 1})
     known = str(error.value).partition("known: ")[2].split(", ")
-    assert set(known) == {f.name for group in MODEL_GROUPS[command] for f in dataclasses.fields(group)}
+    assert set(known) == {name for group in COMMANDS[command] for name in fields(group)}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,53 +79,113 @@ def test_a_recipe_shows_the_keys_of_its_method(method, shown):
     text = shown(RECIPES[method], "--help")
     assert_keys(text, GROUPS[method])
     assert shown("train", RECIPES[method], "--learning_rate", "1", "-h") == text
-    host = next(host for host, methods in HOSTS.items() if method in methods)
-    assert f"{host} ({method})" in " ".join(text.split()) and host.split()[1] == trainer_class(method).__name__
+    assert shown("train", RECIPES[method].removeprefix("recipes/").removesuffix(".yaml"), "--help") == text
+    assert f"{'.'.join(trainers.CLASSES[method])} ({method})" in text
 
 
 @pytest.mark.parametrize("command", ["train", "check", "estimate"])
 def test_without_a_recipe_the_keys_of_all_methods_are_shown(command, shown):
-    assert_keys(
-        shown(command, "--help", columns=200 if command == "check" else 70), [g for m in METHODS for g in GROUPS[m]]
-    )
+    own = [EstimateArguments] if command == "estimate" else []
+    assert_keys(shown(command, "--help"), [*own, *(g for m in METHODS for g in GROUPS[m])])
 
 
-def test_help_names_every_command_in_a_line_and_each_command_answers(shown):
-    lines = shown("--help", columns=90).splitlines()
-    assert len(lines) == len(COMMANDS) + 4
-    for name, (what, _) in COMMANDS.items():
-        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, what]]
-        assert shown(name, "--help").startswith(f"usage: rl-soft {name}")
+def test_help_names_every_command_and_each_command_answers(shown):
+    text = shown("--help", columns=90)
+    for name in NAMES:
+        assert re.search(rf"^│ {name} +\w+", text, re.MULTILINE)
+        assert f"Usage: rl-soft {name}" in shown(name, "--help")
     assert shown("check", "eval", "MODEL", "--help") == shown("eval", "--help")
+    assert shown() == shown("--help")
+
+
+def test_the_shell_completes_commands_and_keys():
+    def completed(words, at):
+        env = {"_RL_SOFT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+        command = [sys.executable, "-m", "rl_soft"]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
+        return run.stdout.split()
+
+    assert completed("rl-soft ev", 1) == ["eval"]
+    assert completed("rl-soft train grpo_gumbel --thought_ep", 3) == ["--thought_epsilon"]
+    assert "--top_p" in completed("rl-soft generate MODEL --top_", 3)
 
 
 def test_defaults_for_the_models_of_others_are_told(shown):
     text = " ".join(shown("generate", "--help").split())
-    assert f"num_thoughts is {CAPS['num_thoughts']} and its max_answer_tokens {CAPS['max_answer_tokens']}" in text
+    assert f"num_thoughts is {CAPS['num_thoughts']} and max_answer_tokens is {CAPS['max_answer_tokens']}" in text
     page = (ROOT / "docs/analyses.md").read_text()
     assert DEFAULTS["end_of_thinking"] in page and f"{DEFAULTS['num_thoughts']} thoughts" in page
 
 
-def test_a_recipe_that_is_not_there_is_named(shown, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recipes/grpo_gumble.yaml", "--help"], "did you mean recipes/grpo_gumbel.yaml?"),
+        (["train", "grpo_gumble"], "recipe grpo_gumble does not exist; did you mean grpo_gumbel?"),
+        (["train", "smollm/grpo_gumbel"], "did you mean smollm2/grpo_gumbel?"),
+        (["train"], "train needs RECIPE as its first argument"),
+        (["train", "--seed", "1", "grpo_gumbel"], "train needs RECIPE as its first argument"),
+        (["train", "grpo_gumbel", "surplus"], "expected --key value, got 'surplus'"),
+        (["train", "grpo_gumbel", "--thought_k", "'3'"], "thought_k must be a whole number, at least 0, got '3'"),
+        (["train", "grpo_gumbel", "--thought", "-gumbel"], "got '-gumbel'; did you mean gumbel?"),
+        (["report"], "Missing argument 'RUN'"),
+        (["compare", "a"], "Missing option '--out'"),
+        (["compare", "a", "--uot", "b"], "No such option: --uot"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        shown("recipes/grpo_gumble.yaml", "--help")
-    assert stop.value.code == 2 and "did you mean recipes/grpo_gumbel.yaml" in capsys.readouterr().err
+        main(words)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("rl_soft: error: ") and message in said.err
 
 
-def test_help_needs_no_torch():
+def test_the_traceback_is_shown_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("RL_SOFT_DEBUG", "1")
+    with pytest.raises(ValueError, match="recipe nothing does not exist"):
+        main(["train", "nothing"])
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    run = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -u -m rl_soft recipes | (read -r line; sleep 0.1; exit 0)"],
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    assert run.stderr == "" and run.returncode in (0, 1)
+
+
+def test_the_bundled_recipes_are_listed_with_their_first_sentence(shown):
+    lines = shown("recipes").splitlines()
+    assert [line.split()[0] for line in lines] == list(bundled_recipes())
+    assert sum(1 for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate") == len(lines)
+    text = (ROOT / "recipes/smollm2/grpo_gumbel.yaml").read_text()
+    sentence = next(line for line in lines if line.startswith("smollm2/grpo_gumbel")).split(maxsplit=1)[1]
+    assert sentence.endswith(".") and sentence in " ".join(text.replace("\n# ", " ").split())
+
+
+def test_help_and_a_mistake_need_no_torch():
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from rl_soft.cli import main\n"
-        f"for command in {list(COMMANDS)}: main([command, '--help'])"
+        "import sys, contextlib; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['trl'] = None\n"
+        "from rl_soft.cli import main\n"
+        f"for command in {NAMES}: main([command, '--help'])\n"
+        "for words in [['train', 'grpo_gumbel', '--thought_k', '-1'], ['train', 'codi', '--max_step', '1'],\n"
+        "              ['eval', 'm', '--top_p', '2'], ['generate', 'm'], ['analyze', 'probe', 'm']]:\n"
+        "    with contextlib.suppress(SystemExit): main(words)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, capture_output=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, capture_output=True, text=True
+    )
+    assert len(re.findall("^rl_soft: error", run.stderr, re.MULTILINE)) == 5, run.stderr
 
 
 @pytest.mark.parametrize("words", [["recipes/codi.yaml", "--zero", "3", "--help"], ["eval", "--help"], ["eval", "-h"]])
-def test_launch_sh_passes_help_on(words, shown):
+def test_launch_sh_passes_help_on(words):
     if not (ROOT / ".venv/.rl_soft").exists():
         pytest.skip("launch.sh would install first")
     run = subprocess.run([ROOT / "launch.sh", *words], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert run.returncode == 0 and "[launch]" not in run.stdout and "\n  --eval_samples " in run.stdout
+    assert run.returncode == 0 and "[launch]" not in run.stdout and " --eval_samples " in run.stdout
 
 
 def test_the_page_has_the_defaults_of_the_trainer():

@@ -105,9 +105,9 @@ def test_the_command_says_what_does_not_fit_and_fails(capsys):
 
 def test_bad_numbers_are_named(capsys):
     for arguments, message in {
-        ("--zero", "-1"): "zero must be a number of at least 0, got -1",
-        ("--processes", "0"): "processes must be a number of at least 1, got 0",
-        ("--memory", "much"): "memory must be a number of at least 0, got 'much'",
+        ("--zero", "-1"): "zero must be between 0 and 3, got -1",
+        ("--processes", "0"): "processes must be at least 1, got 0",
+        ("--memory", "much"): "memory must be a number, at least 0, or null, got 'much'",
         ("--processes", "3"): "completions do not divide over 3 processes",
     }.items():
         with pytest.raises(SystemExit) as stop:

@@ -340,12 +340,12 @@ def test_records_of_other_questions_are_refused(model, whole, tmp_path):
         ({"thought_kay": 4}, "did you mean --thought_k"),
         ({"model_name_or_path": "gpt2"}, "model_name_or_path is the first argument of eval"),
         ({"eval_samples": 0}, "eval_samples must be at least 1, got 0"),
-        ({"eval_samples": "many"}, "eval_samples must be int, got 'many'"),
+        ({"eval_samples": "many"}, "eval_samples must be a whole number, at least 1, got 'many'"),
         ({"eval_k": [8]}, r"eval_k must be between 1 and eval_samples \(5\)"),
         ({"thought": "gumble"}, "thought must be one of .*, got 'gumble'"),
         ({"dtype": "float31"}, "dtype must be one of float32.*got 'float31'"),
         ({"dataset": None}, "dataset is missing"),
-        ({"dataset": "chian_sum"}, "nearest known is 'chain_sum'"),
+        ({"dataset": "chian_sum"}, "unknown data source 'chian_sum'; did you mean chain_sum"),
         ({"eval_problems": None}, r"size \(train_size, eval_problems\) must say how many rows"),
         ({"dataset": "arc_agi", "dataset_options": None, "eval_problems": 1}, "the scorer of arc_agi cannot be used"),
         ({"thought_k": 1000}, "thought_k must be at most the vocabulary size"),
@@ -377,8 +377,8 @@ def test_the_command_line_takes_the_same_keys(model, tmp_path, capsys):
     assert (checked["eval_samples"], checked["thought"], checked["num_thoughts"]) == (1, "soft", 3)
     elsewhere = ["--end_of_thinking", "=", "--output_dir", str(tmp_path / "elsewhere")]
     for arguments, message in (
-        (["eval"], "eval needs a model"),
-        (["evall"], "unknown command 'evall'; did you mean eval"),
+        (["eval"], "eval needs MODEL as its first argument"),
+        (["evall"], "No such command 'evall'. Did you mean 'eval'"),
         ([*words, "--eval_sampels", "3"], "did you mean --eval_samples"),
         (["eval", "nowhere/else", *words[2:]], "no folder 'nowhere/else' is here"),
         (["eval", "nowhere/else", *words[2:], *elsewhere], "neither a folder here nor to be had"),

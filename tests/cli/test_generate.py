@@ -412,7 +412,7 @@ def test_questions_come_from_a_file_or_a_data_set(model, tmp_path, capsys):
         (["--prompt", "1", "--end_of_thinking", "</think>"], "cannot be produced by this tokenizer"),
         (["--prompt", "1+" * 60], "prompt 0 has 120 tokens"),
         (["--prompt", "1", "--greedy", "--samples", "2"], "samples must be 1 where greedy is true"),
-        (["--prompt", "1", "--show", "11"], "show must be between 0 (running text) and 10, got 11"),
+        (["--prompt", "1", "--show", "11"], "show must be between 0 and 10, got 11"),
         (["--prompts", "nowhere.txt"], "prompts nowhere.txt: no such file"),
         (["--prompt", "1\udce9"], r"prompt: '\udce9' at 1 is no Unicode character"),
         (["--prompt", "1", "--output", "/"], "output / cannot be written: Is a directory"),

@@ -166,7 +166,7 @@ def test_the_ratio_is_unbiased():
 
 @pytest.mark.parametrize("ratio", ["factored", "top1", "pathwise"])
 def test_other_ratios_are_refused_by_name(tmp_path, ratio):
-    message = f"ratio {ratio} is not made for thought dirichlet; it takes joint"
+    message = f"ratio {ratio} is not made for thought dirichlet, which takes joint"
     with pytest.raises(ValueError, match=message):
         soft_trainer(tmp_path, LATENT, ratio=ratio)
     with pytest.raises(ValueError, match=message):
@@ -175,7 +175,7 @@ def test_other_ratios_are_refused_by_name(tmp_path, ratio):
 
 def test_codi_is_refused_with_the_way_out():
     with pytest.raises(
-        ValueError, match=r"thought dirichlet cannot be trained by codi: .*warm up with gumbel or soft"
+        ValueError, match=r"method codi trains phase latent with thought soft, gumbel, .*, which grpo or ppo can train"
     ):
         load_recipe(ROOT / "recipes/codi.yaml", {"thought": "dirichlet"})
 

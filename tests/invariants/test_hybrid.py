@@ -182,7 +182,7 @@ def test_a_hidden_checkpoint_goes_on_as_hybrid_and_resumes(tmp_path, lora):
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"ratio": "pathwise"}, "ratio pathwise is not made for thought hybrid; it takes top1, joint, factored"),
+        ({"ratio": "pathwise"}, "ratio pathwise is not made for thought hybrid, which takes top1, joint or factored"),
         ({"ratio": "conditional"}, "ratio conditional is not made for thought hybrid"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing: with thought hybrid"),
         ({"beta": 0.1, "peft_config": LoraConfig(task_type="CAUSAL_LM")}, "beta 0.1: the reference is the adapter"),

@@ -19,6 +19,7 @@ FLOORS = [  # a wing imports wings on the rows below its own; wings of one row n
     {"config", "model"},
     {"thoughts"},
     {"data", "files", "rewards"},
+    {"keys"},
 ]
 FLOOR = {wing: len(FLOORS) - i for i, floor in enumerate(FLOORS) for wing in floor}
 
@@ -33,7 +34,8 @@ def imported(path):
     return names
 
 
-FILES = sorted([*(ROOT / "rl_soft").glob("*/**/*.py"), ROOT / "rl_soft/files.py", *(ROOT / "rewards").glob("*.py")])
+LONE = [ROOT / "rl_soft/files.py", ROOT / "rl_soft/keys.py"]
+FILES = sorted([*(ROOT / "rl_soft").glob("*/**/*.py"), *LONE, *(ROOT / "rewards").glob("*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -60,7 +62,7 @@ def test_direction(path):
         "rl_soft.evaluation.records",
         "rl_soft.evaluation.report",
         "rl_soft.config.recipe",
-        "rl_soft.cli.help",
+        "rl_soft.cli.app",
         "rewards.accuracy",
         "rewards.code",
     ],

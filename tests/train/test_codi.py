@@ -183,8 +183,8 @@ def test_without_a_projector_the_state_itself_is_fed(tmp_path):
         ({"kd_loss": "l2"}, "kd_loss must be one of l1, smooth_l1, got 'l2'"),
         ({"kd_position": "last"}, "kd_position must be one of first, answer, got 'last'"),
         ({"beta": -1.0}, r"beta must be at least 0, got -1\.0"),
-        ({"kd_layers": []}, "kd_layers must be a list of layer numbers"),
-        ({"projector_size": 0}, "projector_size must be at least 1, got 0"),
+        ({"kd_layers": []}, "kd_layers must be a list of whole numbers, not empty"),
+        ({"projector_size": 0}, "projector_size must be at least 1, or null, got 0"),
         ({"teacher": "some/folder", "beta": 0.0}, "with beta 0 nothing is distilled from it"),
     ],
 )
@@ -198,15 +198,15 @@ def test_options_out_of_range_are_refused(values, message):
     [
         ("grpo", "hidden", {}, "thought hidden has no density .* use hybrid"),
         ("ppo", "soft", {}, "thought soft has no density"),
-        ("codi", "token", {}, "thought token, phase latent: codi trains latent thoughts"),
+        ("codi", "token", {}, "codi trains phase latent .* got phase latent with thought token, which sft, icot"),
         (
             "codi",
             "soft",
             {"phase": "explicit", "end_of_thinking": "#"},
-            "thought soft, phase explicit: codi trains latent thoughts",
+            "method codi trains phase latent with .* got phase explicit with thought soft",
         ),
-        ("grpo", "hybrid", {"ratio": "conditional"}, "ratio conditional is not made for thought hybrid"),
-        ("codi", "dirichlet", {}, "thought dirichlet cannot be trained by codi"),
+        ("grpo", "hybrid", {"ratio": "conditional"}, "thought hybrid, which takes top1, joint or factored"),
+        ("codi", "dirichlet", {}, "soft, gumbel, hidden or hybrid, got .* dirichlet, which grpo or ppo can train"),
         ("codi", "hybrid", {"use_projector": False}, "use_projector false: thought hybrid"),
     ],
 )

@@ -1,0 +1,128 @@
+"""Keys of recipes and commands: what `keys` makes of a class, and the hint for a name that is no key.
+
+A class of keys is a pydantic dataclass. A field says all there is to say of its key: type, bounds, choices, default,
+help text. Values are taken as they are: "3" is no number and true no whole number. A whole number becomes a float
+where a float is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import AfterValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs, CoreSchema, core_schema
+
+T = TypeVar("T")
+
+Number = Annotated[float, AfterValidator(float)]
+NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # pydantic's name -> ours
+OUT_OF_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}  # pydantic's types of errors
+
+
+class OneOf:
+    """The choices of a text: `Annotated[str, OneOf(NAMES)]`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
+
+def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
+    """How a message about an unknown name ends: `; did you mean NAME?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(str(name), sorted(known), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def either(names: Iterable[str]) -> str:
+    """`A, B or C`."""
+    *others, last = names
+    return " or ".join([", ".join(others), last] if others else [last])
+
+
+@dataclass_transform(field_specifiers=(Field,))
+def keys(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
+    """A class decorator: a dataclass whose fields are checked when an object is made.
+
+    Making an object raises ValueError, in one line, for a name that is no field (with the nearest), for a value of the
+    wrong type or out of bounds (with the field, what it takes, and the value), and for what `__post_init__` refuses.
+    """
+
+    def made(cls: type[T]) -> type[T]:
+        config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+        checked: Any = dataclass(config=config, frozen=frozen)(cls)
+        plain = checked.__init__
+
+        @functools.wraps(plain)
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            try:
+                plain(self, *args, **values)
+            except ValidationError as error:
+                raise ValueError(_line(type(self), error, values)) from None
+
+        checked.__init__ = init
+        return checked
+
+    return made
+
+
+def check(cls: Any, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for values that the fields of `cls` do not take; how they fit together is not looked at."""
+    try:
+        cls.__pydantic_validator__.validate_python(ArgsKwargs((), dict(values)), self_instance=cls.__new__(cls))
+    except ValidationError as error:
+        if error.errors()[0]["type"] != "value_error":  # that of __post_init__
+            raise ValueError(_line(cls, error, values)) from None
+
+
+def fields(cls: Any) -> dict[str, Any]:
+    """Name of each key -> pydantic's field, which has `default`, `description`, `annotation` and `metadata`."""
+    return cls.__pydantic_fields__
+
+
+def takes(field: Any, bounds_alone: bool = False) -> str:
+    """What a key takes, in words: `a whole number, at least 1, or null`."""
+    kinds, nullable = _kinds(field.annotation)
+    bounds = {name: getattr(m, name) for m in field.metadata for name in BOUNDS if hasattr(m, name)}
+    if bounds.keys() == {"ge", "le"}:
+        limits = f"between {bounds['ge']} and {bounds['le']}"
+    else:
+        limits = " and ".join(f"{BOUNDS[name]} {bound}" for name, bound in bounds.items())
+    choices = [f"one of {', '.join(m.names)}" for m in field.metadata if isinstance(m, OneOf)]
+    nonempty = ["not empty"] if any(getattr(m, "min_length", 0) for m in field.metadata) else []
+    parts = choices or ([] if bounds_alone else [" or ".join(kinds)])
+    return ", ".join([*parts, *([limits] if limits else []), *nonempty, *(["or null"] if nullable else [])])
+
+
+def _kinds(annotation: Any) -> tuple[list[str], bool]:
+    """The kinds of values that an annotation allows, in words, and whether null is one."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        parts = typing.get_args(annotation)
+        return [kind for part in parts if part is not type(None) for kind in _kinds(part)[0]], type(None) in parts
+    origin, (item, *_) = typing.get_origin(annotation), (*typing.get_args(annotation), None)
+    if origin is list:
+        return [f"a list of {NAMES[item].removeprefix('a ')}s" if item in NAMES else "a list"], False
+    return [NAMES[origin or annotation]], False
+
+
+def _line(cls: Any, error: ValidationError, values: Mapping[str, Any]) -> str:
+    first, known = error.errors()[0], fields(cls)
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = first["loc"][0]
+    name = list(known)[name] if isinstance(name, int) else name  # given by its position
+    if name not in known:
+        return f"{cls.__name__} has no key {name!r}{nearest(name, known)}"
+    field, value = known[name], values.get(name, first["input"])
+    hint = nearest(value, next((m.names for m in field.metadata if isinstance(m, OneOf)), ()))
+    return f"{name} must be {takes(field, first['type'] in OUT_OF_BOUNDS)}, got {value!r}{hint}"
