@@ -40,7 +40,7 @@ from rewards.comparison import (
 )
 from rewards.numbers import MAX_ANSWER, read_number
 from rewards.plain import clean, plain
-from rewards.sentences import OR, alternatives, items, open_formulas, read, stop
+from rewards.sentences import OR, PROSE, Reading, alternatives, items, open_formulas, read, stop
 from rewards.units import read_unit
 
 Outcome = Literal["correct", "wrong", "unparsed"]
@@ -88,7 +88,7 @@ def boxes(text: str) -> list[Span]:
     return found
 
 
-_HASHES = re.compile(r"####[ \t]{0,9}([^\s#][^\n#]*+|#?[^\s#][^\n]*+)")
+_HASHES = re.compile(r"####[ \t]{0,9}([^\s#](?:(?!\s#|####)[^\n])*+)")
 
 
 def hashes(text: str) -> list[Span]:
@@ -115,46 +115,43 @@ _LEAD = re.compile(
 )
 
 
-def _sentence_answer(text: str, start: int, limit: int, verb: bool) -> str | None:
-    """The answer of a statement whose words start at `start`: what its sentence opens with, else the last number of
-    the sentence (behind "is") or of all that follows."""
-    end = stop(text, start, min(limit, start + MAX_ANSWER))
-    sentence = open_formulas(text[start:end])
-    while alternative := _ALTERNATIVE.match(text, end, limit):  # "3. Or 4."
-        end = stop(text, alternative.end(), limit)
-        sentence = open_formulas(text[start:end])
-    sentence = re.sub(r"\A-\s+(?=[0-9])", "-", sentence)
+def _sentence_answer(text: str, verb: bool) -> Reading:
+    """The answer of a statement whose words begin a text: what its sentence opens with, else, behind a `verb`, the last
+    number of the sentence. Not `found` where only what follows can tell."""
+    end = stop(text, 0, MAX_ANSWER)
+    while alternative := _ALTERNATIVE.match(text, end):  # "3. Or 4."
+        end = stop(text, alternative.end())
+    sentence = re.sub(r"\A-\s+(?=[0-9])", "-", text[:end])
     reading = read(sentence, opening=True)
-    if reading.found:
-        lead = _LEAD.match(sentence)
-        if lead and lead.end() >= reading.first:
-            return reading.text
-        if verb and (text_read := read(sentence).text) is not None:
-            return text_read
-    elif read_number(whole := clean(sentence)):
-        return whole
-    rest = _last_number(text[start:limit])
-    return rest
+    if not reading.found:
+        spelled = read_number(whole := clean(sentence)) is not None
+        return Reading(whole if spelled else None, spelled, 0)
+    if (lead := _LEAD.match(sentence)) and lead.end() >= reading.first:
+        return reading
+    last = read(sentence)
+    return last._replace(found=verb and last.text is not None)
 
 
 _ALTERNATIVE = re.compile(
-    r"[.!?]?\s{1,3}(?:or|maybe|perhaps|possibly|alternatively|otherwise|(?:it|this|that)\s+(?:could|might|may)(?:\s+also)?)\b", re.I
+    r"[.!?]?\s{1,3}(?:(?:second|another|other)\s+guess|guess\s+[2-9]|or|maybe|perhaps|possibly|alternatively|otherwise|(?:it|this|that)\s+(?:could|might|may)(?:\s+also)?)\b", re.I
 )
 
 
-def _stated(text: str, answer_type: str, start: int, limit: int, verb: bool) -> str | None:
+def _stated(text: str, answer_type: str, start: int, limit: int, verb: bool) -> Reading:
     """What the statement that ends at `start` gives as the answer."""
-    line = text.find("\n", start)
-    start = _OPENING.match(text, start, limit).end()  # type: ignore[union-attr]
     if answer_type == "number":
-        if 0 <= line < start and text[start : start + 2] == "- ":
-            start += 2
-        return _sentence_answer(text, start, limit, verb)
+        region = text[start:limit]
+        opened = open_formulas(region[: 2 * MAX_ANSWER])
+        opening = _OPENING.match(opened)
+        reading = _sentence_answer(opened[opening.end() if opening else 0 :], verb)
+        return reading if reading.found else _last_number(region)
+    start = _OPENING.match(text, start, limit).end()  # type: ignore[union-attr]
     end = stop(text, start, min(limit, start + MAX_ANSWER))
     if answer_type == "free":
-        return text[start:end].strip(' *$"') or None
-    reader = choices.letter if answer_type == "choice" else choices.truth
-    return reader(text[start:end], True)
+        content = text[start:end].strip(' *$"') or None
+    else:
+        content = (choices.letter if answer_type == "choice" else choices.truth)(text[start:end], True)
+    return Reading(content, content is not None, 0)
 
 
 def _statements(text: str, answer_type: str) -> list[Span]:
@@ -167,13 +164,11 @@ def _statements(text: str, answer_type: str) -> list[Span]:
         if _DOUBT.search(clause) or _DOUBT.search(match[1]) or "cannot" in match[1]:
             continue
         verb = match.group()[-1].isalpha()
-        content = _stated(text, answer_type, match.end(), limit, verb)
-        if content is not None:
-            spans.insert(0, Span(match.start(), min(limit, match.end() + len(content) + 1), content))
-            end = text.find(content, match.end(), limit)
-            spans[0] = spans[0]._replace(end=end + len(content) if end >= 0 else stop(text, match.end(), limit))
-        elif answer_type == "number" and items(open_formulas(text[match.end() : stop(text, match.end(), limit)])):
-            spans.insert(0, Span(match.start(), limit, None))
+        reading = _stated(text, answer_type, match.end(), limit, verb)
+        if reading.found:
+            found = text.find(reading.text, match.end(), limit) if reading.text else -1
+            end = found + len(reading.text or "") if found >= 0 else stop(text, match.end(), limit)
+            spans.insert(0, Span(match.start(), end, reading.text))
         limit = match.start()
     return spans
 
@@ -185,7 +180,7 @@ def _hashed(text: str, answer_type: str) -> list[Span]:
         for i, span in enumerate(spans[-20:], max(0, len(spans) - 20)):
             content = open_formulas(span.content or "")
             if read_number(clean(content)) is None and items(content):
-                spans[i] = span._replace(content=_sentence_answer(re.sub(r"\A-\s+(?=[0-9])", "-", content), 0, len(content), True))
+                spans[i] = span._replace(content=_sentence_answer(content, True).text)
     return spans
 
 
@@ -240,10 +235,9 @@ def _tied(gap: str) -> bool:
 
 _DISPLAY = re.compile(r"\$\$([^$]{1,500})\$\$|\\\[([^$]{1,500}?)\\\]|\$([^$]{1,500})\$(?![0-9])")
 _TAIL = 3000  # characters in which an unmarked answer is looked for
-_NO_PROSE = re.compile(r"(?:[^A-Za-z]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|\\[A-Za-z]+|(?<![A-Za-z])(?:or|and|pi|sqrt|sin|cos|tan|log|ln|mod)(?![A-Za-z])|(?<=[0-9a-z])[a-z]{1,3}(?![A-Za-z]))*+")
 
 
-def _last_number(text: str) -> str | None:
+def _last_number(text: str) -> Reading:
     """The number or expression that a text without marks ends in."""
     text = text[-_TAIL:]
     if "$" in text or "\\[" in text:
@@ -253,13 +247,13 @@ def _last_number(text: str) -> str | None:
         if formula and ("\n" in formula.group() or "\\begin" in formula.group()):
             content = next(filter(None, formula.groups())).strip()
             if not items(open_formulas(text[formula.end() :])) and items(content):
-                return content
-    text = open_formulas(text)
-    for sentence in reversed(_sentences(text)):
+                return Reading(content, True, 0)
+    reading = Reading(None, False, 0)
+    for sentence in reversed(_sentences(open_formulas(text))):
         reading = read(re.sub(r"\A\s*+[-*•]\s+", "", sentence))
         if reading.found:
-            return reading.text
-    return None
+            break
+    return reading
 
 
 def _sentences(text: str) -> list[str]:
@@ -286,11 +280,9 @@ def _flexible(text: str, answer_type: str) -> str | None:
     if len(whole := text.strip()) < 200 and whole:
         if read_number(clean(whole)):
             return whole
-        formula = _DISPLAY.fullmatch(whole)
-        inner = next(filter(None, formula.groups())) if formula else whole
-        if "\n" not in whole and _NO_PROSE.fullmatch(open_formulas(inner)) and len(items(open_formulas(inner))) == 1:
-            return inner.strip().rstrip(".")
-    return _last_number(text)
+        if (formula := _DISPLAY.fullmatch(whole)) and not PROSE.search(inner := next(filter(None, formula.groups()))):
+            return inner.strip()
+    return _last_number(text).text
 
 
 # --- The interface ---------------------------------------------------------------------------------------------------
@@ -334,7 +326,7 @@ def _corrected(text: str, start: int) -> str | None:
     match = None
     for match in _CORRECTION.finditer(text, start, start + _TAIL):
         pass
-    return _sentence_answer(text, match.end(), min(len(text), match.end() + MAX_ANSWER), True) if match else None
+    return _sentence_answer(open_formulas(text[match.end() :][:MAX_ANSWER]), True).text if match else None
 
 
 def _within(content: str, answer_type: str) -> str | None:

@@ -17,7 +17,7 @@ _CUED = re.compile(rf"\b{_CUE}\s*(?:\w{{2,12}}\s+){{0,2}}(?:is|would\s+be|:|=)?\
 _FIRST = re.compile(
     r"[\s*_\"'(\[$]*(?:\\\w+\{\s?\(?)?([A-Za-z])(?![A-Za-z0-9'])[)\]}*_\"']*(?=\s*[.:,;)(—-]|\s*\Z|\s*\n|\s+(?:because|since|as|is|or|and|over|not|but)\b)"
 )
-_TYPE = re.compile(r"(?<!\bis)(?<!\bor)(?<!\band)(?<!\bso)(?<!\bbut)(?<!\bbe)(?<!\bnot)(?<!\bnor)(?<!\bthen)(?<!\bout)(?<!\bboth)(?<!\bover)[a-z]\s\Z")
+_TYPE = re.compile(r"[a-z](?<!\bis)(?<!\bor)(?<!\band)(?<!\b[Ss]o)(?<!\bbut)(?<!\bbe)(?<!\bnot)(?<!\bnor)(?<!\bthen)(?<!\bboth)\s\Z")
 _CUE_BEFORE = re.compile(rf"(?:{_CUE}|say|go\s+with|it's|neither|either|exclude|excludes|reject|rejects|than|only|just|clearly|definitely|therefore|hence|thus)\W*\Z", re.I)
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|nor|neither|never|cannot|except|exclud\w+|reject\w*|than|over|hardly|eliminat\w+|instead\s+of)|n't|\brul\w+\s+out"

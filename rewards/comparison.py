@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rewards.numbers import MAX_ANSWER, Number, agree, read_number, repeats
-from rewards.plain import clean
+from rewards.plain import clean, unset
 from rewards.units import read_unit
 
 ANSWER_TYPES = ("number", "choice", "bool", "free")
@@ -94,9 +94,9 @@ def _split(answer: str, mark: str = "") -> list[str]:
     return [member for member in (*members, answer[start:].strip()) if member] or [answer]
 
 
-def side(answer: str) -> str:
+def side(answer: str, prose: bool = False) -> str:
     r"""What an equation answers: 5 for `x = 5` and `2 + 3 = 5`, 16/3 for `16/3 \approx 5.33`; the equation itself where
-    its left side is neither a name nor arithmetic (`x^2 - 5x + 6 = 0`, `a + b = 0`)."""
+    its left side is neither a name nor arithmetic (`x^2 - 5x + 6 = 0`, `a + b = 0`); in prose also 6 for `2x = 6`."""
     exact, _, approximate = answer.partition(r"\approx")
     answer = exact if any(map(str.isdigit, exact)) else approximate or exact
     sides = [part.strip() for part in _EQUALS.split(answer)]
@@ -106,6 +106,7 @@ def side(answer: str) -> str:
     if re.fullmatch(r"[A-Za-z]", right) and read_number(left):
         return left
     name = not re.search(r"[0-9]", _LABELS.sub("", left)) and not (right == "0" and re.search(r"[+-]", left))
+    name = name or (prose and re.fullmatch(r"[0-9]{1,9}\s?[A-Za-z]{1,2}", left) is not None)
     return right if name or _ARITHMETIC.fullmatch(left) or read_number(left) else answer
 
 
@@ -196,8 +197,9 @@ class _Form(NamedTuple):
     members: list[str]
 
 
-_BRACKETS = ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), (r"\langle", r"\rangle"), ("]", "["))
-_NAMES = {r"\{\}": "{}", "{}": "", r"\langle\rangle": "()", "][": "()"}
+_OPEN = ("(", "[", r"\{", r"\emptyset")
+_BRACKETS = ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("]", "["))
+_NAMES = {r"\{\}": "{}", "{}": "", "][": "()"}
 
 
 def _form(answer: str) -> _Form:
@@ -275,8 +277,7 @@ def _asked(prediction: str) -> str:
 
 
 def _same_form(prediction: str, gold: str) -> Question:
-    inequalities = [_interval(answer) != answer for answer in (prediction, gold)]
-    if inequalities[0] != inequalities[1]:
+    if prediction.startswith(_OPEN) != gold.startswith(_OPEN):
         prediction, gold = _interval(prediction), _interval(gold)
     ours, theirs = _form(prediction), _form(gold)
     parts, gold_parts = _split(_value(prediction), r"\cup"), _split(_value(gold), r"\cup")
@@ -319,7 +320,7 @@ _LETTER_FIRST = re.compile(r"\W*([A-Za-z])\W*(?:\Z|[).:]|,? (?=because|since|as)
 
 def letters(answer: str) -> tuple[str, ...]:
     """The choices that an answer names, sorted: ("A", "C") for "(C) and (A)"."""
-    answer = clean(answer)
+    answer = unset(answer)
     if match := re.fullmatch(r"\W*([A-Za-z])\W*", answer, re.ASCII):
         return (match[1].upper(),)
     return tuple(sorted({match[1].upper() for match in _LETTER.finditer(answer)}))

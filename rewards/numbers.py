@@ -27,7 +27,7 @@ DECIMAL = (
     rf"|(?:[0-9]{{1,3}}(?:,[0-9]{{2,3}}){{0,8}},[0-9]{{3}}(?![0-9])|{_GROUPED}|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
 )
 _COMMA = re.compile(r"[0-9]{1,9},[0-9]{1,2}(?![0-9])")  # a decimal comma where a unit follows or a currency precedes it
-POWER = r"10\s?(?:\^|\*\*)\s?\{?\s?(?P<power>[-+]?[0-9]{1,9})\s?\}?"
+POWER = r"10\s?(?:\^|\*\*)\s?\{?\s?(?P<power>[-+]?[0-9]{1,9})(?:\s?\})?"
 _LITERAL = re.compile(
     rf"(?:(?P<whole>[0-9]{{1,18}})\s\s*+)?(?P<top>{DECIMAL})\s?/\s?(?P<bottom>-?{DECIMAL})"
     r"|(?P<fixed>[0-9]{0,18}\.[0-9]{0,18})(?:\\overline\s?\{?(?P<repeated>[0-9]{1,18})\}?|\((?P<period>[0-9]{1,18})\))"

@@ -21,6 +21,7 @@ _GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu 
 _SYMBOLS |= {chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK.split())}
 _CHARACTERS = str.maketrans(_SYMBOLS)
 _THIN_THOUSANDS = re.compile(r"(?<=[0-9])[\xa0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
+_SET_THOUSANDS = re.compile(r"(?<=[0-9])\\[,;:!]\s?(?=[0-9]{3}(?![0-9]))")
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]{1,9}")
 _DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _MINUS_LIKE = re.compile(r"[—―](?=[0-9.$])(?<![0-9A-Za-z\s].)|(?<=[0-9])[—―](?=[0-9])")
@@ -35,11 +36,14 @@ def plain(text: str) -> str:
         text = _MINUS_LIKE.sub("-", text)
         text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
         text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text).replace("√", r"\sqrt ")
+    if "\\" in text:
+        text = _SET_THOUSANDS.sub("", text)
     return text.replace("{,}", ",")
 
 
 _TEXT = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|hbox|emph|operatorname|underline|boxed|fbox"
-_UNWRAP = re.compile(rf"\\({_TEXT})\s?\{{([^{{}}]*)\}}")
+_UNWRAP = re.compile(rf"\\({_TEXT})\s?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*+)\}}")
+_DOLLAR = re.compile(r"(?<![A-Za-z])(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)\s?\\?\$")
 _COLOR = re.compile(r"\\(?:textcolor|color)\s?\{[A-Za-z]{1,20}\}")
 _NOISE = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr|bf|rm|it|tt|sf|bm|tiny|small|large|Large"
@@ -67,9 +71,9 @@ def _unwrapped(command: re.Match[str]) -> str:
 
 
 @lru_cache(maxsize=4096)
-def clean(answer: str) -> str:
+def unset(answer: str) -> str:
     """An answer without what carries no meaning: LaTeX spacing and fonts, markdown, a residue's modulus, final stops."""
-    answer = plain(answer)
+    answer = _DOLLAR.sub("$", plain(answer))
     if "\\" in answer:
         answer = _FRAC_STYLE.sub(r"\\frac", answer.replace(r"\$", "$").replace(r"\%", "%"))
         answer = _NOISE.sub("", _COLOR.sub("", _THIN_COMMA.sub(",", answer)))
@@ -77,13 +81,19 @@ def clean(answer: str) -> str:
             answer = _UNWRAP.sub(_unwrapped, answer)
         answer = _DEGREES.sub(" degrees ", _SPACE.sub(" ", _OVER.sub(r"\\frac{\1}{\2}", answer)))
         answer = _EMPTY.sub(r"\\emptyset", answer).replace(r"\not=", r"\ne ").replace(r"+\infty", r"\infty")
+        answer = answer.replace(r"\langle", "(").replace(r"\rangle", ")")
         answer = answer.removesuffix("\\")
-    elif "$" in answer:
-        answer = answer.replace("$", " ")
+    else:
+        answer = _SPACE.sub(" ", answer)
     answer = _RESIDUE.sub("", answer).replace("> =", ">=").replace("< =", "<=").strip(" \t\r\n*`")
     if answer[:1] in "'\"" and answer[-1:] == answer[:1]:
         answer = answer[1:-1]
-    answer = answer.rstrip(".,;:?").strip("_ \t\r\n")
-    if (match := _BEFORE.match(answer)) and match.end() < len(answer):
-        answer = answer[match.end() :]
-    return answer
+    return answer.rstrip(".,;:?").strip("_ \t\r\n")
+
+
+@lru_cache(maxsize=4096)
+def clean(answer: str) -> str:
+    """An answer as `unset` gives it, and without the words that may stand before it: "The answer is", "(B)", "about"."""
+    answer = unset(answer)
+    match = _BEFORE.match(answer)
+    return answer[match.end() :] if match and match.end() < len(answer) else answer

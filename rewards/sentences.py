@@ -28,7 +28,7 @@ class Item(NamedTuple):
 
 _POWER = POWER.replace("(?P<power>", "(?:")
 _FRACTION = rf"\\[dtc]?frac\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])"
-_UNIT = rf"(?:{'|'.join(SPELLED)})(?![A-Za-z])(?:\s?\^\s?\{{?-?[0-9]\}}?)?"
+_UNIT = rf"(?:{'|'.join(name for name in SPELLED if name not in ('in', 'each', 'time', 'am'))})(?![A-Za-z])(?:\s?\^\s?\{{?-?[0-9]\}}?)?"
 _NUMBER = (
     rf"(?:{CURRENCY}\s?)?(?:{_FRACTION}|(?<![A-Za-z0-9_])(?:[0-9]{{1,9}},[0-9]{{1,2}}(?=\s?(?:[{SYMBOLS}]|EUR))|{DECIMAL})(?:[eE][-+]?[0-9]{{1,9}}(?![0-9A-Za-z])"
     rf"|\s{{0,3}}(?:\\times|\*|x)\s{{0,3}}{_POWER}|\s?{_FRACTION}|\ {{1,3}}[0-9]{{1,18}}/[0-9]{{1,18}}(?![0-9])"
@@ -40,14 +40,15 @@ _NAME = r"(?<![A-Za-z0-9'\\])(?:[B-HJ-Zb-z]|[aAI](?=\s?[=+*/^_<>]|\s?-\s?[0-9(])
 _ATOM = (
     rf"\\begin\{{[^\\]{{1,20}}\}}(?:(?!\\begin).){{1,600}}?\\end\{{[a-z]{{1,12}}\*?\}}|{_NUMBER}{_TAIL}"
     rf"|{_FUNCTION}|{_NAME}|(?<=[0-9)])[A-Za-z]{{1,3}}(?![A-Za-z])|_\s?(?:\{{[^{{}}]{{0,40}}\}}|[0-9A-Za-z])|(?<=[\^{{])[0-9]{{1,9}}"
-    r"|\\(?:[A-Za-z]{2,}|[{}|,;:!])|[(\[{}\])|+*/^=<>!±~,;&]|-|(?<=[0-9\s]):(?=[0-9\s])"
+    r"|\\(?:[A-Za-z]{2,}|[{}|,;:!])|[(\[{}\])|+*/^=<>!±~,;&]|-|(?<=[0-9]):(?=[0-9])|(?<=\s):(?=\s)"
 )
 _RUN = re.compile(rf"(?![)\]}}/*^=!,;&:~+]|\\[,;:!])(?:{_ATOM})(?:\s{{0,3}}(?:{_ATOM}))*+", re.DOTALL)
 _CUT = re.compile(rf"({_NUMBER}{_TAIL})|([(\[{{])|([)\]}}])|([,;&]|(?<=[0-9])\|(?=[0-9]))", re.DOTALL)
 _SUBSTANCE = re.compile(r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?[-+*/^=<>]\s?[A-Za-z]|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])")
 _ASIDE = re.compile(r"\((?!\s*(?:or|and|maybe|perhaps)\b)(?=[^()]{0,20}[A-Za-z]{2})[^()]{1,200}\)")
 _FORMULA = re.compile(r"\$\$?([^$]{1,500})\$\$?(?![0-9])|\\\(([^$]{1,500}?)\\\)|\\\[([^$]{1,500}?)\\\]")
-_PROSE = re.compile(r"(?:\A|\s)(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|mod|if)\b)[A-Za-z]{2,}")
+PROSE = re.compile(r"(?:\A|\s)(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|mod|if)\b)[A-Za-z]{2,}")
+_COMMAND = re.compile(r"(\\[A-Za-z]{2,})(?=[0-9])")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox|boldsymbol)\s?\{([^{}]{0,200})\}")
 
 
@@ -55,9 +56,10 @@ def open_formulas(text: str) -> str:
     """The text with formulas as plain text; prose between two dollar signs is none."""
     if "\\" in text:
         text = _TEXT.sub(r" \1 ", text)
-    if "$" not in text and "\\" not in text:
+        text = _COMMAND.sub(r"\1 ", text)
+    elif "$" not in text:
         return text
-    return _FORMULA.sub(lambda m: m[0] if _PROSE.search(m[1] or m[2] or m[3]) else f" {m[1] or m[2] or m[3]} ", text)
+    return _FORMULA.sub(lambda m: m[0] if PROSE.search(m[1] or m[2] or m[3]) else f" {m[1] or m[2] or m[3]} ", text)
 
 
 def items(sentence: str) -> list[Item]:
@@ -93,10 +95,11 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
         beside = before[-1].isalnum() or before[-1] in ")]}\"'"
         if beside and (dash[1] or len(before) == start) or (dash[1] and before[-1] not in ":=(,"):
             start, body = start + dash.end(), body[dash.end() :]  # a dash between words
-    if body.startswith(("(", "[", "{")) and body.count(body[0]) > body.count(_CLOSING[body[0]]):
-        start, body = start + 1, body[1:].lstrip()
-    while body.endswith((")", "]", "}")) and body.count(body[-1]) > body.count(_OPENING[body[-1]]) and body[-2:-1] != "\\":
-        body = body[:-1].rstrip()
+    opened, closed = (sum(map(body.count, marks)) for marks in ("([{", ")]}"))
+    while body.startswith(("(", "[", "{")) and opened > closed:
+        start, body, opened = start + 1, body[1:].lstrip(), opened - 1
+    while body.endswith((")", "]", "}")) and closed > opened and body[-2:-1] != "\\":
+        body, closed = body[:-1].rstrip(), closed - 1
     if body.endswith("!") and read_number(body[:-1].strip()):
         body = body[:-1]
     if body.startswith("[") and body.endswith("]") and read_number(body[1:-1]):
@@ -104,8 +107,6 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
     if body:
         found.append(Item(start, start + len(body), body.strip()))
 
-
-_CLOSING, _OPENING = {"(": ")", "[": "]", "{": "}"}, {")": "(", "]": "[", "}": "{"}
 
 # --- Words around an item --------------------------------------------------------------------------------------------
 
@@ -253,7 +254,8 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
         return Reading(None, True, found[kept[0]].start)
     texts = [found[i].text for i in run]
     if len(texts) == 1 and not keep:
-        texts = [side(clean(texts[0])) if "=" in texts[0] or "\\equiv" in texts[0] else texts[0]]
+        right = side(clean(texts[0]), prose=True) if "=" in texts[0] or "\\equiv" in texts[0] else ""
+        texts = [right] if right and read_number(right) else texts
     return Reading(", ".join(dict.fromkeys(texts)), True, found[kept[0]].start)
 
 
