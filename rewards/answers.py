@@ -40,7 +40,7 @@ from rewards.comparison import (
 )
 from rewards.numbers import MAX_ANSWER, read_number
 from rewards.plain import clean, plain
-from rewards.sentences import OR, PROSE, Reading, alternatives, items, open_formulas, read, stop
+from rewards.sentences import ALTERNATIVE, OR, PROSE, Reading, alternatives, items, open_formulas, read, stop
 from rewards.units import read_unit
 
 Outcome = Literal["correct", "wrong", "unparsed"]
@@ -119,7 +119,7 @@ def _sentence_answer(text: str, verb: bool) -> Reading:
     """The answer of a statement whose words begin a text: what its sentence opens with, else, behind a `verb`, the last
     number of the sentence. Not `found` where only what follows can tell."""
     end = stop(text, 0, MAX_ANSWER)
-    while alternative := _ALTERNATIVE.match(text, end):  # "3. Or 4."
+    while alternative := ALTERNATIVE.match(text, end):  # "3. Or 4."
         end = stop(text, alternative.end())
     sentence = re.sub(r"\A-\s+(?=[0-9])", "-", text[:end])
     reading = read(sentence, opening=True)
@@ -129,12 +129,7 @@ def _sentence_answer(text: str, verb: bool) -> Reading:
     if (lead := _LEAD.match(sentence)) and lead.end() >= reading.first:
         return reading
     last = read(sentence)
-    return last._replace(found=verb and last.text is not None)
-
-
-_ALTERNATIVE = re.compile(
-    r"[.!?]?\s{1,3}(?:(?:second|another|other)\s+guess|guess\s+[2-9]|or|maybe|perhaps|possibly|alternatively|otherwise|(?:it|this|that)\s+(?:could|might|may)(?:\s+also)?)\b", re.I
-)
+    return last._replace(found=verb and last.text is not None and not last.spoiled)
 
 
 def _stated(text: str, answer_type: str, start: int, limit: int, verb: bool) -> Reading:
@@ -248,12 +243,19 @@ def _last_number(text: str) -> Reading:
             content = next(filter(None, formula.groups())).strip()
             if not items(open_formulas(text[formula.end() :])) and items(content):
                 return Reading(content, True, 0)
-    reading = Reading(None, False, 0)
-    for sentence in reversed(_sentences(open_formulas(text))):
-        reading = read(re.sub(r"\A\s*+[-*•]\s+", "", sentence))
-        if reading.found:
-            break
-    return reading
+    lines = text.split("\n")
+    while lines:
+        line = lines.pop()
+        while lines and ALTERNATIVE.match(f"\n{line}"):
+            line = f"{lines.pop()}\n{line}"
+        for sentence in reversed(_sentences(open_formulas(line))):
+            reading = read(_BULLET.sub("", sentence))
+            if reading.found:
+                return reading
+    return Reading(None, False, 0)
+
+
+_BULLET = re.compile(r"\A\s*+[-*•]\s+")
 
 
 def _sentences(text: str) -> list[str]:
@@ -261,7 +263,7 @@ def _sentences(text: str) -> list[str]:
     found, start = [], 0
     while start < len(text):
         end = stop(text, start)
-        while alternative := _ALTERNATIVE.match(text, end):
+        while alternative := ALTERNATIVE.match(text, end):
             end = stop(text, alternative.end())
         if text[start:end].strip():
             found.append(text[start:end])

@@ -160,7 +160,7 @@ def _without_unit(answer: str) -> str:
     if (match := _SET_UNIT.search(answer)) and match.start() and read_unit(re.sub(r"\\[,;:! ]|~", " ", match[1]).strip()):
         return answer[: match.start()]
     head, _, unit = answer.rstrip(" $.").rpartition(" ")
-    return head if head and len(unit) > 1 and unit.isalpha() and read_unit(unit) else answer
+    return head if head[-1:] in "})" and len(unit) > 1 and unit.isalpha() and head and read_unit(unit) else answer
 
 
 # --- Comparison ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from rewards.units import CURRENCY, Unit, read_unit
+from rewards.units import CODES, CURRENCY, Unit, read_unit
 
 MAX_ANSWER = 1000  # characters; anything longer is not an answer
 MAX_EXPONENT = 400  # 1e400 is a number, 1e999999999 is an attack
@@ -34,7 +34,7 @@ _LITERAL = re.compile(
     rf"|(?P<mantissa>{DECIMAL})(?:[eE](?P<exponent>[-+]?[0-9]{{1,9}})(?![0-9])|\s*+(?:\\times|\\cdot|\*|x)\s*+{POWER})?"
 )
 FRAC = re.compile(rf"\\frac\s?(?:\{{\s?(-?{DECIMAL})\s?\}}|([0-9]))\s?(?:\{{\s?(-?{DECIMAL})\s?\}}|([0-9]))")
-_SIGN = re.compile(rf"(?P<sign>[-+]|negative\s|minus\s)?\s*+(?P<currency>{CURRENCY})?\s*+(?P<inner>[-+])?\s*+", re.I)
+_SIGN = re.compile(rf"(?P<sign>[-+]|(?i:negative\s|minus\s))?\s*+(?P<currency>{CURRENCY})?\s*+(?P<inner>[-+])?\s*+")
 _GROUP = re.compile(r"([-+]?)\s?[({]([^(){},;]*+)[)}](?=([^)}]*+))\3", re.DOTALL)
 
 # --- What follows the literal ----------------------------------------------------------------------------------------
@@ -156,6 +156,8 @@ def read_number(answer: str) -> Number | None:
         answer = group[1] + group[2].strip() + answer[group.end(2) + 1 :]
     start = _SIGN.match(answer)
     assert start
+    if (code := start["code"]) and code not in CODES:
+        return None
     negative = (start["sign"] or "+").lower() in ("-", "negative ", "minus ")
     if start["inner"]:
         if start["sign"]:
@@ -175,7 +177,8 @@ def read_number(answer: str) -> Number | None:
         return None
     digits = (match["mantissa"] or "").lstrip("0.")
     rounded = "." in (match["mantissa"] or "") and sum(map(str.isdigit, digits)) >= FLOAT_DIGITS
-    return Number((-value if negative else value) * tail.scale, tail.percent, tail.unit, rounded)
+    value = -value if negative else value
+    return Number(value if tail.scale == 1 else value * tail.scale, tail.percent, tail.unit, rounded)
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -189,13 +192,16 @@ def _value(match: re.Match[str]) -> Fraction | None:
     exponent = int(match["exponent"] or match["power"] or 0)
     if abs(exponent) > MAX_EXPONENT:
         return None
-    return _decimal(match["mantissa"]) * Fraction(10) ** exponent
+    value = _decimal(match["mantissa"])
+    return value * Fraction(10) ** exponent if exponent else value
 
 
 _SEPARATORS = str.maketrans("", "", ", '_")
 
 
 def _decimal(digits: str) -> Fraction:
+    if digits.isdecimal():
+        return Fraction(int(digits))
     whole, comma, places = digits.rpartition(",")
     if (comma and "." in whole) or digits.count(".") > 1:  # 1.234,56 and 1.234.567
         digits = whole.replace(".", "") + "." + places if comma else digits.replace(".", "")

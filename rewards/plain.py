@@ -67,7 +67,7 @@ def _unwrapped(command: re.Match[str]) -> str:
     content = command[2].strip()
     # A word, and a unit of one letter, is set apart from what it stands beside.
     beside = command.string[command.start() - 1 : command.start()] if command.start() else ""
-    return f" {content} " if len(content) > 1 or (beside.isdigit() and content.isalpha()) else content
+    return f" {content} " if len(content) > 1 or (beside.isalnum() and content.isalpha()) else content
 
 
 @lru_cache(maxsize=4096)

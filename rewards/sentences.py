@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rewards.comparison import side
 from rewards.numbers import DECIMAL, PERCENT, POWER, SCALE_WORDS, read_number
 from rewards.plain import clean
-from rewards.units import CURRENCY, SPELLED, SYMBOLS
+from rewards.units import SYMBOLS, read_unit
 
 
 class Item(NamedTuple):
@@ -28,22 +28,22 @@ class Item(NamedTuple):
 
 _POWER = POWER.replace("(?P<power>", "(?:")
 _FRACTION = rf"\\[dtc]?frac\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])"
-_UNIT = rf"(?:{'|'.join(name for name in SPELLED if name not in ('in', 'each', 'time', 'am'))})(?![A-Za-z])(?:\s?\^\s?\{{?-?[0-9]\}}?)?"
 _NUMBER = (
-    rf"(?:{CURRENCY}\s?)?(?:{_FRACTION}|(?<![A-Za-z0-9_])(?:[0-9]{{1,9}},[0-9]{{1,2}}(?=\s?(?:[{SYMBOLS}]|EUR))|{DECIMAL})(?:[eE][-+]?[0-9]{{1,9}}(?![0-9A-Za-z])"
+    rf"(?:\\?[{SYMBOLS}]\s?-?)?(?:{_FRACTION}|(?<![A-Za-z0-9_])(?:[0-9]{{1,9}},[0-9]{{1,2}}(?=\s?(?:[{SYMBOLS}]|EUR))|{DECIMAL})(?:[eE][-+]?[0-9]{{1,9}}(?![0-9A-Za-z])"
     rf"|\s{{0,3}}(?:\\times|\*|x)\s{{0,3}}{_POWER}|\s?{_FRACTION}|\ {{1,3}}[0-9]{{1,18}}/[0-9]{{1,18}}(?![0-9])"
     rf"|\s?/\s?{DECIMAL})?)(?:\s?\\?[{SYMBOLS}](?![0-9]))?(?:[\s-]?(?:{SCALE_WORDS})(?![A-Za-z])){{0,2}}+(?:\s?{PERCENT})?"
 )
-_TAIL = rf"(?:\s{{0,2}}{_UNIT}(?:\s?(?:/|per\s)\s?{_UNIT})?)?"
+_UNIT = re.compile(r"\s{0,2}((?!in\b|each\b|am\b|time\b)[A-Za-z]{2,12}(?:\s?\^\s?\{?-?[0-9]\}?)?(?:\s?(?:/|per\s)\s?[A-Za-z]{1,12})?)(?![A-Za-z])")
 _FUNCTION = r"(?<![A-Za-z\\])(?:pi|Pi|PI|sqrt|sin|cos|tan|log|ln|exp|mod|theta|alpha|beta|gamma|infinity)(?![A-Za-z])"
 _NAME = r"(?<![A-Za-z0-9'\\])(?:[B-HJ-Zb-z]|[aAI](?=\s?[=+*/^_<>]|\s?-\s?[0-9(]))(?:_?[0-9]{1,3}(?![A-Za-z0-9]))?(?![A-Za-z'])"
 _ATOM = (
-    rf"\\begin\{{[^\\]{{1,20}}\}}(?:(?!\\begin).){{1,600}}?\\end\{{[a-z]{{1,12}}\*?\}}|{_NUMBER}{_TAIL}"
+    rf"\\begin\{{[^\\]{{1,20}}\}}(?:(?!\\begin).){{1,600}}?\\end\{{[a-z]{{1,12}}\*?\}}|{_NUMBER}"
     rf"|{_FUNCTION}|{_NAME}|(?<=[0-9)])[A-Za-z]{{1,3}}(?![A-Za-z])|_\s?(?:\{{[^{{}}]{{0,40}}\}}|[0-9A-Za-z])|(?<=[\^{{])[0-9]{{1,9}}"
     r"|\\(?:[A-Za-z]{2,}|[{}|,;:!])|[(\[{}\])|+*/^=<>!±~,;&]|-|(?<=[0-9]):(?=[0-9])|(?<=\s):(?=\s)"
 )
-_RUN = re.compile(rf"(?![)\]}}/*^=!,;&:~+]|\\[,;:!])(?:{_ATOM})(?:\s{{0,3}}(?:{_ATOM}))*+", re.DOTALL)
-_CUT = re.compile(rf"({_NUMBER}{_TAIL})|([(\[{{])|([)\]}}])|([,;&]|(?<=[0-9])\|(?=[0-9]))", re.DOTALL)
+_SKIPPED = r"(?!(?:sqrt|theta|alpha|beta|gamma|infinity)(?![A-Za-z]))[A-Za-z]{4,}+"  # words, for speed
+_RUN = re.compile(rf"{_SKIPPED}|((?![)\]}}/*^=!,;&:~+]|\\[,;:!])(?:{_ATOM})(?:\s{{0,3}}(?:{_ATOM}))*+)", re.DOTALL)
+_CUT = re.compile(rf"({_NUMBER})|([(\[{{])|([)\]}}])|([,;&]|(?<=[0-9])\|(?=[0-9]))", re.DOTALL)
 _SUBSTANCE = re.compile(r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?[-+*/^=<>]\s?[A-Za-z]|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])")
 _ASIDE = re.compile(r"\((?!\s*(?:or|and|maybe|perhaps)\b)(?=[^()]{0,20}[A-Za-z]{2})[^()]{1,200}\)")
 _FORMULA = re.compile(r"\$\$?([^$]{1,500})\$\$?(?![0-9])|\\\(([^$]{1,500}?)\\\)|\\\[([^$]{1,500}?)\\\]")
@@ -66,6 +66,8 @@ def items(sentence: str) -> list[Item]:
     """The numbers and expressions of a sentence, each as far as it goes."""
     found: list[Item] = []
     for run in _RUN.finditer(sentence):
+        if run[1] is None or (found and run.start() < found[-1].end):  # words; the unit of the item before
+            continue
         start, depth, last, edge = run.start(), 0, run.start(), False
         for cut in _CUT.finditer(sentence, run.start(), run.end()):
             if cut[1]:
@@ -104,8 +106,12 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
         body = body[:-1]
     if body.startswith("[") and body.endswith("]") and read_number(body[1:-1]):
         start, body = start + 1, body[1:-1]
-    if body:
-        found.append(Item(start, start + len(body), body.strip()))
+    if not body:
+        return
+    end = start + len(body)
+    if (unit := _UNIT.match(sentence, end)) and body[-1] in "0123456789})." and read_unit(unit[1]):
+        end, body = unit.end(), f"{body} {unit[1]}"
+    found.append(Item(start, end, body))
 
 
 # --- Words around an item --------------------------------------------------------------------------------------------
@@ -164,6 +170,11 @@ OR = re.compile(
     r"|(?:could|might|may)\s+also\s+be)\b|\\lor",
     re.IGNORECASE,
 )
+ALTERNATIVE = re.compile(  # how a sentence opens that only offers another answer
+    r"[.!?]?\s{1,3}(?:(?:second|another|other)\s+guess|guess\s+[2-9]|or|maybe|perhaps|possibly|alternatively|otherwise"
+    r"|(?:it|this|that)\s+(?:could|might|may)(?:\s+also)?)\b",
+    re.IGNORECASE,
+)
 _LABELLED = re.compile(r"\s*[,;]\s*(?:and\s+)?[A-Za-z][A-Za-z ]{0,30}\s?[-—:=]\s*")
 _ABBREVIATION = re.compile(
     r"(?:\b(?:Rs|approx|i\.e|e\.g|etc|vs|Mr|Mrs|Ms|Dr|St|Prof|Mt|Jr|Sr|No|Fig|Eq|fl|sq|cu|ca|cf|[A-Z]|(?:[A-Za-z]\.)+[A-Za-z]))\Z"
@@ -185,23 +196,30 @@ def alternatives(gap: str) -> bool:
     r"""Whether the text between two answers makes them alternatives: that in `\boxed{3} or \boxed{4}`."""
     if len(gap) > _GAP:
         return False
-    return _GLUE.fullmatch(gap) is not None or (OR.search(gap) is not None and (stop(gap) == len(gap) or "guess" in gap))
+    return _GLUE.fullmatch(gap) is not None or (OR.search(gap) is not None and _one_sentence(gap))
+
+
+def _one_sentence(gap: str) -> bool:
+    end = stop(gap)
+    return end == len(gap) or ALTERNATIVE.match(gap, end) is not None
 
 
 def enumerated(gap: str) -> bool:
     """Whether the text between two items of a sentence makes a list of them. A `#` ends a list, since it announces what
     follows: steps like `7*3=1;1-4=3;#7` give one answer."""
-    if "#" in gap or not _LISTING.search(gap):
+    if "#" in gap or not (_LISTING.search(gap) or OR.search(gap)):
         return False
-    return _LABELLED.fullmatch(gap) is not None or (alternatives(gap) and stop(gap) == len(gap))
+    return _LABELLED.fullmatch(gap) is not None or (alternatives(gap) and _one_sentence(gap))
 
 
 class Reading(NamedTuple):
-    """What a sentence answers: the items of one list. No text where it has items and answers none of them."""
+    """What a sentence answers: the items of one list. No text where it denies all its items; the whole sentence, which is
+    no number, where it bounds them or computes with them."""
 
     text: str | None
     found: bool  # whether there was any item
     first: int  # where the first item starts
+    spoiled: bool = False
 
 
 def _clause(words: str) -> str:
@@ -251,7 +269,8 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
         return Reading(None, True, found[0].start)
     run = _run(kept, joined, opening, found, after)
     if spoiled.intersection(run) or (run[-1] + 1 in spoiled and joined[run[-1] + 1]):
-        return Reading(None, True, found[kept[0]].start)
+        phrase = sentence.strip()[:200]
+        return Reading(None if read_number(clean(phrase)) else phrase, True, found[kept[0]].start, True)
     texts = [found[i].text for i in run]
     if len(texts) == 1 and not keep:
         right = side(clean(texts[0]), prose=True) if "=" in texts[0] or "\\equiv" in texts[0] else ""

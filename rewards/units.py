@@ -40,14 +40,15 @@ cent: cent ¢ penny pennies pence = 1
 -: dollar euro buck rupee yuan yen won peso franc ruble rouble krona krone real lira rand dirham riyal baht taka naira
 -: ton barrel ringgit rupiah zloty shekel RMB sen dong pesos forint
 """
-CODES = (
-    "USD EUR GBP JPY CNY INR CHF CAD AUD NZD SEK NOK DKK RUB BRL MXN KRW ZAR TRY PLN CZK HUF ILS THB SGD HKD IDR MYR PHP "
-    "VND AED SAR EGP NGN KES PKR BDT LKR ARS CLP COP PEN UAH RON BGN HRK ISK TWD KWD QAR OMR BHD JOD MAD TND GHS ETB RMB"
+CODES = frozenset(
+    "USD EUR GBP JPY CNY INR CHF CAD AUD NZD SEK NOK DKK RUB BRL MXN KRW ZAR TRY PLN CZK HUF ILS THB SGD "
+    "HKD IDR MYR PHP VND AED SAR EGP NGN KES PKR BDT LKR ARS CLP COP PEN UAH RON BGN HRK ISK TWD KWD QAR "
+    "OMR BHD JOD MAD TND GHS ETB RMB Rs Rs. Re Re. kr kr.".split()
 )
 SYMBOLS = "$€£¥₹₩₽₱₺₴₦₫₪₡₲₵₸¢฿₭₮₨₼₾"
 CURRENCY = (  # in front of a number
-    rf"(?:(?:US|C|CA|A|AU|NZ|HK|S|R|NT|Mex)?\s?\\?\$|[{SYMBOLS}]|\\(?:pounds|euro|yen|cents?)(?![A-Za-z])"
-    rf"|(?:{'|'.join(CODES.split())}|Rs\.?|Re\.?|kr\.?)(?![A-Za-z]))"
+    rf"(?:(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)?\s?\\?\$|[{SYMBOLS}]|\\(?:pounds|euro|yen|cents?)(?![A-Za-z])"
+    r"|(?P<code>[A-Z]{3}|Rs\.?|Re\.?|kr\.?)(?![A-Za-z]))"
 )
 _SHORT = {"p": -12, "n": -9, "µ": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9, "T": 12}
 _LONG = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9, "tera": 12}
@@ -69,11 +70,10 @@ def _names() -> dict[str, Unit]:
                     prefixed[prefix + plain] = Unit(unit.factor * Fraction(10) ** power, unit.dimension)
     found = prefixed | found
     found |= {f"{name}s": unit for name, unit in found.items() if len(name) > 2 and name[-1] != "s" and name.isalpha()}
-    return found | dict.fromkeys([*CODES.split(), *SYMBOLS, "Rs", "Rs.", "kr"], Unit(Fraction(1), ()))
+    return found | dict.fromkeys([*CODES, *SYMBOLS], Unit(Fraction(1), ()))
 
 
 NAMES = _names()
-SPELLED = sorted({name for name in NAMES if len(name) > 1 and name.replace(" ", "").isalpha()}, key=len, reverse=True)
 _TERM = re.compile(
     r"\s*(?P<by>/|\bper\b|[*·-]|\\cdot(?![A-Za-z]))?\s*(?:(?P<power>square|cubic|sq\.?|cu\.?)\s+)?"
     r"(?P<name>fl\.? oz|fluid ounces?|nautical miles?|watt hours?|degrees? (?:celsius|fahrenheit)|a\.m|p\.m|o'clock"
