@@ -102,8 +102,9 @@ _STATEMENT = re.compile(
     r"\banswers?\b([^.\n:=0-9—]{0,60}?)(?:\b(?:is|are|was|were|be|equals)\b(?!\s+not\b|n't)|[:=]|—|\s-(?=\s))", re.IGNORECASE
 )
 _CORRECTION = re.compile(
-    r"\b(?:wait|actually|correction|sorry|oops|scratch\s+that|I\s+mean|no)\b[^.\n]{0,40}?"
-    r"\b(?:it\s+is|it's|that\s+is|that's|should\s+be|must\s+be|make\s+(?:it|that)|I\s+mean)\b(?!\s+not\b)", re.IGNORECASE
+    r"(?:\b(?:wait|actually|correction|sorry|oops|scratch\s+that|I\s+mean)|,\s*no\b|\bno)\b(?:[,:]\s*(?=[-$0-9\\])|(?<!no)\s+(?=[-$0-9\\])"
+    r"|[^\n]{0,60}?\b(?:it\s+is|it's|that\s+is|that's|should\s+be|must\s+be|make\s+(?:it|that)|I\s+mean)\b(?=\s+[^\sA-Za-z]))",
+    re.IGNORECASE,
 )
 _DOUBT = re.compile(r"\b(?:not|n't|doubt\w*|unlikely|false|wrong|untrue|nor|never)\b|n't\b", re.IGNORECASE)
 _OPENING = re.compile(r"(?:[\s:*$~—\"'`]|\\[(\[]|-(?=\s+[^\s0-9])|(?<=\n)[-*•]\s)*+")
@@ -143,7 +144,7 @@ def _stated(text: str, answer_type: str, start: int, limit: int, verb: bool) -> 
     start = _OPENING.match(text, start, limit).end()  # type: ignore[union-attr]
     end = stop(text, start, min(limit, start + MAX_ANSWER))
     if answer_type == "free":
-        content = text[start:end].strip(' *$"') or None
+        content = text[start:end].strip(" *$\"'`") or None
     else:
         content = (choices.letter if answer_type == "choice" else choices.truth)(text[start:end], True)
     return Reading(content, content is not None, 0)

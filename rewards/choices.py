@@ -20,8 +20,8 @@ _FIRST = re.compile(
 _TYPE = re.compile(r"[a-z](?<!\bis)(?<!\bor)(?<!\band)(?<!\b[Ss]o)(?<!\bbut)(?<!\bbe)(?<!\bnot)(?<!\bnor)(?<!\bthen)(?<!\bboth)\s\Z")
 _CUE_BEFORE = re.compile(rf"(?:{_CUE}|say|go\s+with|it's|neither|either|exclude|excludes|reject|rejects|than|only|just|clearly|definitely|therefore|hence|thus)\W*\Z", re.I)
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|nor|neither|never|cannot|except|exclud\w+|reject\w*|than|over|hardly|eliminat\w+|instead\s+of)|n't|\brul\w+\s+out"
-    r"|\b(?:any|every|no)\w*\s+but)(?:\s+(?:be|is|the|option|choice|answer|pick|choose|letter|likely|equal|to|it))*[\s(*]*\Z", re.I
+    r"(?:\b(?:not|nor|neither|never|doubt\w*|unlikely|cannot|except|exclud\w+|reject\w*|than|over|hardly|eliminat\w+|instead\s+of)|n't|\brul\w+\s+out"
+    r"|\b(?:any|every|no)\w*\s+but)(?:\s+(?:be|is|the|option|choice|answer|pick|choose|letter|likely|equal|to|it|that|it's))*[\s(*]*\Z", re.I
 )
 _DENIED_AFTER = re.compile(
     r"[)*\s]*(?:(?:is|are|was|were|seems|being)\s+(?:\w+ly\s+)?(?:not|wrong|incorrect|false|impossible|out\b|too\b|a\s+(?:trap|(?:common\s+)?mistake))"

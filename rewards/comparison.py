@@ -176,8 +176,6 @@ _BUILDER = re.compile(r"\\\{\s?[A-Za-z](?:\s?\\in\s?\\mathbb\s?\{?R\}?)?\s?(?:\\
 
 def _interval(answer: str) -> str:
     r"""`[0,1)` for `0 \le x < 1`, the answer itself if it is no such inequality with one variable."""
-    if builder := _BUILDER.fullmatch(answer):
-        answer = builder["inside"].strip()
     match = _BOUNDED.fullmatch(answer)
     if match is None or not (match["low"] or match["high"]):
         return answer
@@ -277,6 +275,7 @@ def _asked(prediction: str) -> str:
 
 
 def _same_form(prediction: str, gold: str) -> Question:
+    prediction, gold = (m["inside"].strip() if (m := _BUILDER.fullmatch(a)) else a for a in (prediction, gold))
     if prediction.startswith(_OPEN) != gold.startswith(_OPEN):
         prediction, gold = _interval(prediction), _interval(gold)
     ours, theirs = _form(prediction), _form(gold)

@@ -85,7 +85,7 @@ def unset(answer: str) -> str:
         answer = answer.removesuffix("\\")
     else:
         answer = _SPACE.sub(" ", answer)
-    answer = _RESIDUE.sub("", answer).replace("> =", ">=").replace("< =", "<=").strip(" \t\r\n*`")
+    answer = _RESIDUE.sub("", answer).replace("> =", ">=").replace("< =", "<=").strip(" \t\r\n*`~")
     if answer[:1] in "'\"" and answer[-1:] == answer[:1]:
         answer = answer[1:-1]
     return answer.rstrip(".,;:?").strip("_ \t\r\n")

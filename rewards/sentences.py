@@ -42,7 +42,7 @@ _ATOM = (
     r"|\\(?:[A-Za-z]{2,}|[{}|,;:!])|[(\[{}\])|+*/^=<>!±~,;&]|-|(?<=[0-9]):(?=[0-9])|(?<=\s):(?=\s)"
 )
 _SKIPPED = r"(?!(?:sqrt|theta|alpha|beta|gamma|infinity)(?![A-Za-z]))[A-Za-z]{4,}+"  # words, for speed
-_RUN = re.compile(rf"{_SKIPPED}|((?![)\]}}/*^=!,;&:~+]|\\[,;:!])(?:{_ATOM})(?:\s{{0,3}}(?:{_ATOM}))*+)", re.DOTALL)
+_RUN = re.compile(rf"{_SKIPPED}|((?<![\^_])(?<!\^\{{)(?![)\]}}/*^=!,;&:~+]|\\[,;:!])(?:{_ATOM})(?:\s{{0,3}}(?:{_ATOM}))*+)", re.DOTALL)
 _CUT = re.compile(rf"({_NUMBER})|([(\[{{])|([)\]}}])|([,;&]|(?<=[0-9])\|(?=[0-9]))", re.DOTALL)
 _SUBSTANCE = re.compile(r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?[-+*/^=<>]\s?[A-Za-z]|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])")
 _ASIDE = re.compile(r"\((?!\s*(?:or|and|maybe|perhaps)\b)(?=[^()]{0,20}[A-Za-z]{2})[^()]{1,200}\)")
@@ -121,19 +121,23 @@ _CLAUSE = re.compile(
     r"[,;:—]|(?<!thing )\bbut\b(?! not)|\b(?:so|because|since|hence|thus|therefore|which|and|then|when|as)\b", re.IGNORECASE
 )
 _DENIED_BEFORE = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|hardly|doubt\w*|except|exclud\w+|unlikely|reject\w*|impossible|untrue|false|wrong)\b"
+    r"\b(?:not|never|neither|nor|cannot|hardly|doubt\w*|except|exclud\w+|unlikely|reject\w*|impossible|untrue|false|wrong|nowhere|nobody)\b"
+    r"|\bno\s+(?:longer|means|way|case)\b"
     rf"|n't\b|\brul\w+\s+out\b|\b(?:any|every|no|all)\w*\s+(?:\w+\s+)?but{_ARTICLE}|\binstead\s+of{_ARTICLE}|\bover{_ARTICLE}(?<=pick)"
     rf"|\brather\s+than{_ARTICLE}|\bother\s+than{_ARTICLE}|\bfar\s+from{_ARTICLE}",
     re.IGNORECASE,
 )
 _VERB = r"(?:is|are|was|were|would\s+be|will\s+be|seems|must\s+be)"
 _DENIED_AFTER = re.compile(
-    rf"\s*{_VERB}\s+(?:\w+ly\s+)?(?:not\b|wrong\b|incorrect\b|false\b|impossible\b|too\s|ruled\s+out|excluded\b|a\s+(?:trap|(?:common\s+)?mistake))"
+    rf"\s*{_VERB}\s+(?:\w+ly\s+)?(?:not\b|(?:the\s+|an?\s+)?(?:wrong|incorrect|false|impossible|invalid)\b|too\s|ruled\s+out|excluded\b|a\s+(?:trap|(?:common\s+)?mistake))"
     r"|\s*(?:is|are|was|were|ca|would|does|do|did|wo|could)n't\b|\s*cannot\b|\s*(?:can|could|would|does)\s+not\b",
     re.IGNORECASE,
 )
 _PART = re.compile(r"\s*of\s+(?:them|which|whom|those|these)\b", re.IGNORECASE)
-_WHOLE = re.compile(r"\bout\s+of\s*\Z", re.IGNORECASE)
+_WHOLE = re.compile(r"\bout\s+of(?:\s+(?:the|all|a\s+total\s+of))?\s*\Z", re.IGNORECASE)
+_OF = re.compile(r"\s*of\s+(?:(?:the|all|these|those|his|her|their|its|my|our)\s+)?", re.IGNORECASE)
+_COMPARED = re.compile(r"\s*(?:\w+\s+)?(?:more|less|fewer|greater|larger|smaller|higher|lower|older|younger)(?:\s+\w+)?\s+than\b", re.I)
+_LINKED = re.compile(r"\s*(?:\w+\s+){0,3}(?:to|from|by|with|into|onto|against)\s*", re.IGNORECASE)
 _BOUND_BEFORE = re.compile(
     r"(?:(?:more|less|fewer|greater|larger|bigger|smaller|higher|lower|better|worse)\s+than(?:\s+or\s+equal\s+to)?"
     r"|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|beyond|exceeds|exceeding|nearly|almost|near|barely)"
@@ -154,7 +158,7 @@ _COMPUTED_BEFORE = re.compile(
 )
 _COMPUTED_AFTER = re.compile(
     r"\s*(?:squared|cubed|factorial|doubled|halved|plus|minus|times(?!\s+as)|divided|multiplied|over|raised|choose|rem|remainder|mod"
-    r"|modulo|to\s+the\s+\w*\s?power|to\s*\Z|(?:less|more|fewer|greater|larger|smaller|higher|lower)\s+than|(?:percent|%)?\s*of\s*\Z"
+    r"|modulo|to\s+the\s+\w*\s?power|(?:less|more|fewer|greater|larger|smaller|higher|lower)\s+than|(?:percent|%)\s*of\b"
     r"|R\s*\Z|\^|!|pi\b|\\pi|theta\b|infinity\b)",
     re.IGNORECASE,
 )
@@ -166,12 +170,12 @@ _GLUE = re.compile(
 )
 _LISTING = re.compile(rf"[,;/|&]|\b{_CONNECTIVE}\b", re.IGNORECASE)
 OR = re.compile(
-    r"\b(?:or|alternatively|otherwise|maybe|perhaps|possibly|versus|vs|(?:second|another|other)\s+guess|guess\s+[2-9]"
-    r"|(?:could|might|may)\s+also\s+be)\b|\\lor",
+    r"\b(?:or|alternatively|otherwise|maybe|perhaps|possibly|versus|vs|(?:second|another|other)\s+(?:guess|possibility|option|answer|candidate)"
+    r"|guess\s+[2-9]|(?:could|might|may)\s+also\s+be)\b|\\lor",
     re.IGNORECASE,
 )
 ALTERNATIVE = re.compile(  # how a sentence opens that only offers another answer
-    r"[.!?]?\s{1,3}(?:(?:second|another|other)\s+guess|guess\s+[2-9]|or|maybe|perhaps|possibly|alternatively|otherwise"
+    r"[.!?]?\s{1,3}(?:(?:second|another|other)\s+(?:guess|possibility|option|answer|candidate)|guess\s+[2-9]|or|maybe|perhaps|possibly|alternatively|otherwise"
     r"|(?:it|this|that)\s+(?:could|might|may)(?:\s+also)?)\b",
     re.IGNORECASE,
 )
@@ -255,13 +259,21 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
             continue
         if _BOUND_BEFORE.search(clause) and "," in left and i:
             continue  # "he has 5, which is more than 3"
+        if i and "," in left and _COMPARED.match(right):
+            continue  # "he has 5, 3 more than she has"
+        if i and _OF.fullmatch(left):  # "12 of the 20", but "50% of 20" and "1/2 of 20" are operations
+            if (whole := read_number(clean(found[i - 1].text))) and whole.value.denominator == 1 and not whole.percent:
+                continue
+            spoiled |= {i - 1, i}
         if _NEGATIVE.search(left) and not (i and left.strip().lower() in ("minus", "negative")):
             found[i] = item._replace(text=f"-{item.text}")
         elif _COMPUTED_BEFORE.search(clause) or _BOUND_BEFORE.search(clause):
             spoiled.add(i)
         computed = _COMPUTED_AFTER.match(right)
-        if computed and (computed.group().strip().lower() not in ("over", "to", "of", "%of", "more than") or i + 1 < len(found)):
+        if computed and (i + 1 < len(found) or not _COMPARED.match(right)):
             spoiled.add(i)
+        if i + 1 < len(found) and _LINKED.fullmatch(right):  # "5 added to 7"
+            spoiled |= {i, i + 1}
         if _BOUND_AFTER.match(right) or _CONDITION.match(right) or (joined[i] and i - 1 in spoiled):
             spoiled.add(i)
         kept.append(i)
@@ -278,7 +290,7 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
     return Reading(", ".join(dict.fromkeys(texts)), True, found[kept[0]].start)
 
 
-_RESULT = re.compile(r",?\s*(?:which|that|i\.e\.,?|this|or|it)?\s*(?:is|equals|gives|makes|i\.e\.,?|=)\s*", re.IGNORECASE)
+_RESULT = re.compile(r",?\s*(?:which|that|this|or|it)?\s*(?:is|equals|gives|makes|i\.e\.|=),?\s*", re.IGNORECASE)
 
 
 def _run(kept: list[int], joined: list[bool], opening: bool, found: list[Item], after: list[str]) -> list[int]:
