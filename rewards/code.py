@@ -235,13 +235,19 @@ def readable_tests(tests: str) -> bool:
 
 
 def _called(tests: str) -> str:
-    """The function that tests call and do not define, the first of them; empty if there is none."""
+    """The first name that tests use and do not define, which is what they test; empty if there is none."""
     if not isinstance(tree := parse(tests), ast.Module):
         return ""
-    known = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)} | set(dir(builtins))
-    known |= {(alias.asname or alias.name) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
-    called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return next((function.id for function in called if isinstance(function, ast.Name) and function.id not in known), "")
+    known, used = set(dir(builtins)), []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.append((node.lineno, node.col_offset, name))
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                known.add(name)
+            case ast.alias(name=name, asname=asname):
+                known.add(asname or name.partition(".")[0])
+    return next((name for _, _, name in sorted(used) if name not in known), "")
 
 
 def judge_programs(
