@@ -5,10 +5,10 @@ Reports keep the last two apart, because an unparsed answer is a question about 
 model.
 
 Extraction takes the first form that yields an answer: the last `<answer>...</answer>`, the last `\boxed{}`, the last
-`####`, the last "the answer is" and, unless `strict`, the last sentence that holds a number (letter, yes or no; the last
-line). Nothing before the last `</think>` is looked at, nor behind a `<think>` that is not closed. `rewards.sentences` and
-`rewards.choices` read sentences, `rewards.comparison` compares; math-verify, in a worker process (`rewards.symbolic`),
-decides what arithmetic cannot.
+`####`, the last "the answer is" and, unless `strict`, the last sentence that holds a number (letter, yes or no; the
+last line). Nothing before the last `</think>` is looked at, nor anything where a `<think>` is not closed.
+`rewards.sentences` and `rewards.choices` read sentences, `rewards.comparison` compares; math-verify, in a worker
+process (`rewards.symbolic`), decides what arithmetic cannot.
 
 Hedging: an answer is correct only if *every* candidate it lists is. Candidates belong to one list when only
 punctuation and connectives stand between them, or when an "or" does, within a sentence. So "3 or 4",
@@ -27,7 +27,6 @@ from typing import Literal, NamedTuple
 from rewards import choices, symbolic
 from rewards.comparison import (
     ANSWER_TYPES,
-    Ask,
     Question,
     canonical,
     check_type,
@@ -36,7 +35,6 @@ from rewards.comparison import (
     readable,
     resolve,
     same,
-    side,
 )
 from rewards.numbers import MAX_ANSWER, read_number
 from rewards.plain import clean, plain
@@ -99,7 +97,8 @@ def hashes(text: str) -> list[Span]:
 
 
 _STATEMENT = re.compile(
-    r"\banswers?\b([^.\n:=0-9—]{0,60}?)(?:\b(?:is|are|was|were|be|equals)\b(?!\s+not\b|n't)|[:=]|—|\s-(?=\s))", re.IGNORECASE
+    r"\banswers?\b([^.\n:=0-9—]{0,60}?)(?:\b(?:is|are|was|were|be|equals)\b(?!\s+not\b|n't)|[:=]|—|\s-(?=\s))",
+    re.IGNORECASE,
 )
 _CORRECTION = re.compile(
     r"(?:\b(?:wait|actually|correction|sorry|oops|scratch\s+that|I\s+mean)|,\s*no\b|\bno)\b(?:[,:]\s*(?=[-$0-9\\])|(?<!no)\s+(?=[-$0-9\\])"
@@ -117,8 +116,8 @@ _LEAD = re.compile(
 
 
 def _sentence_answer(text: str, verb: bool) -> Reading:
-    """The answer of a statement whose words begin a text: what its sentence opens with, else, behind a `verb`, the last
-    number of the sentence. Not `found` where only what follows can tell."""
+    """The answer of a statement whose words begin a text: what its sentence opens with, else, behind a `verb`, the
+    last number of the sentence. Not `found` where only what follows can tell."""
     end = stop(text, 0, MAX_ANSWER)
     while alternative := ALTERNATIVE.match(text, end):  # "3. Or 4."
         end = stop(text, alternative.end())
@@ -218,7 +217,7 @@ def _with_neighbours(text: str, answer: Span, answer_type: str) -> Span:
     spans = [answer]
     if (before := reader(left)) and _tied(left[before[-1].end :]):
         spans.insert(0, Span(0, answer.start, before[-1].text))
-    if (after := reader(right)) and _tied(right[: after[0].start]):
+    if (after := reader(right)) and _tied(right[: after[0].start]) and not answer.content.endswith(after[0].text):
         spans.append(Span(0, answer.end, after[0].text))
     return _join(spans)
 
@@ -237,10 +236,8 @@ def _last_number(text: str) -> Reading:
     """The number or expression that a text without marks ends in."""
     text = text[-_TAIL:]
     if "$" in text or "\\[" in text:
-        formula = None
-        for formula in _DISPLAY.finditer(text):
-            pass
-        if formula and ("\n" in formula.group() or "\\begin" in formula.group()):
+        formulas = list(_DISPLAY.finditer(text))
+        if formulas and (formula := formulas[-1]) and ("\n" in formula.group() or "\\begin" in formula.group()):
             content = next(filter(None, formula.groups())).strip()
             if not items(open_formulas(text[formula.end() :])) and items(content):
                 return Reading(content, True, 0)
@@ -272,10 +269,15 @@ def _sentences(text: str) -> list[str]:
     return found
 
 
+_NO_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s?(?:\{\s?\}?)?")
+
+
 def _flexible(text: str, answer_type: str) -> str | None:
     """The answer of a text that does not mark one."""
     if answer_type == "free":
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
+    if "\\boxed" in text or "\\fbox" in text:  # empty, or never closed
+        text = _NO_BOX.sub(" ", text)
     if answer_type == "choice":
         return choices.letter(text[-_TAIL:])
     if answer_type == "bool":
@@ -326,10 +328,8 @@ def extract(text: str, answer_type: str = "number", strict: bool = False) -> str
 
 def _corrected(text: str, start: int) -> str | None:
     """The number of a correction behind a marked answer: "No wait, it's 7"."""
-    match = None
-    for match in _CORRECTION.finditer(text, start, start + _TAIL):
-        pass
-    return _sentence_answer(open_formulas(text[match.end() :][:MAX_ANSWER]), True).text if match else None
+    matches = list(_CORRECTION.finditer(text, start, start + _TAIL))
+    return _sentence_answer(open_formulas(text[matches[-1].end() :][:MAX_ANSWER]), True).text if matches else None
 
 
 def _within(content: str, answer_type: str) -> str | None:

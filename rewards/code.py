@@ -39,7 +39,7 @@ def parse(code: str) -> ast.Module | SyntaxError | None:
 
 
 def defines(code: str, name: str) -> bool:
-    """Whether code has a function or another value of that name at its top level; any function where the name is empty."""
+    """Whether code has a function or value of that name at its top level; any function where the name is empty."""
     return isinstance(tree := parse(code), ast.Module) and any(_is_named(node, name) for node in tree.body)
 
 
@@ -53,8 +53,8 @@ def _is_named(node: ast.stmt, name: str) -> bool:
 def blocks(text: str, prompt: str = "") -> list[str]:
     """The fenced blocks of a text, without their indentation; one that is never closed ends with the code in it.
 
-    A fence of three or more backticks or tildes may stand behind words and carry attributes. A line that looks like its
-    end is none where the code up to it is unfinished, as within a docstring, and a later one finishes it.
+    A fence of three or more backticks or tildes may stand behind words and carry attributes. A line that looks like
+    its end is none where the code up to it is unfinished, as within a docstring, and a later one finishes it.
     """
     found: list[str] = []
     lines = text.split("\n")
@@ -87,7 +87,7 @@ def _complete(code: str, prompt: str) -> bool:
 
 
 def _dedented(lines: Sequence[str]) -> str:
-    """Lines without the indentation of their fence. What is a part of a function keeps its own four columns or more."""
+    """Lines without the indentation of their fence; the inside of a function keeps its own."""
     code = "".join(f"{line}\n" for line in lines)
     first = next((line for line in lines if line.strip()), "")
     indentation = first[: len(first) - len(first.lstrip())]
@@ -115,15 +115,17 @@ def _longest(code: str, before: str = "") -> str:
 
 
 def _continuation(code: str, prompt: str) -> str | None:
-    """What goes on with the function that a prompt begins, up to the next statement at the top level, and what it uses of
-    the functions that follow."""
+    """What goes on with the function that a prompt begins, up to the next statement at the top level, and what it uses
+    of the functions that follow."""
     for body in (code, textwrap.indent(textwrap.dedent(code), "    ")):
         taken = _longest(body, prompt)
         if not taken or not isinstance(tree := parse(prompt + taken), ast.Module):
             continue
         lines = (prompt + taken).splitlines(keepends=True)
         begun = [i for i, node in enumerate(tree.body) if node.lineno <= prompt.count("\n")]
-        end = _first_line(following[0]) - 1 if (following := tree.body[begun[-1] + 1 if begun else 0 :]) else len(lines)
+        end = (
+            _first_line(following[0]) - 1 if (following := tree.body[begun[-1] + 1 if begun else 0 :]) else len(lines)
+        )
         function, rest = "".join(lines[:end]), "".join(lines[end:])
         if function[len(prompt) :].strip():
             return function[len(prompt) :] + (_needed(function, [rest]) if following else "")
@@ -136,7 +138,9 @@ def _first_line(node: ast.stmt) -> int:
 
 def _unfenced(text: str, name: str) -> str | None:
     """The whole program in a text without fences, from the first line that begins one."""
-    definition = re.compile(rf"^[ \t]*(?:(?:async\s+)?def|class)\s+{name}\b" + (rf"|^{name}\s*[:=]" if name else ""), re.MULTILINE)
+    definition = re.compile(
+        rf"^[ \t]*(?:(?:async\s+)?def|class)\s+{name}\b" + (rf"|^{name}\s*[:=]" if name else ""), re.MULTILINE
+    )
     if not definition.search(text):
         return None
     lines = textwrap.dedent(text).splitlines(keepends=True)
@@ -169,7 +173,9 @@ def _needed(main: str, others: Sequence[str]) -> str:
     tree = parse(main)
     wanted = _used(tree) if isinstance(tree, ast.Module) else set()
     chosen: set[int] = set()
-    while more := [i for i, (names, _, _) in enumerate(provided) if i not in chosen and (names & wanted or "*" in names)]:
+    while more := [
+        i for i, (names, _, _) in enumerate(provided) if i not in chosen and (names & wanted or "*" in names)
+    ]:
         chosen.update(more)
         wanted.update(*(provided[i][2] for i in more))
     return "".join(provided[i][1] for i in sorted(chosen))
@@ -192,9 +198,9 @@ def extract_program(text: str, prompt: str = "", entry_point: str = "") -> str |
 
     Nothing before the last `</think>` is looked at. The program is the last fenced block that defines the entry point,
     with the imports, helpers and constants of the other blocks before it; without fences the part of the text that
-    parses and defines it. Where the completion goes on with a prompt (the head of a function), the program is prompt and
-    completion, up to the end of that function; a completion that defines the entry point anew is run after the prompt
-    too, whose imports it may need.
+    parses and defines it. Where the completion goes on with a prompt (the head of a function), the program is prompt
+    and completion, up to the end of that function; a completion that defines the entry point anew is run after the
+    prompt too, whose imports it may need.
 
     Args:
         prompt: source text that the completion continues; empty where the question is in words.
@@ -258,8 +264,8 @@ def judge_programs(
     Args:
         texts: completions.
         tests: source text that raises unless the program is right.
-        metadata: for each `prompt` and `entry_point`, see `extract_program`; either may be missing. The tests tell what
-            they call where the entry point is.
+        metadata: for each `prompt` and `entry_point`, see `extract_program`; either may be missing. Where the entry
+            point is, the first name that the tests use and do not define takes its place.
     """
 
     def judge(text: str, test: str, given: Mapping[str, str]) -> Judgement:

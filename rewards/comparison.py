@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from rewards.forms import BUILDER, OPEN, form, interval, side, split, squeeze, value, variable
 from rewards.numbers import MAX_ANSWER, Number, agree, read_number, repeats
 from rewards.plain import clean, unset
 from rewards.units import read_unit
@@ -61,79 +62,76 @@ def _some(parts: Sequence[Question]) -> Question:
     return True if True in parts else False if all(part is False for part in parts) else Some(parts)
 
 
-# --- Lists, sides and names ------------------------------------------------------------------------------------------
-
-_SEPARATOR = re.compile(
-    r"\\[{}]|[()\[\]{}]|\\cup(?![A-Za-z])|(?:;|,(?!(?:[0-9]{2},){0,6}[0-9]{3}(?![0-9]))|\\lor(?![A-Za-z])"
-    r"|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))\s*+(?:(?:or|and)(?![A-Za-z]))?"
-)
-_COMMA = re.compile(r",(?=(?:[0-9]{2},){0,6}[0-9]{3}(?![0-9]))")
-_EQUALS = re.compile(r"(?<![<>!:=])=(?![=<>])|\\equiv(?![A-Za-z])")
-# A name is anything without digits of its own: x_1, f(2), p+q, AB, P(A), Total, \angle ABC.
-_LABELS = re.compile(r"(?:[A-Za-z]_?\{?[0-9]{1,3}\}?|[A-Za-z]\([^()]{0,20}\)|_\{[^{}]{0,20}\})")
-_ARITHMETIC = re.compile(r"(?:[0-9\s.,+*/^(){}%!-]|x(?=\s?[0-9])|\\(?:times|cdot|frac|div|sqrt)(?![A-Za-z]))+")
-_ASSIGNMENT = re.compile(
-    r"(?:[A-Za-z]{1,2}(?:_\{?[A-Za-z0-9]{1,4}\}?)?(?:\([A-Za-z]\))?|\([A-Za-z](?:,\s?[A-Za-z]){1,5}\))\s?=(?![^=]*=)"
-)
-_MEMBERSHIP = re.compile(r"[A-Za-z]\s?\\in(?![A-Za-z])\s?")
-_SPACING = re.compile(r"(?<![0-9])\s+|\s+(?![0-9\s])")
-
-
-def _split(answer: str, mark: str = "") -> list[str]:
-    r"""The members of a list, or the parts of a union (mark `\cup`), split where no bracket is open."""
-    members, depth, start = [], 0, 0
-    for match in _SEPARATOR.finditer(answer):
-        found = match.group()
-        if found in (r"\{", "(", "[", "{"):
-            depth += 1
-        elif found in (r"\}", ")", "]", "}"):
-            depth -= 1
-        elif depth == 0 and (found == mark if mark or found == r"\cup" else True):
-            members.append(answer[start : match.start()].strip())
-            start = match.end()
-    return [member for member in (*members, answer[start:].strip()) if member] or [answer]
-
-
-def side(answer: str, prose: bool = False) -> str:
-    r"""What an equation answers: 5 for `x = 5` and `2 + 3 = 5`, 16/3 for `16/3 \approx 5.33`; the equation itself where
-    its left side is neither a name nor arithmetic (`x^2 - 5x + 6 = 0`, `a + b = 0`); in prose also 6 for `2x = 6`."""
-    exact, _, approximate = answer.partition(r"\approx")
-    answer = exact if any(map(str.isdigit, exact)) else approximate or exact
-    sides = [part.strip() for part in _EQUALS.split(answer)]
-    if len(sides) == 1:
-        return answer.strip()
-    left, right = sides[-2:]
-    if re.fullmatch(r"[A-Za-z]", right) and read_number(left):
-        return left
-    name = not re.search(r"[0-9]", _LABELS.sub("", left)) and not (right == "0" and re.search(r"[+-]", left))
-    name = name or (prose and re.fullmatch(r"[0-9]{1,9}\s?[A-Za-z]{1,2}", left) is not None)
-    return right if name or _ARITHMETIC.fullmatch(left) or read_number(left) else answer
-
-
-def _variable(answer: str) -> str:
-    """The left side of an assignment, x for `x = 5`; empty if the answer is something else."""
-    return match.group().rstrip("= ") if (match := _ASSIGNMENT.match(answer)) else ""
-
-
-def _value(answer: str) -> str:
-    """The right side of an assignment or membership; the answer itself if it is something else, such as an equation."""
-    match = _ASSIGNMENT.match(answer) or _MEMBERSHIP.match(answer)
-    return answer[match.end() :].strip() if match else answer
-
-
-def _squeeze(answer: str) -> str:
-    """The answer without white space, except between digits: 2 1/2 is not 21/2."""
-    return _SPACING.sub("", answer)
-
-
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
-_FUNCTIONS = frozenset({"pi", "sqrt", "frac", "log", "ln", "exp", "inf", "infty", "cup", "cap", "mod", "cot", "sec", "csc"})
+_FUNCTIONS = frozenset(
+    {"pi", "sqrt", "frac", "log", "ln", "exp", "inf", "infty", "cup", "cap", "mod", "cot", "sec", "csc"}
+)
 _FUNCTIONS |= {prefix + name for prefix in ("", "arc") for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")}
 _SHORT_WORDS = frozenset(  # words that are no product of letters
-    "no yes odd all any one two six ten not and or is are was the for but if it its he she his her man men red sun mon tue "
-    "wed thu fri sat may jan feb mar apr jun jul aug sep oct nov dec win tie cat dog an in on of to by at as so".split()
+    [
+        "no",
+        "yes",
+        "odd",
+        "all",
+        "any",
+        "one",
+        "two",
+        "six",
+        "ten",
+        "not",
+        "and",
+        "or",
+        "is",
+        "are",
+        "was",
+        "the",
+        "for",
+        "but",
+        "if",
+        "it",
+        "its",
+        "he",
+        "she",
+        "his",
+        "her",
+        "man",
+        "men",
+        "red",
+        "sun",
+        "mon",
+        "tue",
+        "wed",
+        "thu",
+        "fri",
+        "sat",
+        "may",
+        "jan",
+        "feb",
+        "mar",
+        "apr",
+        "jun",
+        "jul",
+        "aug",
+        "sep",
+        "oct",
+        "nov",
+        "dec",
+        "win",
+        "tie",
+        "cat",
+        "dog",
+        "an",
+        "in",
+        "on",
+        "of",
+        "to",
+        "by",
+        "at",
+        "as",
+        "so",
+    ]
 )
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]{1,12}\*?\}(?:\{[lcr|]{1,20}\})?")
 _TEXT = re.compile(r"[A-Za-z][A-Za-z' .-]*+")
@@ -152,12 +150,18 @@ def _prose(answer: str) -> bool:
     return any(len(word) > 3 or word.lower() in _SHORT_WORDS for word in words)
 
 
-_SET_UNIT = re.compile(r"(?:\\[,;:! ]|~|\s)*+\\(?:text|mathrm|mbox|textrm|textnormal)\s?\{([^{}]{1,40})\}(\s?\^\s?\{?[0-9]\}?)?\s*\Z")
+_SET_UNIT = re.compile(
+    r"(?:\\[,;:! ]|~|\s)*+\\(?:text|mathrm|mbox|textrm|textnormal)\s?\{([^{}]{1,40})\}(\s?\^\s?\{?[0-9]\}?)?\s*\Z"
+)
 
 
 def _without_unit(answer: str) -> str:
     r"""An expression without the unit behind it: `2\pi` for `2\pi \text{ cm}`."""
-    if (match := _SET_UNIT.search(answer)) and match.start() and read_unit(re.sub(r"\\[,;:! ]|~", " ", match[1]).strip()):
+    if (
+        (match := _SET_UNIT.search(answer))
+        and match.start()
+        and read_unit(re.sub(r"\\[,;:! ]|~", " ", match[1]).strip())
+    ):
         return answer[: match.start()]
     head, _, unit = answer.rstrip(" $.").rpartition(" ")
     return head if head[-1:] in "})" and len(unit) > 1 and unit.isalpha() and head and read_unit(unit) else answer
@@ -165,69 +169,9 @@ def _without_unit(answer: str) -> str:
 
 # --- Comparison ------------------------------------------------------------------------------------------------------
 
-_BASED = re.compile(r"([0-9A-Fa-f]{1,99})\s?(?:_\s?\{?\s?([0-9]{1,2}|[a-z]{3,9})\s?\}?|\(?\s?base\s+([0-9]{1,2}|[a-z]{3,9})\s?\)?)")
-_RELATION = r"(<=?|>=?|\\(?:leq?|geq?|lt|gt)(?:slant)?(?![A-Za-z]))"
-_BOUNDED = re.compile(
-    rf"(?:(?P<low>[^<>=\\A-Za-z]{{1,40}}|-?\\[a-z]{{3,5}}[^<>=]{{0,40}}?)\s?{_RELATION}\s?)?"
-    rf"(?P<name>[A-Za-z](?:\([A-Za-z]\))?)\s?(?:{_RELATION}\s?(?P<high>[^<>=]{{1,60}}))?"
+_BASED = re.compile(
+    r"([0-9A-Fa-f]{1,99})\s?(?:_\s?\{?\s?([0-9]{1,2}|[a-z]{3,9})\s?\}?|\(?\s?base\s+([0-9]{1,2}|[a-z]{3,9})\s?\)?)"
 )
-_BUILDER = re.compile(r"\\\{\s?[A-Za-z](?:\s?\\in\s?\\mathbb\s?\{?R\}?)?\s?(?:\\mid|\||:)(?P<inside>.*)\\\}")
-
-
-def _interval(answer: str) -> str:
-    r"""`[0,1)` for `0 \le x < 1`, the answer itself if it is no such inequality with one variable."""
-    match = _BOUNDED.fullmatch(answer)
-    if match is None or not (match["low"] or match["high"]):
-        return answer
-    low, high, first, second = match["low"], match["high"], match[2], match[4]
-    directions = {relation.lstrip("\\")[0] in "<l" for relation in (first, second) if relation}
-    if len(directions) > 1:
-        return answer
-    if directions == {False}:
-        low, high, first, second = high, low, second, first
-    closed = [bool(relation) and relation not in ("<", ">", r"\lt", r"\gt") for relation in (first, second)]
-    left, right = (low or r"-\infty").strip(), (high or r"\infty").strip()
-    return f"{'[' if closed[0] else '('}{left},{right}{']' if closed[1] else ')'}"
-
-
-class _Form(NamedTuple):
-    bracket: str  # "" of a list, "{}" of a set, "()" "[)" .. of tuples and intervals
-    members: list[str]
-
-
-_OPEN = ("(", "[", r"\{", r"\emptyset")
-_BRACKETS = ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("]", "["))
-_NAMES = {r"\{\}": "{}", "{}": "", "][": "()"}
-
-
-def _form(answer: str) -> _Form:
-    """A list, set, tuple or interval with its members; a single member if the answer is none of these."""
-    answer = _value(answer)
-    parts = [_form(part) for part in _split(answer, r"\cup")] if r"\cup" in answer else []
-    if len(parts) > 1 and all(part.bracket == "{}" for part in parts):
-        return _Form("{}", [member for part in parts for member in part.members])
-    members = _split(answer)
-    if len(members) == 1:
-        for opening, closing in _BRACKETS:
-            inside = answer[len(opening) : -len(closing)]
-            if answer.startswith(opening) and answer.endswith(closing) and _split(f"{inside},0")[-1] == "0":
-                if opening != "{" or "," in inside:
-                    return _Form(_NAMES.get(opening + closing, opening + closing), _expand(_split_inside(inside)))
-    return _Form("", _expand(members))
-
-
-def _split_inside(inside: str) -> list[str]:
-    """Members within brackets, where a comma before three digits separates too, unless others are set apart by a space."""
-    if not re.search(r",\s", inside):
-        inside = _COMMA.sub(", ", inside)
-    return _split(inside)
-
-
-def _expand(members: Sequence[str]) -> list[str]:
-    r"""The members with two for each that holds a `\pm`."""
-    if not any(r"\pm" in member for member in members):
-        return list(members)
-    return [_value(member).replace(r"\pm", sign).removeprefix("+").strip() for member in members for sign in ("+", "-")]
 
 
 def _distinct(members: Sequence[str]) -> list[Number | None]:
@@ -243,7 +187,7 @@ def _distinct(members: Sequence[str]) -> list[Number | None]:
 
 def _same_expression(prediction: str, gold: str, nested: bool = False) -> Question:
     """Whether two cleaned answers agree."""
-    if _squeeze(prediction) == _squeeze(gold):
+    if squeeze(prediction) == squeeze(gold):
         return True
     if based := _BASED.fullmatch(gold):
         found = _BASED.fullmatch(prediction)
@@ -252,7 +196,7 @@ def _same_expression(prediction: str, gold: str, nested: bool = False) -> Questi
         if whole := read_number(prediction):
             return agree(whole, target)
         # Every candidate has to be right, and a number.
-        members = _split(prediction.removeprefix(r"\{").removesuffix(r"\}") if r"\{" in prediction else prediction)
+        members = split(prediction.removeprefix(r"\{").removesuffix(r"\}") if r"\{" in prediction else prediction)
         return all(value is not None and agree(value, target) for value in _distinct(members))
     if is_text(gold):
         return prediction.casefold() == gold.casefold()
@@ -262,24 +206,34 @@ def _same_expression(prediction: str, gold: str, nested: bool = False) -> Questi
 
 
 def _digits(based: re.Match[str]) -> tuple[str, str]:
-    words = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+    words = {
+        "two": "2",
+        "three": "3",
+        "four": "4",
+        "five": "5",
+        "six": "6",
+        "seven": "7",
+        "eight": "8",
+        "nine": "9",
+        "ten": "10",
+    }
     base = based[2] or based[3]
     return based[1].lstrip("0").lower(), words.get(base, base)
 
 
 def _asked(prediction: str) -> str:
-    r"""A prediction as math-verify reads it best: a number with an exponent as a fraction, `2e-3` as `\frac{1}{500}`."""
+    r"""A prediction as math-verify reads it best: with an exponent as a fraction, `2e-3` as `\frac{1}{500}`."""
     if (number := read_number(prediction)) is None or number.percent or not re.search(r"[eE^]", prediction):
         return prediction
     return rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
 
 
 def _same_form(prediction: str, gold: str) -> Question:
-    prediction, gold = (m["inside"].strip() if (m := _BUILDER.fullmatch(a)) else a for a in (prediction, gold))
-    if prediction.startswith(_OPEN) != gold.startswith(_OPEN):
-        prediction, gold = _interval(prediction), _interval(gold)
-    ours, theirs = _form(prediction), _form(gold)
-    parts, gold_parts = _split(_value(prediction), r"\cup"), _split(_value(gold), r"\cup")
+    prediction, gold = (m["inside"].strip() if (m := BUILDER.fullmatch(a)) else a for a in (prediction, gold))
+    if prediction.startswith(OPEN) != gold.startswith(OPEN):
+        prediction, gold = interval(prediction), interval(gold)
+    ours, theirs = form(prediction), form(gold)
+    parts, gold_parts = split(value(prediction), r"\cup"), split(value(gold), r"\cup")
     if len(gold_parts) > 1 and "{}" not in (ours.bracket, theirs.bracket):
         return len(parts) > 1 and _match(parts, gold_parts, ordered=False)
     if {ours.bracket, theirs.bracket} in ({"{}", "()"}, {"{}", "[]"}) and len(theirs.members) > 1:
@@ -295,15 +249,17 @@ def _match(members: Sequence[str], gold_members: Sequence[str], ordered: bool) -
     """Whether two lists agree member by member, or as sets."""
 
     def match(member: str, gold: str) -> Question:
-        variables = {_variable(member), _variable(gold)} - {""}
+        variables = {variable(member), variable(gold)} - {""}
         if len(variables) > 1:
             return False
-        member, gold = _value(member), _value(gold)
+        member, gold = value(member), value(gold)
         nested = re.match(r"\\\{|[(\[]", gold) is None
         return _same_expression(member, gold, nested)
 
     if ordered:
-        return len(members) == len(gold_members) and _every([match(*pair) for pair in zip(members, gold_members, strict=True)])
+        return len(members) == len(gold_members) and _every(
+            [match(*pair) for pair in zip(members, gold_members, strict=True)]
+        )
     if max(len(members), len(gold_members)) > MAX_MEMBERS and not all(map(read_number, gold_members)):
         return Ask(", ".join(members), ", ".join(gold_members))
     table = [[match(member, gold) for gold in gold_members] for member in members]
@@ -368,7 +324,7 @@ def canonical(prediction: str, answer_type: str = "number") -> str:
         return ", ".join(str(truth).lower() for truth in truths(prediction))
     if (number := read_number(side(cleaned))) is not None:
         return f"{number.value}%" if number.percent else str(number.value)
-    return free(cleaned) if answer_type == "free" else _squeeze(cleaned)
+    return free(cleaned) if answer_type == "free" else squeeze(cleaned)
 
 
 def readable(gold: str, answer_type: str) -> bool | None:

@@ -1,10 +1,10 @@
 r"""The grammar of one number, which is read whole or not at all.
 
-A number is an optional sign and currency, a literal (digits with separators of thousands, a decimal, a fraction, a mixed
-number, a power of ten, a repeating decimal, words), an optional scale (dozen, million), a percent sign, and what it
-counts: a unit of `rewards.units`, or plural words. Whatever else stands there makes it no number: `5!`, `5 pi`, `1010_2`,
-`5 below zero`. Values are exact fractions. Every pattern is linear: its repetitions are bounded, possessive, or followed
-by nothing that can fail.
+A number is an optional sign and currency, a literal (digits with separators of thousands, a decimal, a fraction, a
+mixed number, a power of ten, a repeating decimal, words), an optional scale (dozen, million), a percent sign, and what
+it counts: a unit of `rewards.units`, or plural words. Whatever else stands there makes it no number: `5!`, `5 pi`,
+`1010_2`, `5 below zero`. Values are exact fractions. Every pattern is linear: its repetitions are bounded, possessive,
+or followed by nothing that can fail.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ DECIMAL = (
     r"(?:[0-9]{1,3}(?:\.[0-9]{3}){1,8},[0-9]{1,2}(?![0-9])|[0-9]{1,3}(?:\.[0-9]{3}){2,8}(?![0-9.,])"  # 1.234,56
     rf"|(?:[0-9]{{1,3}}(?:,[0-9]{{2,3}}){{0,8}},[0-9]{{3}}(?![0-9])|{_GROUPED}|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
 )
-_COMMA = re.compile(r"[0-9]{1,9},[0-9]{1,2}(?![0-9])")  # a decimal comma where a unit follows or a currency precedes it
+_COMMA = re.compile(
+    r"[0-9]{1,9},[0-9]{1,2}(?![0-9])"
+)  # a decimal comma where a unit follows or a currency precedes it
 POWER = r"10\s?(?:\^|\*\*)\s?\{?\s?(?P<power>[-+]?[0-9]{1,9})(?:\s?\})?"
 _LITERAL = re.compile(
     rf"(?:(?P<whole>[0-9]{{1,18}})\s\s*+)?(?P<top>{DECIMAL})\s?/\s?(?P<bottom>-?{DECIMAL})"
@@ -43,14 +45,19 @@ _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9
 _SCALES |= {"lakh": 10**5, "lac": 10**5, "crore": 10**7, "score": 20, "gross": 144, "mn": 10**6, "bn": 10**9}
 _LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _ORDINALS = ["half", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
-_PARTS = {name: Fraction(1, n) for n, name in enumerate(_ORDINALS, 2)} | {"halve": Fraction(1, 2), "quarter": Fraction(1, 4)}
+_PARTS = {name: Fraction(1, n) for n, name in enumerate(_ORDINALS, 2)} | {
+    "halve": Fraction(1, 2),
+    "quarter": Fraction(1, 4),
+}
 _PARTS |= {"hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000), "twentieth": Fraction(1, 20)}
 SCALE_WORDS = rf"(?:{'|'.join([*_SCALES, *_PARTS])})s?"
 _SCALE = re.compile(rf"[\s-]*+((?i:{SCALE_WORDS}))(?![A-Za-z])|([kKMB])(?![A-Za-z0-9^])")
 PERCENT = r"(?:\\?%|(?:per\s?cent(?:age)?(?:\s+points?)?|pct)(?![A-Za-z]))"
 _PERCENT = re.compile(rf"\s*+{PERCENT}", re.IGNORECASE)
 _NOUNS = re.compile(r"\s+[A-Za-z]{2,24}(?:[\s-]{1,3}[A-Za-z]{1,24}){0,8}|\s+times(?: as (?:many|much))?")
-_PLURAL = re.compile(r"[a-z]{2,}(?<![sui])s\b|\b(?:people|persons?|men|women|children|feet|teeth|mice|geese|fish|sheep|deer)\b")
+_PLURAL = re.compile(
+    r"[a-z]{2,}(?<![sui])s\b|\b(?:people|persons?|men|women|children|feet|teeth|mice|geese|fish|sheep|deer)\b"
+)
 # Words that make something else of the number before them.
 NOT_COUNTED = re.compile(
     r"\b(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|phi"
@@ -101,20 +108,26 @@ def _tail(text: str, one: bool = False) -> _Tail | None:
     if not shown or (unit := read_unit(shown)) is not None:
         attached = re.match(r"[A-Za-z](?![A-Za-z])(?!\s?\^)", text)  # 5m: a product
         return None if attached else _Tail(scale, bool(percent), unit if shown else None, bare)
-    if _NOUNS.fullmatch(f" {shown}") and (shown.startswith("times") or not NOT_COUNTED.search(shown)):
-        if text[:1].isspace() and (one or shown.startswith("times") or _PLURAL.search(shown)):
-            return _Tail(scale, bool(percent), None, False)
-    return None
+    counted = text[:1].isspace() and _NOUNS.fullmatch(f" {shown}") is not None
+    if counted and not shown.startswith("times"):
+        counted = NOT_COUNTED.search(shown) is None and (one or _PLURAL.search(shown) is not None)
+    return _Tail(scale, bool(percent), None, False) if counted else None
 
 
 # --- Words -----------------------------------------------------------------------------------------------------------
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
 _WORDS = {word: n for n, word in enumerate(f"{_ONES} eighteen nineteen".split())} | {"a": 1, "an": 1}
-_TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_TENS = {
+    word: 10 * n
+    for n, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
+}
 _WORDS |= _TENS
 _SPELLED = re.compile(
-    rf"(?:(?:{'|'.join([*_WORDS, 'hundred', 'thousand', 'million', 'billion', 'and'])})(?![A-Za-z])[\s-]*+){{1,16}}", re.I
+    rf"(?:(?:{'|'.join([*_WORDS, 'hundred', 'thousand', 'million', 'billion', 'and'])})(?![A-Za-z])[\s-]*+){{1,16}}",
+    re.I,
 )
 
 
@@ -125,7 +138,7 @@ def _from_words(text: str) -> str:
         return text
     total = current = 0
     words = re.findall(r"[a-z]+", match.group().lower())
-    if words[-1] == "and" or words[0] == "and" or words in (["a"], ["an"]) and not _SCALE.match(text[match.end() :]):
+    if words[-1] == "and" or words[0] == "and" or (words in (["a"], ["an"]) and not _SCALE.match(text[match.end() :])):
         return text
     last = 1000  # the value of the word before, to refuse "five five"
     for word in words:
@@ -235,11 +248,9 @@ def finite(value: Fraction) -> bool:
 
 
 def repeats(number: Number, other: Number) -> bool:
-    """Whether a number says again what another says: the same value, in other units, or rounded to two places or more."""
+    """Whether a number says again what another says: its value, in other units or rounded to two places or more."""
     if agree(number, other):
         return True
-    if number.percent or number.unit != other.unit and number.unit and other.unit:
+    if number.percent or (number.unit != other.unit and number.unit and other.unit):
         return False
-    return any(
-        number.value == round(other.value, places) and not finite(other.value) for places in (2, 3, 4, 5, 6)
-    )
+    return any(number.value == round(other.value, places) and not finite(other.value) for places in (2, 3, 4, 5, 6))

@@ -7,17 +7,48 @@ import unicodedata
 from functools import lru_cache
 
 _SYMBOLS = {
-    **{"⁄": "/", "∕": "/", "≈": r"\approx ", "≠": r"\ne ", "≤": r"\le ", "≥": r"\ge ", "×": r"\times ", "⨯": r"\times "},
-    **{"·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "∞": r"\infty ", "°": r"^\circ ", "∶": ":", "…": r"\ldots "},
-    **{"∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "∨": r"\lor ", "→": r"\to ", "∛": r"\sqrt[3]", "⟨": r"\langle "},
+    **{
+        "⁄": "/",
+        "∕": "/",
+        "≈": r"\approx ",
+        "≠": r"\ne ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "×": r"\times ",
+        "⨯": r"\times ",
+    },
+    **{
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "÷": r"\div ",
+        "±": r"\pm ",
+        "∞": r"\infty ",
+        "°": r"^\circ ",
+        "∶": ":",
+        "…": r"\ldots ",
+    },
+    **{
+        "∪": r"\cup ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+        "∨": r"\lor ",
+        "→": r"\to ",
+        "∛": r"\sqrt[3]",
+        "⟨": r"\langle ",
+    },
     **{"⟩": r"\rangle ", "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "，": ",", "。": ". "},
     **{"¼": " 1/4 ", "½": " 1/2 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 ", "⅕": " 1/5 ", "⅖": " 2/5 ", "⅗": " 3/5 "},
     **{"⅘": " 4/5 ", "⅙": " 1/6 ", "⅚": " 5/6 ", "⅛": " 1/8 ", "⅜": " 3/8 ", "⅝": " 5/8 ", "⅞": " 7/8 "},
     **dict.fromkeys("−–‒‐‑﹣－", "-"),
     # without width: joiners, marks of direction, the soft hyphen
-    **dict.fromkeys("\xad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff", ""),
+    **dict.fromkeys(
+        "\xad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff", ""
+    ),
 }
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau upsilon phi chi psi omega"
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau upsilon"
+)
+_GREEK += " phi chi psi omega"
 _SYMBOLS |= {chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK.split())}
 _CHARACTERS = str.maketrans(_SYMBOLS)
 _THIN_THOUSANDS = re.compile(r"(?<=[0-9])[\xa0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
@@ -41,7 +72,8 @@ def plain(text: str) -> str:
     return text.replace("{,}", ",")
 
 
-_TEXT = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|hbox|emph|operatorname|underline|boxed|fbox"
+_TEXT = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|hbox|emph|operatorname|underline"
+_TEXT += "|boxed|fbox"
 _UNWRAP = re.compile(rf"\\({_TEXT})\s?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*+)\}}")
 _DOLLAR = re.compile(r"(?<![A-Za-z])(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)\s?\\?\$")
 _COLOR = re.compile(r"\\(?:textcolor|color)\s?\{[A-Za-z]{1,20}\}")
@@ -72,7 +104,7 @@ def _unwrapped(command: re.Match[str]) -> str:
 
 @lru_cache(maxsize=4096)
 def unset(answer: str) -> str:
-    """An answer without what carries no meaning: LaTeX spacing and fonts, markdown, a residue's modulus, final stops."""
+    """An answer without what carries no meaning: spacing and fonts of LaTeX, markdown, a modulus, final stops."""
     answer = _DOLLAR.sub("$", plain(answer))
     if "\\" in answer:
         answer = _FRAC_STYLE.sub(r"\\frac", answer.replace(r"\$", "$").replace(r"\%", "%"))
@@ -93,7 +125,7 @@ def unset(answer: str) -> str:
 
 @lru_cache(maxsize=4096)
 def clean(answer: str) -> str:
-    """An answer as `unset` gives it, and without the words that may stand before it: "The answer is", "(B)", "about"."""
+    """An answer as `unset` gives it, without the words that may stand before it: "The answer is", "(B)", "about"."""
     answer = unset(answer)
     match = _BEFORE.match(answer)
     return answer[match.end() :] if match and match.end() < len(answer) else answer

@@ -33,18 +33,26 @@ _NUMBER = (
     rf"|\s{{0,3}}(?:\\times|\*|x)\s{{0,3}}{_POWER}|\s?{_FRACTION}|\ {{1,3}}[0-9]{{1,18}}/[0-9]{{1,18}}(?![0-9])"
     rf"|\s?/\s?{DECIMAL})?)(?:\s?\\?[{SYMBOLS}](?![0-9]))?(?:[\s-]?(?:{SCALE_WORDS})(?![A-Za-z])){{0,2}}+(?:\s?{PERCENT})?"
 )
-_UNIT = re.compile(r"\s{0,2}((?!in\b|each\b|am\b|time\b)[A-Za-z]{2,12}(?:\s?\^\s?\{?-?[0-9]\}?)?(?:\s?(?:/|per\s)\s?[A-Za-z]{1,12})?)(?![A-Za-z])")
+_UNIT = re.compile(
+    r"\s{0,2}((?!in\b|each\b|am\b|time\b)[A-Za-z]{2,12}(?:\s?\^\s?\{?-?[0-9]\}?)?(?:\s?(?:/|per\s)\s?[A-Za-z]{1,12})?)(?![A-Za-z])"
+)
 _FUNCTION = r"(?<![A-Za-z\\])(?:pi|Pi|PI|sqrt|sin|cos|tan|log|ln|exp|mod|theta|alpha|beta|gamma|infinity)(?![A-Za-z])"
-_NAME = r"(?<![A-Za-z0-9'\\])(?:[B-HJ-Zb-z]|[aAI](?=\s?[=+*/^_<>]|\s?-\s?[0-9(]))(?:_?[0-9]{1,3}(?![A-Za-z0-9]))?(?![A-Za-z'])"
+_LETTER = r"(?:[B-HJ-Zb-z]|[aAI](?=\s?[=+*/^_<>]|\s?-\s?[0-9(]))"  # "a" and "I" are words
+_NAME = rf"(?<![A-Za-z0-9'\\]){_LETTER}(?:_?[0-9]{{1,3}}(?![A-Za-z0-9]))?(?![A-Za-z'])"
 _ATOM = (
     rf"\\begin\{{[^\\]{{1,20}}\}}(?:(?!\\begin).){{1,600}}?\\end\{{[a-z]{{1,12}}\*?\}}|{_NUMBER}"
     rf"|{_FUNCTION}|{_NAME}|(?<=[0-9)])[A-Za-z]{{1,3}}(?![A-Za-z])|_\s?(?:\{{[^{{}}]{{0,40}}\}}|[0-9A-Za-z])|(?<=[\^{{])[0-9]{{1,9}}"
     r"|\\(?:[A-Za-z]{2,}|[{}|,;:!])|[(\[{}\])|+*/^=<>!±~,;&]|-|(?<=[0-9]):(?=[0-9])|(?<=\s):(?=\s)"
 )
 _SKIPPED = r"(?!(?:sqrt|theta|alpha|beta|gamma|infinity)(?![A-Za-z]))[A-Za-z]{4,}+"  # words, for speed
-_RUN = re.compile(rf"{_SKIPPED}|((?<![\^_])(?<!\^\{{)(?![)\]}}/*^=!,;&:~+]|\\[,;:!])(?:{_ATOM})(?:\s{{0,3}}(?:{_ATOM}))*+)", re.DOTALL)
+_RUN = re.compile(
+    rf"{_SKIPPED}|((?<![\^_])(?<!\^\{{)(?![)\]}}/*^=!,;&:~+]|\\[,;:!])(?:{_ATOM})(?:\s{{0,3}}(?:{_ATOM}))*+)",
+    re.DOTALL,
+)
 _CUT = re.compile(rf"({_NUMBER})|([(\[{{])|([)\]}}])|([,;&]|(?<=[0-9])\|(?=[0-9]))", re.DOTALL)
-_SUBSTANCE = re.compile(r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?[-+*/^=<>]\s?[A-Za-z]|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])")
+_SUBSTANCE = re.compile(
+    r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?(?:[-+*/^=<>]\s?[A-Za-z]|!)|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])"
+)
 _ASIDE = re.compile(r"\((?!\s*(?:or|and|maybe|perhaps)\b)(?=[^()]{0,20}[A-Za-z]{2})[^()]{1,200}\)")
 _FORMULA = re.compile(r"\$\$?([^$]{1,500})\$\$?(?![0-9])|\\\(([^$]{1,500}?)\\\)|\\\[([^$]{1,500}?)\\\]")
 PROSE = re.compile(r"(?:\A|\s)(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|mod|if)\b)[A-Za-z]{2,}")
@@ -95,7 +103,7 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
     before = sentence[:start].rstrip(" ")
     if (dash := re.match(r"-(\s*)(?=\S)", body)) and before:
         beside = before[-1].isalnum() or before[-1] in ")]}\"'"
-        if beside and (dash[1] or len(before) == start) or (dash[1] and before[-1] not in ":=(,"):
+        if (beside and (dash[1] or len(before) == start)) or (dash[1] and before[-1] not in ":=(,"):
             start, body = start + dash.end(), body[dash.end() :]  # a dash between words
     opened, closed = (sum(map(body.count, marks)) for marks in ("([{", ")]}"))
     while body.startswith(("(", "[", "{")) and opened > closed:
@@ -109,7 +117,8 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
     if not body:
         return
     end = start + len(body)
-    if (unit := _UNIT.match(sentence, end)) and body[-1] in "0123456789})." and read_unit(unit[1]):
+    unit = _UNIT.match(sentence, end)
+    if unit and body[-1] in "0123456789})." and read_unit(unit[1]) and (body.isdecimal() or read_number(clean(body))):
         end, body = unit.end(), f"{body} {unit[1]}"
     found.append(Item(start, end, body))
 
@@ -118,7 +127,8 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
 
 _ARTICLE = r"(?:\s+(?:the|a|an|about|around|number|is|be))*\s*\Z"
 _CLAUSE = re.compile(
-    r"[,;:—]|(?<!thing )\bbut\b(?! not)|\b(?:so|because|since|hence|thus|therefore|which|and|then|when|as)\b", re.IGNORECASE
+    r"[,;:—]|(?<!thing )\bbut\b(?! not)|\b(?:so|because|since|hence|thus|therefore|which|and|then|when|as)\b",
+    re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
     r"\b(?:not|never|neither|nor|cannot|hardly|doubt\w*|except|exclud\w+|unlikely|reject\w*|impossible|untrue|false|wrong|nowhere|nobody)\b"
@@ -136,7 +146,9 @@ _DENIED_AFTER = re.compile(
 _PART = re.compile(r"\s*of\s+(?:them|which|whom|those|these)\b", re.IGNORECASE)
 _WHOLE = re.compile(r"\bout\s+of(?:\s+(?:the|all|a\s+total\s+of))?\s*\Z", re.IGNORECASE)
 _OF = re.compile(r"\s*of\s+(?:(?:the|all|these|those|his|her|their|its|my|our)\s+)?", re.IGNORECASE)
-_COMPARED = re.compile(r"\s*(?:\w+\s+)?(?:more|less|fewer|greater|larger|smaller|higher|lower|older|younger)(?:\s+\w+)?\s+than\b", re.I)
+_COMPARED = re.compile(
+    r"\s*(?:\w+\s+)?(?:more|less|fewer|greater|larger|smaller|higher|lower|older|younger)(?:\s+\w+)?\s+than\b", re.I
+)
 _LINKED = re.compile(r"\s*(?:\w+\s+){0,3}(?:to|from|by|with|into|onto|against)\s*", re.IGNORECASE)
 _BOUND_BEFORE = re.compile(
     r"(?:(?:more|less|fewer|greater|larger|bigger|smaller|higher|lower|better|worse)\s+than(?:\s+or\s+equal\s+to)?"
@@ -209,16 +221,16 @@ def _one_sentence(gap: str) -> bool:
 
 
 def enumerated(gap: str) -> bool:
-    """Whether the text between two items of a sentence makes a list of them. A `#` ends a list, since it announces what
-    follows: steps like `7*3=1;1-4=3;#7` give one answer."""
+    """Whether the text between two items of a sentence makes a list of them. A `#` ends a list, since it announces
+    what follows: steps like `7*3=1;1-4=3;#7` give one answer."""
     if "#" in gap or not (_LISTING.search(gap) or OR.search(gap)):
         return False
     return _LABELLED.fullmatch(gap) is not None or (alternatives(gap) and _one_sentence(gap))
 
 
 class Reading(NamedTuple):
-    """What a sentence answers: the items of one list. No text where it denies all its items; the whole sentence, which is
-    no number, where it bounds them or computes with them."""
+    """What a sentence answers: the items of one list. No text where it denies all its items; the whole sentence, which
+    is no number, where it bounds them or computes with them."""
 
     text: str | None
     found: bool  # whether there was any item
@@ -228,10 +240,8 @@ class Reading(NamedTuple):
 
 def _clause(words: str) -> str:
     """The words of the clause that an item stands in."""
-    boundary = None
-    for boundary in _CLAUSE.finditer(words):
-        pass
-    return words[boundary.end() :] if boundary else words
+    boundaries = list(_CLAUSE.finditer(words))
+    return words[boundaries[-1].end() :] if boundaries else words
 
 
 def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
@@ -255,7 +265,12 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
     for i, item in enumerate(found):
         left, right = before[i], after[i]
         clause = _clause(left)
-        if _DENIED_BEFORE.search(clause) or _DENIED_AFTER.match(right) or _WHOLE.search(left) or (i and _PART.match(right)):
+        if (
+            _DENIED_BEFORE.search(clause)
+            or _DENIED_AFTER.match(right)
+            or _WHOLE.search(left)
+            or (i and _PART.match(right))
+        ):
             continue
         if _BOUND_BEFORE.search(clause) and "," in left and i:
             continue  # "he has 5, which is more than 3"
@@ -300,7 +315,12 @@ def _run(kept: list[int], joined: list[bool], opening: bool, found: list[Item], 
         for i in kept[1:]:
             if i == run[-1] + 1 and joined[i]:
                 run.append(i)
-            elif len(run) == 1 and i == run[0] + 1 and _RESULT.fullmatch(after[run[0]]) and not read_number(found[run[0]].text):
+            elif (
+                len(run) == 1
+                and i == run[0] + 1
+                and _RESULT.fullmatch(after[run[0]])
+                and not read_number(found[run[0]].text)
+            ):
                 run = [i]  # "5 + 10 which is 15"
             else:
                 break

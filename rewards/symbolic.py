@@ -191,9 +191,7 @@ def serve(cpu_seconds: float, memory_bytes: int) -> None:
         if not all(isinstance(x, sympy.Expr) and not x.free_symbols and x.is_number for x in (gold, prediction)):
             return None
         decimal = prediction.has(sympy.Float)
-        exact = [
-            x.replace(lambda e: e.is_Float, lambda e: sympy.Rational(str(e))).doit() for x in (gold, prediction)
-        ]
+        exact = [x.replace(lambda e: e.is_Float, lambda e: sympy.Rational(str(e))).doit() for x in (gold, prediction)]
         difference = exact[0] - exact[1]
         if difference == 0:
             return True

@@ -34,17 +34,19 @@ v: mph = 1.609344; kph kmh kmph = 1; knot kn = 1.852
 I: bit* b = 1; byte* B = 8
 cent: cent ¢ penny pennies pence = 1
 -: degree deg degrees_celsius celsius fahrenheit kelvin K C F °C °F radian rad steradian
--: N* newton* J* joule* W* watt* Wh* watt_hour* V* volt* A* amp* ampere* ohm* Ω* Hz* hertz* Pa* pascal* bar* atm mmHg psi
--: mol* mole* cal calorie kcal Cal eV* F farad H henry T tesla Wb C coulomb lm lx lux cd candela Bq Gy Sv rpm fps dB decibel
+-: N* newton* J* joule* W* watt* Wh* watt_hour* V* volt* A* amp* ampere* ohm* Ω* Hz* hertz* Pa* pascal* bar* atm
+-: mol* mole* cal calorie kcal Cal eV* F farad H henry T tesla Wb C coulomb lm lx lux cd candela
+-: psi mmHg Bq Gy Sv rpm fps dB decibel
 -: unit item piece point pt pts percent_points am pm a.m p.m o'clock st nd rd th each pair time person people
 -: dollar euro buck rupee yuan yen won peso franc ruble rouble krona krone real lira rand dirham riyal baht taka naira
 -: ton barrel ringgit rupiah zloty shekel RMB sen dong pesos forint
 """
-CODES = frozenset(
-    "USD EUR GBP JPY CNY INR CHF CAD AUD NZD SEK NOK DKK RUB BRL MXN KRW ZAR TRY PLN CZK HUF ILS THB SGD "
-    "HKD IDR MYR PHP VND AED SAR EGP NGN KES PKR BDT LKR ARS CLP COP PEN UAH RON BGN HRK ISK TWD KWD QAR "
-    "OMR BHD JOD MAD TND GHS ETB RMB Rs Rs. Re Re. kr kr.".split()
-)
+_CODES = """
+USD EUR GBP JPY CNY INR CHF CAD AUD NZD SEK NOK DKK RUB BRL MXN KRW ZAR TRY PLN CZK HUF ILS THB SGD HKD IDR
+MYR PHP VND AED SAR EGP NGN KES PKR BDT LKR ARS CLP COP PEN UAH RON BGN HRK ISK TWD KWD QAR OMR BHD JOD MAD
+TND GHS ETB RMB Rs Rs. Re Re. kr kr.
+"""
+CODES = frozenset(_CODES.split())
 SYMBOLS = "$€£¥₹₩₽₱₺₴₦₫₪₡₲₵₸¢฿₭₮₨₼₾"
 CURRENCY = (  # in front of a number
     rf"(?:(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)?\s?\\?\$|[{SYMBOLS}]|\\(?:pounds|euro|yen|cents?)(?![A-Za-z])"
@@ -86,7 +88,7 @@ _OVER = re.compile(r"\\frac\s?\{([^{}]*)\}\{\s*([^{}\s]*(?:\^\{?[0-9]\}?)?)\s*\}
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit | None:
-    """The unit that a text spells, such as `km/h`, `square meters` or `m s^{-1}`; None if any part of it is unknown."""
+    """The unit that a text spells, as `km/h`, `square meters` or `m s^{-1}`; None if any part of it is unknown."""
     text = re.sub(r"\\mu(?![A-Za-z])\s*", "µ", text.strip().replace("μ", "µ"))
     text = _OVER.sub(r"\1/\2", re.sub(r"\\(?:Omega|ohm)(?![A-Za-z])", "Ω", text))
     dimension: dict[str, int] = {}
