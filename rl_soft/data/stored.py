@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from rl_soft.data.equations import lines_of
-from rl_soft.data.row import ANSWER_TYPES, SPLITS, STEP_FORMS, Row, check, encodable, plain_number, question_hash, side_of
+from rl_soft.data.row import (
+    ANSWER_TYPES,
+    SPLITS,
+    STEP_FORMS,
+    Row,
+    check,
+    encodable,
+    plain_number,
+    question_hash,
+    side_of,
+)
 
 EXPRESSION = "expression"  # of a stored row: a `number` kept as it is written, such as \frac{1}{2} or x^2 + 1
 COLUMNS = ("question", "answer", "steps", "id", "family", "answer_type")

@@ -22,7 +22,6 @@ from rl_soft.data.sources import Row, question_hash
 from rl_soft.evaluation.judging import judge_rows
 from rl_soft.evaluation.provenance import git_commit, versions
 from rl_soft.evaluation.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
-from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout
@@ -51,7 +50,7 @@ def thought_tokens(layout: Layout, out: Rollout) -> list[list[list[list[Any]]]] 
 
     None where the thoughts are tokens that the text of the completion shows already.
     """
-    if layout.thinking.thought == "token" and layout.thinking.phase == "explicit":
+    if not layout.thinking.kind.mixes and layout.thinking.phase == "explicit":
         return None
     K = min(MAX_TOKENS, out.support.shape[-1])
     weights = out.log_weights.exp().topk(K, dim=-1)  # (B, T, K)
@@ -97,8 +96,7 @@ def complete(
     greedy = tasks[0][1] == GREEDY
     seeds = None if greedy else torch.tensor([address(seed, row.id, sample) for row, sample in tasks])
     prompts = [layout.prompt_ids(row.question) for row, _ in tasks]
-    eos_ids = eos_token_ids(model, layout.tokenizer)
-    return rollout(model, layout, prompts, seeds, eos_ids, control=control, decoding=decoding)
+    return rollout(model, layout, prompts, seeds, control=control, decoding=decoding)
 
 
 def judge(
