@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from rl_soft.config.arguments import (
 )
 from rl_soft.config.refusals import IN_MEMORY, MUST_BE_TRUE, check_keys, check_thought, check_trackers, unread_keys
 from rl_soft.config.refusals import RL_METHODS as RL_METHODS
+from rl_soft.files import write_atomic
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.thinking import Thinking
 
@@ -341,12 +341,10 @@ def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:
 
 
 def write_config(recipe: Recipe) -> None:
-    """Store the resolved recipe in its run directory (temporary name, then rename)."""
+    """Store the resolved recipe in its run directory, whole or not at all."""
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    target = recipe.output_dir / "config.yaml"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True))
-    os.replace(temporary, target)
+    content = yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True)
+    write_atomic(recipe.output_dir / "config.yaml", content)
 
 
 def check_output_dir(recipe: Recipe) -> bool:
@@ -357,7 +355,7 @@ def check_output_dir(recipe: Recipe) -> bool:
     """
     stored = recipe.output_dir / "config.yaml"
     if not stored.exists():
-        if recipe.output_dir.exists() and any(p.name != "config.tmp" for p in recipe.output_dir.iterdir()):
+        if recipe.output_dir.exists() and any(p.suffix != ".tmp" for p in recipe.output_dir.iterdir()):
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
         return False
     # A field that did not exist when the run was made had, in effect, its default.

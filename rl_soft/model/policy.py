@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from rl_soft.files import write_atomic
 from rl_soft.model.float64_attention import float64_attention
 from rl_soft.model.projector import PROJECTOR, load_projector
 from rl_soft.model.projector import Projector as Projector
@@ -177,12 +178,6 @@ def add_thought_tokens(policy: Policy) -> None:
         weight[policy.tokenizer.convert_tokens_to_ids(token)] = row + 0.5 * jitter.to(row)
 
 
-def write_side_file(folder: Path, thinking: Thinking) -> None:
-    temporary = folder / (SIDE_FILE + ".tmp")
-    temporary.write_text(json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n")
-    temporary.replace(folder / SIDE_FILE)
-
-
 def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thinking: Thinking, main: bool) -> None:
     """Write a complete model folder under a temporary name, then rename it, so that a folder is whole or absent.
 
@@ -197,7 +192,8 @@ def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thin
     if main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         tokenizer.save_pretrained(temporary)
-        write_side_file(temporary, thinking)
+        side = json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n"
+        write_atomic(temporary / SIDE_FILE, side)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
