@@ -49,7 +49,7 @@ def load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     from rl_soft.model import policy
 
     if not name.startswith("random:"):
-        loaded = policy.load(name, dtype)
+        loaded = policy.load_policy(name, dtype)
         return loaded.model.to(device).eval(), loaded.tokenizer
     H, F, L, A, kv, V = RANDOM[name.removeprefix("random:")]
     config = AutoConfig.for_model(

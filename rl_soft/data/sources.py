@@ -24,7 +24,7 @@ from rl_soft.data.row import Row as Row
 from rl_soft.data.row import question_hash as question_hash
 
 
-def load(
+def load_rows(
     source: str,
     split: str,
     size: int | None = None,

@@ -218,6 +218,3 @@ def model_card(run_dir: str | Path, report: Mapping[str, Any], config: Mapping[s
     settings = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in shown.items())
     lines += ["", "## Configuration", "", f"```yaml\n{settings}\n```"] if shown else []
     return "\n".join(lines) + "\n"
-
-
-# The files.

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from rl_soft.evaluation import figures, html, records, render
-from rl_soft.evaluation.passk import Floats, bootstrap, maj_at_k, paired_bootstrap, pass_at_k
+from rl_soft.evaluation.passk import Floats, bootstrap, maj_at_n, paired_bootstrap, pass_at_k
 from rl_soft.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Problem:
     def majority(self) -> float:
         """maj@n: the share of the plurality vote that goes to the right answer."""
         wrong = Counter(record["prediction"] for record in self.samples if record["outcome"] == "wrong")
-        return maj_at_k(len(self.samples), self.num_correct, list(wrong.values()), len(self.samples))
+        return maj_at_n(len(self.samples), self.num_correct, list(wrong.values()))
 
 
 @dataclass

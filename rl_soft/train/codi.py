@@ -41,8 +41,7 @@ from rl_soft.config.refusals import refuse_checkpointing
 from rl_soft.data import sources as data
 from rl_soft.data.sources import Row
 from rl_soft.model import policy
-from rl_soft.model.policy import add_projector
-from rl_soft.model.projector import KeepsProjector
+from rl_soft.model.projector import KeepsProjector, add_projector
 from rl_soft.model.think import last_state, position_ids, think
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address
@@ -259,7 +258,7 @@ def separate_teacher(source: str, model: Any, layout: Layout, args: Any) -> Any:
         folder = str(load_recipe(source, {"seed": args.seed}).output_dir / "model")
     if not Path(folder).exists() and (folder != source or source.startswith((".", "/", "runs/", "models/"))):
         raise ValueError(f"teacher {source}: {folder} does not exist; train it first, or use teacher self")
-    made = policy.load(folder, str(model.dtype).removeprefix("torch."))
+    made = policy.load_policy(folder, str(model.dtype).removeprefix("torch."))
     ours, theirs = (m.config.get_text_config() for m in (model, made.model))
     for name in ("hidden_size", "num_hidden_layers"):
         if getattr(ours, name) != getattr(theirs, name):

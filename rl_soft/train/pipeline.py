@@ -208,7 +208,8 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], t
             evaluation("after", model, recipe.output_dir / "model")
     else:
         m = recipe.model
-        model = policy.load(str(recipe.output_dir / "model"), m.dtype, m.attn_implementation).model.to(args.device)
+        saved = policy.load_policy(str(recipe.output_dir / "model"), m.dtype, m.attn_implementation)
+        model = saved.model.to(args.device)
         with gathered(model):
             evaluation("after", model, recipe.output_dir / "model")
     if main and recipe.data.eval_problems:
@@ -240,11 +241,11 @@ def load_rows(recipe: Recipe) -> tuple[list[data.Row], list[data.Row]]:
     """Training and held-out problems, which never overlap (asserted by question hash); their golds can be read."""
     d = recipe.data
     options, columns = d.dataset_options or {}, d.dataset_columns
-    train = data.load(d.dataset, "train", d.train_size, d.data_seed_train, options, columns)
+    train = data.load_rows(d.dataset, "train", d.train_size, d.data_seed_train, options, columns)
     check_golds(train, d.dataset)
     if not d.eval_problems:
         return train, []
-    test = data.load(
+    test = data.load_rows(
         d.eval_dataset or d.dataset,
         "evaluation",
         d.eval_problems,

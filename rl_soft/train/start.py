@@ -52,7 +52,7 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     if m.model_config:
         return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype, m.attn_implementation)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load(source, m.dtype, m.attn_implementation, trainable=True)
+    start = policy.load_policy(source, m.dtype, m.attn_implementation, trainable=True)
     if hasattr(start.model, "peft_config"):
         check_adapter(recipe, source, start.model.peft_config["default"])
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:

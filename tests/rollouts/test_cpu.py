@@ -354,7 +354,7 @@ def test_loaded_weights_begin_at_cache_lines(tmp_path):
     made = large_policy()
     made.model.save_pretrained(tmp_path)
     made.tokenizer.save_pretrained(tmp_path)
-    loaded = policy.load(str(tmp_path)).model
+    loaded = policy.load_policy(str(tmp_path)).model
     assert not [name for name, p in loaded.named_parameters() if p.data_ptr() % 64]
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight or not loaded.config.tie_word_embeddings
     for p, q in zip(loaded.parameters(), made.model.parameters(), strict=True):
