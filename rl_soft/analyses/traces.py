@@ -115,7 +115,7 @@ def _curve(traces: Sequence[Sequence[Sequence[float]]], fewest: int = 5) -> dict
     Also the mean over all positions of a prompt, and then over prompts.
 
     Args:
-        traces: for each prompt, for each of its samples, a value a position.
+        traces: for each prompt, for each of its samples, one value per position.
     """
     longest = max((len(t) for samples in traces for t in samples), default=0)
     total, count = np.zeros((len(traces), longest)), np.zeros((len(traces), longest))

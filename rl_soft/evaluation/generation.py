@@ -111,7 +111,7 @@ def generate(
         raise ValueError(f"prompts must be a list of texts, got one text: [{prompts!r:.80}]")
     names = [str(i) for i in range(len(prompts))] if ids is None else [str(name) for name in ids]
     if len(names) != len(prompts) or len(set(names)) != len(names):
-        raise ValueError(f"ids must be {len(prompts)} different names, one a prompt, got {names}")
+        raise ValueError(f"ids must be {len(prompts)} different names, one per prompt, got {names}")
     if samples < 1 or (greedy and samples > 1):
         raise ValueError(f"samples must be {'1 where greedy is true' if greedy else 'at least 1'}, got {samples}")
     if batch_size < 1:

@@ -140,33 +140,19 @@ def paired_bootstrap(
     level: float = 0.95,
     num_resamples: int = 10_000,
     seed: int = 0,
-    *,
-    hashes_a: Sequence[str] | None = None,
-    hashes_b: Sequence[str] | None = None,
 ) -> PairedInterval:
     """The mean of b - a over the same problems in the same order, resampling problems (or families).
 
     Args:
         a, b: (P,) one number for each problem.
-        hashes_a, hashes_b: (P,) question hashes; pairing is refused where they differ.
         families, level, num_resamples, seed: as in `bootstrap`.
 
     Raises:
-        ValueError: different lengths or questions, or what `bootstrap` refuses.
+        ValueError: different lengths, or what `bootstrap` refuses.
     """
     a_P, b_P = _per_problem(a), _per_problem(b)
     if len(a_P) != len(b_P):
         raise ValueError(f"cannot pair {len(a_P)} problems with {len(b_P)}")
-    if (hashes_a is None) != (hashes_b is None):
-        raise ValueError("give the question hashes of both sides, or of neither")
-    if hashes_a is not None and hashes_b is not None:
-        if not len(hashes_a) == len(hashes_b) == len(a_P):
-            raise ValueError(f"{len(hashes_a)} and {len(hashes_b)} question hashes for {len(a_P)} problems")
-        differ = [i for i, (x, y) in enumerate(zip(hashes_a, hashes_b, strict=True)) if x != y]
-        if differ:
-            raise ValueError(
-                f"cannot pair different problems: {len(differ)} questions differ, the first at {differ[0]}"
-            )
     delta_P = b_P - a_P
     means_R, influence_F = _resample(delta_P, families, num_resamples, seed)
     return PairedInterval(

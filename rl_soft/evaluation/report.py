@@ -331,10 +331,8 @@ def _examples(problems: Iterable[Problem]) -> dict[str, Any]:
 
 
 def _comparison(a: Evaluation, b: Evaluation, ks: list[int]) -> dict[str, Any]:
-    hashes_a, hashes_b = ([problem.question_hash for problem in e.problems] for e in (a, b))
-
     def paired(values_a: Floats, values_b: Floats) -> dict[str, Any]:
-        return asdict(paired_bootstrap(values_a, values_b, a.families, hashes_a=hashes_a, hashes_b=hashes_b))
+        return asdict(paired_bootstrap(values_a, values_b, a.families))
 
     greedy = None if a.greedy_P is None or b.greedy_P is None else paired(a.greedy_P, b.greedy_P)
     solved = [(x.num_correct > 0, y.num_correct > 0, x.id) for x, y in zip(a.problems, b.problems, strict=True)]

@@ -27,8 +27,8 @@ Shapes: N positions, H hidden size, V vocabulary, K slots, C rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -185,9 +185,9 @@ class _TrainedHead(torch.autograd.Function):
         total = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         for r in slices(len(hidden), ctx.chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], ctx.softcap)
-            chunk_stats, chunk_grads = [s[r] for s in stats], [None if g is None else g[r] for g in grads]
+            chunk_stats, chunk_grads = Stats(*(s[r] for s in stats)), [None if g is None else g[r] for g in grads]
             slots = densities.fill_absent(support[r], present[r])
-            total.add(r, _grad_logits(logits, *slots, temperature[r], ctx.softcap, *chunk_stats, *chunk_grads))
+            total.add(r, _grad_logits(logits, *slots, temperature[r], ctx.softcap, chunk_stats, chunk_grads))
         return *total.result(), *[None] * 5
 
 
@@ -203,18 +203,18 @@ class _FrozenHead(torch.autograd.Function):
         for r in slices(len(hidden), chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
             slots = densities.fill_absent(support[r], present[r])
-            support_log_probs, log_outside, entropy, log_z = _statistics(logits, *slots, temperature[r], softcap)
+            stats = _statistics(logits, *slots, temperature[r], softcap)
             with torch.enable_grad():
-                inputs = support_log_probs.requires_grad_(), log_outside.requires_grad_()
+                inputs = stats.support_log_probs.requires_grad_(), stats.log_outside.requires_grad_()
                 log_prob = log_prob_of(*inputs, r)
                 grads = torch.autograd.grad(log_prob.sum(), inputs, materialize_grads=True)  # rows are independent
-            stats = support_log_probs.detach(), log_outside.detach(), entropy, log_z
-            parts.append((log_prob.detach(), entropy))
+            stats = Stats(*(s.detach() for s in stats))
+            parts.append((log_prob.detach(), stats.entropy))
             if ctx.needs_input_grad[0]:
-                ones = torch.ones_like(entropy)
+                ones = torch.ones_like(stats.entropy)
                 wanted = [(*grads, None), (None, None, ones)] if entropy_grad else [(*grads, None)]
-                args = (logits, *slots, temperature[r], softcap, *stats)
-                d = (_grad_logits(*args, *g, keep_logits=g is not wanted[-1]) for g in wanted)
+                args = (logits, *slots, temperature[r], softcap, stats)
+                d = (_grad_logits(*args, g, keep_logits=g is not wanted[-1]) for g in wanted)
                 saved.append([x.to(weight.dtype) @ weight for x in d])
         ctx.save_for_backward(*(torch.cat(part) for part in zip(*saved, strict=True)))
         log_prob, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -244,10 +244,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Te
     return logits if kernels.usable(logits) else tempered(logits.float(), temperature, softcap)
 
 
-def _statistics(
-    logits: Tensor, ids: Tensor, present: Tensor, temperature: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """support_log_probs (C, K), log_outside, entropy and the normaliser log_z, (C,) each, from `_logits`."""
+class Stats(NamedTuple):
+    """Of a chunk, float32."""
+
+    support_log_probs: Tensor  # (C, K), -inf at absent slots
+    log_outside: Tensor  # (C,)
+    entropy: Tensor  # (C,), nats
+    log_z: Tensor  # (C,), the normaliser
+
+
+def _statistics(logits: Tensor, ids: Tensor, present: Tensor, temperature: Tensor, softcap: float | None) -> Stats:
+    """From `_logits`."""
     chosen = logits.gather(-1, ids)
     if kernels.usable(logits):
         outside, mean = kernels.complement(logits, ids, temperature, softcap)
@@ -258,7 +265,7 @@ def _statistics(
     log_z = torch.cat([chosen, outside.unsqueeze(-1)], -1).logsumexp(-1)
     support_log_probs, log_outside = chosen - log_z.unsqueeze(-1), outside - log_z
     entropy = densities.partial_entropy(support_log_probs).sum(-1) + log_outside.exp() * (log_z - mean)
-    return support_log_probs, log_outside, entropy, log_z
+    return Stats(support_log_probs, log_outside, entropy, log_z)
 
 
 def _complement(logits: Tensor, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,13 +288,8 @@ def _grad_logits(
     present: Tensor,
     temperature: Tensor,
     softcap: float | None,
-    support_log_probs: Tensor,
-    log_outside: Tensor,
-    entropy: Tensor,
-    log_z: Tensor,
-    g_support: Tensor | None,
-    g_outside: Tensor | None,
-    g_entropy: Tensor | None,
+    stats: Stats,
+    grads: Sequence[Tensor | None],
     *,
     keep_logits: bool = False,
 ) -> Tensor:
@@ -295,6 +297,7 @@ def _grad_logits(
 
     The kernel writes it over the logits, unless `keep_logits`.
     """
+    (support_log_probs, log_outside, entropy, log_z), (g_support, g_outside, g_entropy) = stats, grads
     zero = torch.zeros_like(log_z)
     g_support = torch.zeros_like(support_log_probs) if g_support is None else g_support.masked_fill(~present, 0)
     g_outside = zero if g_outside is None else g_outside

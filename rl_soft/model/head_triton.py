@@ -28,7 +28,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # builds of torch without a GPU come without it
-    triton = None
+    triton = tl = None
 
 logger = logging.getLogger(__name__)
 

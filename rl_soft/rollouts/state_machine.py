@@ -5,8 +5,8 @@ next-token distribution; an answer token is the strongest id of the same sample 
 of noise and one top-K serve both. Other kinds draw their answer tokens apart. FORCED positions (<eot>, the answer
 prompt) are fed, not sampled: they have no density and stay out of the loss.
 
-Everything is on the device, and nothing here looks at it: rows in different stages, at different positions, are
-sampled together (`engine` moves them). The noise of a row depends on its seed and position only.
+Everything stays on the device, and the CPU reads no number of it: rows in different stages, at different positions,
+are sampled together (`engine` moves them). The noise of a row depends on its seed and position only.
 
 Shapes: B rows in all, S places for live rows, m rows that are sampled together, T positions, K slots, V vocabulary, H
 hidden.
@@ -281,7 +281,7 @@ class Walk:
         wide = replace(self.thinking, thought_k=slots)
         support, log_weights = draw(left, left, is_thought, wide, seeds, position)
         log_weights = log_weights[:, : self.K].log_softmax(-1)
-        return SoftToken(support[:, : self.K].masked_fill(log_weights.isneginf(), self.pad_id), log_weights)
+        return SoftToken(support[:, : self.K].masked_fill(~is_present(log_weights), self.pad_id), log_weights)
 
     def _record(self, live: Live, **values: Tensor) -> None:
         for name, value in values.items():

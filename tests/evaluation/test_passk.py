@@ -135,9 +135,6 @@ def test_pairing_narrows_the_interval():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"hashes_a": ["x", "y"], "hashes_b": ["x", "z"]}, "1 questions differ, the first at 1"),
-        ({"hashes_a": ["x", "y"]}, "both sides"),
-        ({"hashes_a": ["x"], "hashes_b": ["x"]}, "1 and 1 question hashes for 2 problems"),
         ({"families": ["f"]}, "1 families for 2 values"),
         ({"level": 1.0}, "between 0 and 1"),
         ({"b": [1.0]}, "cannot pair 2 problems with 1"),

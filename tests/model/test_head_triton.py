@@ -78,9 +78,9 @@ def ours(raw, support, temperature, softcap, grads):
     args = (logits, ids, present, temperature, softcap)
     stats = head._statistics(*args)
     assert logits.equal(before)
-    kept = head._grad_logits(*args, *stats, *grads, keep_logits=True)
+    kept = head._grad_logits(*args, stats, grads, keep_logits=True)
     assert logits.equal(before)
-    d = head._grad_logits(*args, *stats, *grads)
+    d = head._grad_logits(*args, stats, grads)
     assert d.equal(kept)
     if fused:
         assert d.data_ptr() == logits.data_ptr() and d.dtype == raw.dtype

@@ -27,16 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_soft.model import head_triton as kernels
-from rl_soft.model.head_triton import jit
+from rl_soft.model.head_triton import jit, tl, triton
 from rl_soft.rollouts.kernels import gpu_sampling
 from rl_soft.rollouts.kernels.layers import AGREE, Layer, Parts, is_step, parts_of, patched
 from rl_soft.thoughts import noise
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of torch without a GPU come without it
-    triton = None
 
 logger = logging.getLogger(__name__)
 

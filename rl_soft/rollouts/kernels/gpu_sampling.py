@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_soft.model.head_triton import jit, tempered
+from rl_soft.model.head_triton import jit, tempered, tl, triton
 from rl_soft.thoughts import noise
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of torch without a GPU come without it
-    triton = None
 
 SLOTS = 64  # of a draw; they are found one by one
 _BLOCK = 4096  # logits that a program of a draw holds
