@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rl_soft.keys import Number, OneOf, fields, keys
-from rl_soft.thoughts.kinds import KINDS
+from rl_soft.thoughts.kinds import KINDS, Kind
 
 PHASES = ("latent", "explicit")
 CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `think.disturb`
@@ -73,6 +73,16 @@ class Thinking:
         if "{question}" not in self.question_template:
             refuse("question_template", "a text that contains {question}")
 
+    @property
+    def kind(self) -> Kind:
+        """What is true of this kind of thought."""
+        return KINDS[self.thought]
+
+    @property
+    def mixing_tau(self) -> float:
+        """What perturbed log-probabilities are divided by before they become log-weights; 1 for kinds without tau."""
+        return self.thought_tau if self.kind.parameter == "thought_tau" else 1.0
+
     def support_size(self, vocab_size: int) -> int:
         """K for a model of `vocab_size` tokens; a hidden thought mixes none, and records its state's strongest id.
 
@@ -81,7 +91,7 @@ class Thinking:
         """
         if self.thought_k > vocab_size:
             raise ValueError(f"thought_k must be at most the vocabulary size {vocab_size}, got {self.thought_k}")
-        return (self.thought_k or vocab_size) if KINDS[self.thought].mixes else 1
+        return (self.thought_k or vocab_size) if self.kind.mixes else 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

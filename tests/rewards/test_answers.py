@@ -17,7 +17,7 @@ from rewards.comparison import ANSWER_TYPES
 from rewards.numbers import Number, read_number
 from rewards.units import read_unit
 
-PAIRS = [json.loads(line) for line in (ROOT / "tests" / "answer_pairs.jsonl").read_text().splitlines()]
+PAIRS = [json.loads(line) for line in (ROOT / "tests/cases/answer_pairs.jsonl").read_text().splitlines()]
 
 
 def verdicts(pairs):
