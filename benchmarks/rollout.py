@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             thought_k=args.k, end_of_thinking="=", max_answer_tokens=1,
         )  # fmt: skip
         layout = Layout(thinking, tokenizer)
-        layout.end_ids, layout.forced_after_cap, layout.forced_after_end = [-1], [], []  # every position is sampled
+        layout.end, layout.forced_after_cap, layout.forced_after_end = None, [], []  # every position is sampled
         limits = torch.tensor([min(c, longest) for c in caps[:rows]], device=device)
 
         class Capped(Walk):

@@ -43,15 +43,17 @@ class Cost:
 
 
 def reasoning_length(layout: Layout, thoughts: Sequence[int]) -> int:
-    """Latent: the thoughts with <bot> and <eot>. Explicit: what was written before the end of thinking.
+    """Latent: the thoughts with <bot> and <eot>. Explicit: what was written before the end of thinking;
+    an end that is part of another token counts as one.
 
     Args:
         thoughts: their ids.
     """
     if layout.thinking.phase == "latent":
         return len(thoughts) + 2 if thoughts else 0
-    end = layout.end_ids
-    return len(thoughts) - (len(end) if list(thoughts[-len(end) :]) == end else 0)
+    assert layout.end is not None
+    n, end = len(thoughts), layout.end_ids
+    return n - len(end) if list(thoughts[-len(end) :]) == end else n - (layout.end.split(thoughts) is not None)
 
 
 def measure(models: Sequence[tuple[Any, Layout]], rows: Sequence[Row], warm_up: int = 3) -> list[Cost]:

@@ -14,7 +14,7 @@ import torch
 from rl_soft.analyses import cost, probe
 from rl_soft.analyses import report as analysis_report
 from rl_soft.analyses import run as analysis_run
-from rl_soft.cli.opening import check_folder, check_lengths, load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
@@ -24,6 +24,7 @@ from rl_soft.evaluation.records import GREEDY, read_header
 from rl_soft.evaluation.samples import sample_records
 from rl_soft.model import policy
 from rl_soft.model.policy import context_length
+from rl_soft.thoughts.fit import check_rows
 from rl_soft.thoughts.layout import Layout, tell_template
 from rl_soft.train.runtime.processes import prepare_devices
 
@@ -65,7 +66,7 @@ def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows:
     """A model on its device, in evaluation mode, and its layout."""
     loaded = load_policy(name, arguments)
     layout = layout_for(loaded.model, loaded.tokenizer, thinking_of(name, changes))
-    check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
+    check_rows(rows, layout, context_length(loaded.model), arguments.dataset)
     return loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), layout
 
 
@@ -100,7 +101,7 @@ def run_traces(kind: str, arguments: AnalysisArguments, changes: dict[str, Any],
     thinking = analysis_run.check_thinking(thinking, vocab_size, changes)
     layout = layout_for(loaded.model, loaded.tokenizer, thinking)
     tell_template(layout)
-    check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
+    check_rows(rows, layout, context_length(loaded.model), arguments.dataset)
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     names = list(analysis_run.ANALYSES) if kind == "all" else [kind]
     try:

@@ -51,17 +51,30 @@ def main(argv: list[str] | str | None = None) -> None:
     logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         code = typer.main.get_command(app)(words, prog_name="rl-soft", standalone_mode=False)
-    except (ValueError, OSError, typer.TyperException) as error:
-        if os.environ.get("RL_SOFT_DEBUG"):
+    except (KeyboardInterrupt, typer.Abort):
+        print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get("RL_SOFT_DEBUG") or not (told := line_of(error)):
             raise
         if rank:
             time.sleep(3)  # the first process tells a mistake that all of them see, and its exit ends the others
         where = f" (process {rank})" if rank else ""
-        told = error.format_message() if isinstance(error, typer.TyperException) else error
         print(f"rl_soft: error{where}: {told}", file=sys.stderr)
         raise SystemExit(2) from None
     if code:
         raise SystemExit(code)
+
+
+def line_of(error: Exception) -> str:
+    """What to tell a user of an error; nothing for one that is ours to mend."""
+    if isinstance(error, typer.TyperException):
+        return error.format_message()
+    text = " ".join(str(error).split())
+    # torch.save and safetensors have errors of their own for a write that failed
+    if "No space left on device" in text or "inline_container.cc" in text:
+        return "the disk is full; nothing that was complete is lost, and the same command resumes"
+    return text if isinstance(error, ValueError | OSError | ImportError) else ""
 
 
 @app.command(**KEYED, epilog="Example: rl-soft train grpo_gumbel --max_steps 2")

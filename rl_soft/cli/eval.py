@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rl_soft.cli.opening import check_folder, check_lengths, load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of
 from rl_soft.config.arguments import EvaluationArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.evaluation.generation import layout_for
@@ -23,6 +23,7 @@ from rl_soft.evaluation.report import build, compare
 from rl_soft.evaluation.samples import FREE_KEYS, evaluate, header_of
 from rl_soft.model.policy import context_length
 from rl_soft.thoughts.decoding import Decoding
+from rl_soft.thoughts.fit import check_rows
 from rl_soft.thoughts.layout import tell_template
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.runtime.processes import gathered, prepare_devices, start_processes
@@ -72,7 +73,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
     layouts = [layout_for(loaded.model, loaded.tokenizer, thinking) for thinking, _, _ in plans]
     tell_template(layouts[0])
     for layout in layouts:
-        check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
+        check_rows(rows, layout, context_length(loaded.model), arguments.dataset)
     loaded.model.to(state.device)
     try:
         with gathered(loaded.model):

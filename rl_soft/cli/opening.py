@@ -13,7 +13,6 @@ from peft import PeftModel
 from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments, GenerateArguments
 from rl_soft.data import sources as data
 from rl_soft.model import policy
-from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 
 logger = logging.getLogger("rl_soft")
@@ -37,20 +36,6 @@ def check_folder(name: str) -> None:
     there = next((part for part in (path, *path.parents) if part.exists()), path)
     if there.exists() and not there.is_dir():
         raise ValueError(f"output_dir {name}: {there} is a file; choose another")
-
-
-def check_lengths(rows: list[data.Row], layout: Layout, context: int | None, dataset: str) -> None:
-    """Refuse, by name, questions that leave a model without positions for thoughts and answer."""
-    if context is None:
-        return
-    lengths = {row.id: len(layout.prompt_ids(row.question)) + layout.max_completion_length for row in rows}
-    long = [name for name, length in lengths.items() if length > context]
-    if long:
-        raise ValueError(
-            f"dataset {dataset}, row {long[0]}: question, thoughts and answer may take {lengths[long[0]]} tokens, and "
-            f"the model has {context} positions; so may {len(long) - 1} more rows: lower num_thoughts or "
-            f"max_answer_tokens, or leave them out with dataset_options: {{drop: [{', '.join(long[:20])}]}}"
-        )
 
 
 def load_rows(arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> list[data.Row]:

@@ -310,6 +310,13 @@ def write_config(recipe: Recipe) -> None:
     write_atomic(recipe.output_dir / "config.yaml", content)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run directory holds anything besides the settings of a start that failed."""
+    return any((folder / name).exists() for name in ("metrics.jsonl", "model")) or any(
+        path.stat().st_size for pattern in ("checkpoint-*/*", "eval_*/records.jsonl") for path in folder.glob(pattern)
+    )
+
+
 def check_output_dir(recipe: Recipe) -> bool:
     """Whether the run directory already holds this run (to be resumed).
 
@@ -320,6 +327,8 @@ def check_output_dir(recipe: Recipe) -> bool:
     if not stored.exists():
         if recipe.output_dir.exists() and any(p.suffix != ".tmp" for p in recipe.output_dir.iterdir()):
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
+        return False
+    if not has_begun(recipe.output_dir):
         return False
     # A field that did not exist when the run was made had, in effect, its default.
     defaults = {k: v for group in GROUPS[recipe.method] for k, v in dataclasses.asdict(group()).items()}

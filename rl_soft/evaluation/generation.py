@@ -259,10 +259,10 @@ class _Reader:
         )
 
     def _thinking_end(self, out: Rollout, row: int, strongest: list[int], length: int) -> str:
-        n, end = len(strongest), self.layout.end_ids
+        n, end = len(strongest), self.layout.end
         if out.finished[row] and n == length:
             return "eos"
-        if end and strongest[-len(end) :] == end:
+        if end is not None and end.split(strongest) is not None:
             return "end"
         if out.failed[row] and length <= n + 1:
             return "failed"

@@ -101,7 +101,8 @@ def judge(
     finished = out.finished.tolist()
     tokens = thought_tokens(layout, out)
     texts = [completion_text(layout, out, i) for i in range(len(tasks))]
-    judgements = judge_rows(texts, [row for row, _ in tasks], run_code)
+    judged = [layout.answer_text(out.completion_ids[i][out.mask[i]].tolist()) for i in range(len(tasks))]
+    judgements = judge_rows(judged, [row for row, _ in tasks], run_code)
     records = []
     for i, (row, sample) in enumerate(tasks):
         records.append(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rl_soft.model.think import density_of, next_thought
@@ -73,7 +74,7 @@ class Live:
     fed: Tensor  # (S,) int64, in stage FORCED
     answered: Tensor  # (S,) int64, in stage ANSWER
     capped: Tensor  # (S,) int64, how the thoughts end: 0 on their own, 1 at the cap
-    recent: Tensor  # (S, E) int64, the last strongest ids of the thoughts, as many as the end text has
+    said: Tensor  # (S,) int64, characters of the end of thinking that the thoughts have said, see `EndOfThinking`
     is_thought: Tensor  # (S,) bool, whether the next input is a thought
     support: Tensor  # (S, K) int64, the next input
     log_weights: Tensor  # (S, K) float32, its log-weights
@@ -124,7 +125,11 @@ class Walk:
         self.pad_id = pad_id = layout.tokenizer.pad_token_id
         self.T = T = layout.max_completion_length
         self.K = K = layout.thinking.support_size(vocab_size)
-        self.eos, self.end = (torch.tensor(list(ids), device=device) for ids in (eos_ids, layout.end_ids))
+        self.eos = torch.tensor(list(eos_ids), device=device)
+        self.end_table: Tensor | None = None  # (L + 1, V) int16
+        if layout.end is not None:
+            beyond = max(0, vocab_size - layout.end.table.shape[1])  # ids of the model that the tokenizer has not
+            self.end_table = F.pad(layout.end.table, (0, beyond)).to(device)
         forced = [layout.forced_after_end, layout.forced_after_cap]  # rows as `Live.capped` numbers them
         self.forced_length = torch.tensor([len(f) for f in forced], device=device)  # (2,)
         width = max(1, *map(len, forced))
@@ -152,11 +157,10 @@ class Walk:
 
     def places(self, S: int, hidden: Tensor | None, first: Tensor | None) -> Live:
         """S free places; `hidden` and `first` (., H) are examples of what is to be kept."""
-        counters = ("row", "seed", "t", "stage", "position", "thoughts", "fed", "answered", "capped")
+        counters = ("row", "seed", "t", "stage", "position", "thoughts", "fed", "answered", "capped", "said")
         zeros = {name: torch.zeros(S, dtype=torch.int64, device=self.device) for name in counters}
         return Live(
             **zeros,
-            recent=torch.zeros(S, max(1, len(self.end)), dtype=torch.int64, device=self.device),
             is_thought=torch.zeros(S, dtype=torch.bool, device=self.device),
             support=torch.zeros(S, self.K, dtype=torch.int64, device=self.device),
             log_weights=torch.zeros(S, self.K, device=self.device),
@@ -169,7 +173,7 @@ class Walk:
         """Put rows (m,), which stand at `position` (m,), in the places of `live`."""
         stage = THINK if self.thinking.num_thoughts else FORCED
         live.write(row=row, seed=self.out.seeds[row], t=0, stage=stage, position=position)
-        live.write(thoughts=0, fed=0, answered=0, capped=1, recent=-1)
+        live.write(thoughts=0, fed=0, answered=0, capped=1, said=0)
         if live.cold is not None:
             live.write(cold=0)
 
@@ -252,8 +256,10 @@ class Walk:
 
         # Which stage the next position of each row is in.
         thoughts, fed, answered = live.thoughts + is_thought, live.fed + is_forced, live.answered + is_answer
-        recent = torch.where(is_thought[:, None], torch.cat([live.recent[:, 1:], top[:, None]], dim=1), live.recent)
-        said_end = is_thought & (recent == self.end).all(-1) if len(self.end) else torch.zeros_like(is_thought)
+        said, said_end = live.said, torch.zeros_like(is_thought)
+        if self.end_table is not None:
+            said = torch.where(is_thought, self.end_table[said, top].long(), said)
+            said_end = is_thought & (said == len(self.end_table) - 1)
         at_cap = is_thought & ~said_end & (thoughts >= thinking.num_thoughts)
         if live.cold is not None:  # what the last of too many cold thoughts ends is ended as at the cap
             is_cold = is_thought & (entropy < self.decoding.cold_stop_entropy)
@@ -269,7 +275,7 @@ class Walk:
         out.finished[live.row] |= stops
         out.failed[live.row] |= bad
         t = torch.where(stage == DONE, self.T, live.t + 1)
-        live.write(stage=stage, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, recent=recent)
+        live.write(stage=stage, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, said=said)
         live.write(is_thought=thought, support=support, log_weights=log_weights)
         if live.hidden is not None:
             live.write(hidden=hidden)

@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from rl_soft.data.row import Row
+from rl_soft.thoughts.end_of_thinking import EndOfThinking
 from rl_soft.thoughts.thinking import Thinking
 
 logger = logging.getLogger("rl_soft")
@@ -47,12 +48,14 @@ class Layout:
                     raise ValueError(f"phase latent needs the token {token} in the tokenizer; use a CODI warm start")
             self.bot_id, self.eot_id = vocabulary[BOT], vocabulary[EOT]
             self.end_ids: list[int] = []
+            self.end: EndOfThinking | None = None
             self.forced_after_cap = [self.eot_id, *self.answer_prompt_ids]
             self.forced_after_end = self.forced_after_cap
         else:
             self.end_ids = self.encode(thinking.end_of_thinking)
             if not self.end_ids:
                 raise ValueError(f"end_of_thinking {thinking.end_of_thinking!r} encodes to no token")
+            self.end = EndOfThinking.of(thinking.end_of_thinking, tokenizer)
             self.forced_after_cap = [*self.end_ids, *self.answer_prompt_ids]
             self.forced_after_end = self.answer_prompt_ids
 
@@ -93,6 +96,22 @@ class Layout:
         ids = self.question_ids(question)
         return [*ids, self.bot_id] if self.thinking.phase == "latent" else ids
 
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The text of a completion that is judged: in the explicit phase what stands behind the end of thinking.
+
+        Args:
+            ids: those of the completion, thoughts by their strongest ids. Where thinking was not ended, nothing is
+                an answer.
+        """
+        rest = ""
+        if self.end is not None:
+            said = self.end.split(ids)
+            if said is None:
+                return ""
+            n, rest = said
+            ids = ids[n:]
+        return rest + str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def answer_ids(self, answer: str) -> list[int]:
         return [*self.encode(answer), self.tokenizer.eos_token_id]
 
@@ -132,11 +151,17 @@ def check_texts(layout: Layout) -> None:
             ) from None
     if thinking.phase != "explicit":
         return
-    end = str(tokenizer.decode(layout.end_ids))
-    if end.strip() != thinking.end_of_thinking.strip():
+    assert layout.end is not None
+    if layout.end.split(layout.end_ids) is None:
+        spelt = str(tokenizer.decode(layout.end_ids))
         raise ValueError(
-            f"end_of_thinking {thinking.end_of_thinking!r} cannot be produced by this tokenizer, which reads {end!r} "
-            "for it: no thoughts would ever spell it"
+            f"end_of_thinking {thinking.end_of_thinking!r} cannot be produced by this tokenizer, which reads "
+            f"{spelt!r} for it: no thoughts would ever spell it"
+        )
+    if tokenizer.eos_token_id in layout.end_ids:
+        raise ValueError(
+            f"end_of_thinking {thinking.end_of_thinking!r} holds {tokenizer.eos_token!r}, which ends the completion: "
+            "nothing could be answered after it"
         )
 
 

@@ -30,6 +30,14 @@ def check_config(
         columns = getattr(given.get(name), "column_names", None)
         if isinstance(columns, list) and "prompt" not in columns:
             raise ValueError(f"{name} has no column prompt; it has {', '.join(columns)}")
+        if name == "train_dataset" and isinstance(columns, list):
+            prompts = args.generation_batch_size // args.num_generations
+            if len(given[name]) < prompts:
+                raise ValueError(
+                    f"train_dataset has {len(given[name])} rows, and a rollout takes {prompts} prompts "
+                    f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}): "
+                    "nothing would be trained; lower per_device_train_batch_size or gradient_accumulation_steps"
+                )
         if isinstance(columns, list) and (found := {"image", "images"}.intersection(columns)):
             raise ValueError(f"{name} has a column {min(found)}: soft rollouts take prompts of text alone")
     check_trainable(thinking.thought, ratio)

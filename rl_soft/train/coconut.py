@@ -109,10 +109,10 @@ class CoconutTrainer(ScheduledTrainer):
         loss = torch.stack(sums).sum() / torch.stack(counts).sum() * share
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def counts(self, batch: dict[str, Any]) -> list[int]:
+    def counts(self, batch: dict[str, Any]) -> Tensor:
         rows = batch["rows"]
         stages = self.stages(rows, self.state.global_step)
-        return [sum(len(self.text_of(row, stage)) for row, stage in zip(rows, stages, strict=True))]
+        return torch.tensor([sum(len(self.text_of(row, stage)) for row, stage in zip(rows, stages, strict=True))])
 
     def text_of(self, row: Row, stage: int) -> list[int]:
         """Ids of what follows the thoughts and <eot>."""

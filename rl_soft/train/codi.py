@@ -150,10 +150,10 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
         )
         self._parts: dict[str, list[Tensor]] = {}  # since the last log
 
-    def counts(self, batch: dict[str, Any]) -> list[int]:
+    def counts(self, batch: dict[str, Any]) -> Tensor:
         """Labelled tokens of student and teacher, distilled positions."""
-        labelled = [int((batch[name][:, 1:] != IGNORE).sum()) for name in ("student_labels", "teacher_labels")]
-        return [*labelled, len(batch["kd"])]
+        labels = batch["student_labels"], batch["teacher_labels"]
+        return torch.stack([*((x[:, 1:] != IGNORE).sum() for x in labels), torch.ones_like(batch["kd"][:, 0]).sum()])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -214,11 +214,16 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         return soft.rows_of(soft.completion_ids), soft.rows_of(soft.sampled_log_probs)
 
     def _generate(self, prompts: list) -> tuple:
-        """Positions that were fed and not sampled are outside the loss; rewards may read the number of thoughts."""
+        """Positions that were fed and not sampled are outside the loss. Rewards may read how many thoughts there were,
+        and the text of the answer alone."""
         soft, made = self._soft, Generated(*super()._generate(prompts))
         return made._replace(
             tool_mask=soft.rows_of(soft.action_mask.int()),
-            extra_fields={**made.extra_fields, "thoughts": soft.thought_mask.sum(-1).tolist()},
+            extra_fields={
+                **made.extra_fields,
+                "thoughts": soft.thought_mask.sum(-1).tolist(),
+                "answer_text": [self.layout.answer_text(ids) for ids in made.completion_ids],
+            },
         )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:

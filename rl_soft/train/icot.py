@@ -82,8 +82,9 @@ class ICoTTrainer(ScheduledTrainer):
         loss = token_cross_entropy(out.logits, labels) * share
         return (loss, out) if return_outputs else loss
 
-    def counts(self, batch: dict[str, Any]) -> list[int]:
-        return [sum(len(completion) for _, completion in self.texts(batch["rows"], self.state.global_step))]
+    def counts(self, batch: dict[str, Any]) -> Tensor:
+        texts = self.texts(batch["rows"], self.state.global_step)
+        return torch.tensor([sum(len(completion) for _, completion in texts)])
 
     def texts(self, rows: list[Row], step: int) -> list[tuple[list[int], list[int]]]:
         """Ids of the question and of what follows it, of each row at an optimizer step."""

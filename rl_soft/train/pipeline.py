@@ -46,6 +46,7 @@ from rl_soft.evaluation.render import model_card
 from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.files import write_atomic
 from rl_soft.model import policy
+from rl_soft.thoughts.fit import check_characters, check_rows
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
 from rl_soft.train.codi import codi_trainer
@@ -91,6 +92,11 @@ def run(recipe: Recipe) -> Path:
     """
     rewards = check_rl(recipe) if recipe.method in RL_METHODS else []
     rows = load_rows(recipe)
+    if recipe.method in RL_METHODS and len(rows.train) < recipe.extra.prompts_per_step:
+        raise ValueError(
+            f"prompts_per_step {recipe.extra.prompts_per_step} is more than the {len(rows.train)} training rows of "
+            f"dataset {recipe.data.dataset}: a rollout takes each prompt once; lower it, or take more rows"
+        )
     warm_start = warm_start_of(recipe)
     if warm_start is not None:
         finish(warm_start)
@@ -144,7 +150,7 @@ class Start:
 
 
 def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: list[Callable]) -> None:
-    start = start_rl(recipe, warm_start, rows.test)
+    start = start_rl(recipe, warm_start, rows)
     model_folder = recipe.output_dir / "model"
     if not model_folder.exists():
         with gathered(start.policy.model):
@@ -164,12 +170,15 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
         report(recipe)
 
 
-def start_rl(recipe: Recipe, warm_start: Recipe | None, test: list[data.Row]) -> Start:
+def start_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> Start:
     start, thinking = starting_policy(recipe, warm_start), recipe.thinking
     check_thinking(thinking, start.thinking, str(recipe.path))
     thinking.support_size(start.model.config.vocab_size)
     layout = Layout(thinking, start.tokenizer)
     check_texts(layout)
+    context = policy.context_length(start.model)
+    check_rows(rows.train, layout, context, recipe.data.dataset)
+    check_rows(rows.test, layout, context, recipe.data.eval_dataset or recipe.data.dataset)
     values = {
         "max_completion_length": layout.max_completion_length,
         "temperature": thinking.temperature,
@@ -178,7 +187,7 @@ def start_rl(recipe: Recipe, warm_start: Recipe | None, test: list[data.Row]) ->
     args = (SoftPPOConfig if recipe.method == "ppo" else GRPOConfig)(**training_values(recipe) | values)
     check_processes(args)
     start.model.to(args.device)
-    return Start(recipe, start, layout, args, test)
+    return Start(recipe, start, layout, args, rows.test)
 
 
 def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> SoftGRPOTrainer:
@@ -250,6 +259,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> N
     start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
     layout = Layout(recipe.thinking, start.tokenizer)
     recipe.thinking.support_size(start.model.config.vocab_size)
+    check_characters([*rows.train, *rows.test], layout, recipe.data.dataset)
     train = usable_rows(
         rows.train,
         layout,

@@ -18,7 +18,7 @@ from rl_soft.keys import nearest
 # What TRL or our rollout passes by keyword at each call: no parameters of a recipe.
 PASSED = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
-    "thoughts", "id", "answer", "answer_type", "source",
+    "thoughts", "answer_text", "id", "answer", "answer_type", "source",
 }  # fmt: skip
 
 

@@ -100,19 +100,19 @@ class WholeStep:
     accelerator: Any
     loss_is_scaled_for_ga: Any = True  # transformers then leaves the accumulated losses as they are
 
-    def counts(self, batch: dict[str, Any]) -> list[int]:
-        """How many terms each mean of a micro-batch has."""
+    def counts(self, batch: dict[str, Any]) -> Tensor:
+        """(n,) how many terms each of the n means of a micro-batch has."""
         raise NotImplementedError
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """The counts of a step, per process: gradients are means over processes."""
-        counted = torch.tensor([self.counts(batch) for batch in batch_samples], dtype=torch.float32, device=device)
-        return self.accelerator.reduce(counted.sum(0), "mean")
+        counted = torch.stack([self.counts(batch) for batch in batch_samples]).sum(0)
+        return self.accelerator.reduce(counted.to(device, torch.float32), "mean")
 
     def share(self, batch: dict[str, Any], of_step: Tensor | None) -> list[float] | Tensor:
         """What the means of this micro-batch count for in the step; 1 outside of training."""
         here = self.counts(batch)
-        return [1.0] * len(here) if of_step is None else torch.tensor(here, device=of_step.device) / of_step
+        return [1.0] * len(here) if of_step is None else here.to(of_step) / of_step
 
 
 def reset_optimizer(optimizer: Any) -> None:

@@ -13,7 +13,6 @@ from conftest import rows, tiny_policy
 
 from rl_soft.analyses import cost, probe
 from rl_soft.cli import main
-from rl_soft.cli.opening import check_lengths
 from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
@@ -22,6 +21,7 @@ from rl_soft.evaluation.samples import evaluate, sample_records
 from rl_soft.model.policy import eos_token_ids
 from rl_soft.model.projector import add_projector
 from rl_soft.rollouts.engine import rollout
+from rl_soft.thoughts.fit import check_lengths
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 
