@@ -69,6 +69,7 @@ class Completion:
     seed: int  # of its noise; 0 where there is none
 
     def to_dict(self) -> dict[str, Any]:
+        """Name -> value, as JSON can hold them; thoughts are dicts, too."""
         return asdict(self)
 
 

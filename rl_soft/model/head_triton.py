@@ -37,6 +37,7 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_IN
 
 
 def jit(function: Any) -> Any:
+    """A Triton kernel; the function itself where there is no Triton."""
     return function if triton is None else triton.jit(function)
 
 

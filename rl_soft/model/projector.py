@@ -135,6 +135,7 @@ def load_projector(model: PreTrainedModel, folder: Path, dtype: torch.dtype = to
 
 
 def read_projector(model: Any, state: dict[str, Tensor]) -> None:
+    """Load the weights of a projector; where `state` has no gate, it starts from `start_gate`."""
     gate = {} if "gate" in state else {"gate": model.projector.gate.detach()}
     model.projector.load_state_dict(state | gate)
     if gate:

@@ -57,7 +57,8 @@ class Rollout:
 
     @property
     def lengths(self) -> Tensor:
-        return self.mask.sum(-1)  # (B,)
+        """(B,) int64: positions that each completion has."""
+        return self.mask.sum(-1)
 
 
 @dataclass

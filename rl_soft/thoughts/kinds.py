@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
+    """What is true of a kind of thought."""
+
     help: str
     noise: str | None  # gumbel: on the log-probabilities of all ids; dirichlet: in the weights; None: nothing is drawn
     parameter: str | None  # the field of `Thinking` that its weights and its density take

@@ -103,9 +103,15 @@ class Thinking:
         return (self.thought_k or vocab_size) if self.kind.mixes else 1
 
     def to_dict(self) -> dict[str, Any]:
+        """Name -> value, as JSON can hold them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Thinking:
+        """Of `to_dict`; names that this version does not know are left out.
+
+        Raises:
+            ValueError: a value that is not allowed.
+        """
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in values.items() if k in known})
