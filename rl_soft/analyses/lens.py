@@ -6,9 +6,9 @@ after each layer, at that position, into logits by the model's own final norm an
 
 The rule. A path is held at a layer to the share of its own five strongest lens ids that are among the ten strongest of
 the mixture. Shares are averaged over thoughts. The top-1 share is path 1's part of both, held_1 / (held_1 + held_2)
-with the averages. For comparison: how much of each path the *other path alone* holds, by the same rule. What the mixture
-holds of path 2 says something only as far as it is above what path 1 alone holds of it; of these excesses, too, path
-1's part of both is given.
+with the averages. For comparison: how much of each path the *other path alone* holds, by the same rule. What the
+mixture holds of path 2 says something only as far as it is above what path 1 alone holds of it; of these excesses,
+too, path 1's part of both is given.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ On distributions p that soft traces meet, cut to the K most probable ids and ren
     randomness   JS(w, p), in nats: how far the draw is from p
 
 Averages over draws and thoughts are points of a plane; a parameter draws a curve. Each trace gives at most `MOST`
-evenly spaced thoughts; those whose second id weighs at least `branch_weight` are also averaged alone. Noise is addressed by
-(seed, problem, draw) and the position, and is the same for all values of a parameter.
+evenly spaced thoughts; those whose second id weighs at least `branch_weight` are also averaged alone. Noise is
+addressed by (seed, problem, draw) and the position, and is the same for all values of a parameter.
 
 The test. The paper searched tau over 0.3 to 0.9 and gamma over 1 to 10. Gumbel *keeps its randomness* if nowhere
 between tau = 0.3 and 1 it is below half of that at tau = 1; dirichlet, if nowhere up to gamma = 10 it is below half of

@@ -229,8 +229,8 @@ def _method(layout: Layout, arguments: AnalysisArguments) -> str:
     what = [
         f"Model {arguments.model_name_or_path}, {arguments.dtype}. Thinking: {decoder}.",
         "Intervals are at 95 % and resample prompts: thoughts of one trace are not independent. A finding holds, or "
-        "does not, where its whole interval is on one side; else it is undecided. Several findings are tested and their "
-        "intervals are not adjusted for that.",
+        "does not, where its whole interval is on one side; else it is undecided. Several findings are tested and "
+        "their intervals are not adjusted for that.",
         "Gumbel noise in traces is over the whole vocabulary, and the K largest are kept; the paper draws it inside "
         "the K most probable, as the plane does. Top-k, top-p and min-p cuts are not made.",
         "Rules and definitions: docs/analyses.md. Beside this file: NAME.jsonl, the records; NAME.json and NAME.csv, "

@@ -155,9 +155,9 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def points(share: float, digits: int = 1) -> str:
+def points(share: float) -> str:
     """A difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.{digits}f}".replace("-", "−")
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _fence(text: str, shortest: int) -> str:

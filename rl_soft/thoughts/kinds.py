@@ -23,6 +23,7 @@ class Kind:
 
     @property
     def has_density(self) -> bool:
+        """Without noise a thought is a point mass."""
         return self.noise is not None
 
     @property

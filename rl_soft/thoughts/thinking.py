@@ -8,7 +8,7 @@ from typing import Any
 from rl_soft.thoughts.kinds import KINDS, Kind
 
 PHASES = ("latent", "explicit")
-THOUGHTS = ("token", "soft", "gumbel", "dirichlet", "hidden", "hybrid")
+THOUGHTS = tuple(KINDS)
 CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `think.disturb`
 
 
