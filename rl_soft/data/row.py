@@ -22,8 +22,8 @@ class Row:
     answer_type: str  # one of ANSWER_TYPES
     source: str
     family: str | None  # rows made from one template, or variants of one problem, share a family
-    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata; of a
-    # function to complete (answer_type code) the `prompt` and the `entry_point`
+    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata; of a function to complete
+    # (answer_type code) the `prompt` and the `entry_point`
     metadata: str = field(default="", repr=False)
 
 
