@@ -10,6 +10,7 @@ from rl_soft.analyses.plane import GRID, PARAMETER, SETS
 from rl_soft.evaluation.figures import COLOURS, canvas, clean, png
 
 GREY, BLUE, RED, GREEN, PINK, YELLOW = COLOURS
+LABELLED = {"gumbel": ((0.1, 0.3, 0.5, 1.0, 2.0), 1), "dirichlet": ((0.1, 1.0, 4.0, 10.0, 100.0), -1)}  # and the side
 OF_KIND = {"greedy": GREY, "soft": BLUE, "gumbel": RED, "dirichlet": GREEN, "sampled": PINK}
 
 
@@ -145,8 +146,7 @@ def plane(summary: dict[str, Any]) -> bytes:
             axes.plot(
                 points[:, 0], points[:, 1], color=OF_KIND[kind], linewidth=1.8, marker="o", markersize=4, label=kind
             )
-            labelled = {"gumbel": (0.1, 0.3, 0.5, 1.0, 2.0), "dirichlet": (0.1, 1.0, 4.0, 10.0, 100.0)}[kind]
-            side = 1 if kind == "gumbel" else -1
+            labelled, side = LABELLED[kind]
             for parameter in labelled:
                 axes.annotate(
                     f"{PARAMETER[kind]} {parameter:g}",
