@@ -109,7 +109,7 @@ def read_lines(path: Path, what: str, *begins: bytes) -> tuple[list[Object], int
             ours = any(b.startswith(begun[: len(b)]) for b in begins or (b"{",))
             if number < len(lines) or not ours:
                 raise ValueError(f"{path}, line {number}: not {what}")
-            logger.warning("%s: line %d is unfinished; cutting it off", path, number)
+            logger.warning("%s: line %d is unfinished; leaving it out", path, number)
             break
         found.append(value)
         size += len(line) + 1

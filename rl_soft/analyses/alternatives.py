@@ -1,6 +1,6 @@
 """A soft rollout that asks, wherever it feeds a thought, what the model would make of something else in its place.
 
-The rollout's cache writes what is fed to one common column, and the column moves on only after the step. So
+The rollout's cache writes what is fed to one common column, and the column moves on only after the decode step. So
 alternatives are fed one after the other into the thought's own place, on the thought's own prefix, and the thought
 itself comes last and overwrites them: they leave no trace, whatever kinds of attention the model has.
 
@@ -31,7 +31,7 @@ class Alternatives(Engine):
         self.replay.on = False
 
     def others(self, live: Live, at: Tensor) -> list[Tensor]:
-        """What is fed in the place of the next inputs: (n, H) each; an empty list asks nothing at this step.
+        """What is fed in the place of the next inputs: (n, H) each; an empty list asks nothing here.
 
         Args:
             at: (n,) int64, the thought's position in the completion; `walk.T` where the next input is no thought.

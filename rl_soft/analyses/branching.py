@@ -8,7 +8,7 @@ at most ln 2:
     JS(P, P_1)   near 0 where the mixture is read as its strongest id
     JS(P, P_2)   near 0 where it is read as its second
 
-A soft token that is one id almost surely says little, so steps whose second id weighs at least `branch_weight` are
+A soft token that is one id almost surely says little, so thoughts whose second id weighs at least `branch_weight` are
 also reported alone.
 """
 
@@ -31,7 +31,7 @@ from rl_soft.thoughts.layout import Layout
 
 QUESTION = "Does the model read a soft token as several words at once, or as its strongest one?"
 PAPER = (
-    "On QwQ-32B, over about a million soft steps, the distance to the strongest token alone piles up near 0 and the "
+    "On QwQ-32B, over about a million soft tokens, the distance to the strongest token alone piles up near 0 and the "
     "distance to the second alone lies mostly above 0.6 of at most 0.693: the model follows one thread, the strongest."
 )
 BINS = np.linspace(0, math.log(2), 36)  # of the histograms
@@ -156,12 +156,12 @@ def says(summary: dict[str, Any]) -> list[str]:
     """What the figures say, in sentences."""
     every, some = summary["all"], summary["branching"]
     said = [
-        f"Over {every['steps']:,} soft steps of {summary['prompts']} prompts, the median distance is "
+        f"Over {every['steps']:,} soft thoughts of {summary['prompts']} prompts, the median distance is "
         f"{shown(every['first'])} to the strongest token alone and {shown(every['second'])} to the second alone; "
-        f"{percent(every['closer_to_first'])} of the steps are closer to the strongest."
+        f"{percent(every['closer_to_first'])} of the thoughts are closer to the strongest."
     ]
     if some is None:
-        return [*said, f"Hardly any step has a second token of weight {summary['branch_weight']} or more."]
+        return [*said, f"Hardly any thought has a second token of weight {summary['branch_weight']} or more."]
     share = some["steps"] / every["steps"]
     said.append(
         f"In {some['steps']:,} of them ({number(100 * share)} %) the second token weighs at least "
@@ -179,8 +179,9 @@ def says(summary: dict[str, Any]) -> list[str]:
 
 
 def claims(summary: dict[str, Any]) -> list[Claim]:
+    """The paper's findings, held against the figures."""
     made = []
-    for key, where in (("all", "all steps"), ("branching", f"second token ≥ {summary['branch_weight']}")):
+    for key, where in (("all", "all thoughts"), ("branching", f"second token ≥ {summary['branch_weight']}")):
         part = summary[key]
         if part is not None:
             text = f"Median JS to the strongest token is at least ten times below that to the second ({where})"

@@ -79,9 +79,9 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def ratio_interval(above: np.ndarray, below: np.ndarray, seed: int = 0) -> dict[str, float]:
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
     """Ratio of the means over the same questions, with a 95 % percentile interval by resampling questions."""
-    draws = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
+    draws = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
     values = above[draws].mean(1) / below[draws].mean(1)
     low, high = np.quantile(values, [0.025, 0.975])
     return {"mean": float(above.mean() / below.mean()), "low": float(low), "high": float(high)}

@@ -10,6 +10,7 @@ from rl_soft.analyses.plane import GRID, PARAMETER, SETS
 from rl_soft.evaluation.figures import COLOURS, canvas, clean, png
 
 GREY, BLUE, RED, GREEN, PINK, YELLOW = COLOURS
+LABELLED = {"gumbel": ((0.1, 0.3, 0.5, 1.0, 2.0), 1), "dirichlet": ((0.1, 1.0, 4.0, 10.0, 100.0), -1)}  # and the side
 OF_KIND = {"greedy": GREY, "soft": BLUE, "gumbel": RED, "dirichlet": GREEN, "sampled": PINK}
 
 
@@ -23,7 +24,7 @@ def draw(name: str, summary: dict[str, Any]) -> bytes:
 
 def branching(summary: dict[str, Any]) -> bytes:
     """Histograms of both distances, and their medians by the weight of the second id."""
-    parts = [("All steps", summary["all"])]
+    parts = [("All thoughts", summary["all"])]
     if summary["branching"]:
         parts.append((f"Second token weighs {summary['branch_weight']} or more", summary["branching"]))
     figure = canvas(4.0 * (len(parts) + 1), 3.9)
@@ -43,7 +44,7 @@ def branching(summary: dict[str, Any]) -> bytes:
             )
         axes.set_title(f"{title}: {part['steps']:,}", loc="left", fontsize=10)
         axes.set_xlabel("JS divergence, nats", fontsize=9)
-        axes.set_ylabel("share of steps", fontsize=9)
+        axes.set_ylabel("share of thoughts", fontsize=9)
     clean(last)
     x = [(part["from"] + part["to"]) / 2 for part in summary["by_weight"]]
     for j, (name, colour) in enumerate((("strongest", BLUE), ("second", RED))):
@@ -52,7 +53,7 @@ def branching(summary: dict[str, Any]) -> bytes:
         last.plot(x, value, color=colour, linewidth=2, marker="o", markersize=4, label=f"to the {name} alone")
     last.set_ylim(bottom=0)
     last.set_xlabel("weight of the second token", fontsize=9)
-    last.set_title("Median by how balanced the step is", loc="left", fontsize=10)
+    last.set_title("Median by how balanced the thought is", loc="left", fontsize=10)
     last.legend(frameon=False, fontsize=8.5)
     title = "After a soft token, the model goes on as after ..."
     return png(figure, title, f"{summary['prompts']} prompts. Bands: 95 %, over prompts. At most ln 2 = 0.693.")
@@ -90,7 +91,7 @@ def lens(summary: dict[str, Any]) -> bytes:
         where = {"xytext": (0, -3 if below else 3), "textcoords": "offset points", "va": "top" if below else "bottom"}
         right.annotate(text, (x, level), ha=side, fontsize=8, color=GREY, **where)
     right.set_title("Top-1 share: stronger / (stronger + weaker)", loc="left", fontsize=10)
-    caption = f"{summary['steps']} mixtures .6/.4 at branching steps of {summary['prompts']} prompts. Bands: 95 %."
+    caption = f"{summary['steps']} mixtures .6/.4 at branching thoughts of {summary['prompts']} prompts. Bands: 95 %."
     return png(figure, "What the layers see in a balanced soft token", caption)
 
 
@@ -136,7 +137,7 @@ def plane(summary: dict[str, Any]) -> bytes:
     """Randomness over softness, one curve per kind, with the parameter written beside it."""
     names = [name for name in SETS if summary[name]]
     figure = canvas(5.6 * len(names), 4.6)
-    titles = {"all": "All steps", "branching": f"Second token weighs {summary['branch_weight']} or more"}
+    titles = {"all": "All thoughts", "branching": f"Second token weighs {summary['branch_weight']} or more"}
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         clean(axes)
         part = summary[name]
@@ -145,8 +146,7 @@ def plane(summary: dict[str, Any]) -> bytes:
             axes.plot(
                 points[:, 0], points[:, 1], color=OF_KIND[kind], linewidth=1.8, marker="o", markersize=4, label=kind
             )
-            labelled = {"gumbel": (0.1, 0.3, 0.5, 1.0, 2.0), "dirichlet": (0.1, 1.0, 4.0, 10.0, 100.0)}[kind]
-            side = 1 if kind == "gumbel" else -1
+            labelled, side = LABELLED[kind]
             for parameter in labelled:
                 axes.annotate(
                     f"{PARAMETER[kind]} {parameter:g}",

@@ -1,6 +1,6 @@
 """What the analyses share: figures with intervals over prompts, and claims held against them. Numpy only.
 
-Steps of one trace are not independent evidence about a model, so prompts are resampled, each with all its steps.
+Thoughts of one trace are not independent evidence about a model, so prompts are resampled, each with all of its own.
 Intervals are 95 % percentiles of the resampled figures.
 """
 
@@ -77,6 +77,7 @@ def percent(figure: dict[str, Any], digits: int = 3) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
+    """To so many significant digits, without an exponent where it is large."""
     text = f"{value:.{digits}g}"
     return f"{value:,.0f}" if "e+" in text else text.replace("-", "−")
 

@@ -1,14 +1,14 @@
 """In which layer does a soft token become one word? The logit lens on balanced mixtures (arXiv 2508.03440).
 
-Along a trace of soft thoughts, at the steps of each prompt whose second id weighs most, three inputs are fed on the
+Along a trace of soft thoughts, at those of each prompt whose second id weighs most, three inputs are fed on the
 same prefix: the two strongest ids alone (path 1 and path 2), and their mixture .6 / .4. The logit lens turns the state
 after each layer, at that position, into logits by the model's own final norm and LM head; layer 0 is the embedding.
 
 The rule. A path is held at a layer to the share of its own five strongest lens ids that are among the ten strongest of
-the mixture. Shares are averaged over steps. The top-1 share is path 1's part of both, held_1 / (held_1 + held_2) with
-the averages. For comparison: how much of each path the *other path alone* holds, by the same rule. What the mixture
-holds of path 2 says something only as far as it is above what path 1 alone holds of it; of these excesses, too, path
-1's part of both is given.
+the mixture. Shares are averaged over thoughts. The top-1 share is path 1's part of both, held_1 / (held_1 + held_2)
+with the averages. For comparison: how much of each path the *other path alone* holds, by the same rule. What the
+mixture holds of path 2 says something only as far as it is above what path 1 alone holds of it; of these excesses,
+too, path 1's part of both is given.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Lens(Alternatives):
 
 @torch.no_grad()
 def measure(model: Any, layout: Layout, rows: Sequence[Row], branches: int) -> list[dict[str, Any]]:
-    """One record per row, of its m <= `branches` steps, in order.
+    """One record per row, of its m <= `branches` thoughts, in order.
 
     Args:
         layout: of a `Thinking` with thought `soft` and two slots or more.
@@ -123,13 +123,13 @@ def measure(model: Any, layout: Layout, rows: Sequence[Row], branches: int) -> l
     prompts = [layout.prompt_ids(row.question) for row in rows]
     engine = Lens(model, layout, prompts, branches=branches)
     out = engine.run()
-    found, agreed, steps = [], 0, 0
+    found, agreed, asked = [], 0, 0
     for i in range(len(rows)):
         order = [j for j in engine.at[i].argsort().tolist() if engine.at[i, j] >= 0]
         at = engine.at[i, order]
         logits = [lens_logits(model, engine.states[i, j]) for j in order]  # (3, L + 1, V) each
         last = [int(x[2, -1].argmax()) for x in logits]
-        agreed, steps = agreed + sum(map(int.__eq__, last, engine.says[i, order].tolist())), steps + len(order)
+        agreed, asked = agreed + sum(map(int.__eq__, last, engine.says[i, order].tolist())), asked + len(order)
         found.append(
             {
                 "at": at.tolist(),
@@ -138,7 +138,7 @@ def measure(model: Any, layout: Layout, rows: Sequence[Row], branches: int) -> l
                 "held": [held(x).tolist() for x in logits],
             }
         )
-    if 2 * agreed < steps:
+    if 2 * agreed < asked:
         raise ValueError(f"the lens of the last layer of {type(model).__name__} is not what the model says itself")
     return found
 
@@ -157,7 +157,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Shares by layer with intervals: {"shares": {...: (4, L + 1)}, "top1": {...: (L + 1)}, ...}.
 
     Raises:
-        ValueError: no step at all, or those of one prompt alone.
+        ValueError: no thought at all, or those of one prompt alone.
     """
     groups = [np.array(r["held"], dtype=float) / SINGLE for r in records if r["held"]]  # (m, 4, L + 1)
     if not groups:
@@ -205,7 +205,7 @@ def says(summary: dict[str, Any]) -> list[str]:
     top1 = summary["top1"]["value"]
     peak = int(np.argmax(top1))
     return [
-        f"{summary['steps']} steps of {summary['prompts']} prompts, where the second token weighed most (median "
+        f"{summary['steps']} thoughts of {summary['prompts']} prompts, where the second token weighed most (median "
         f"{number(summary['median_weight'])}), were replaced by a .6/.4 mixture. In the last {LAST} layers it holds "
         f"{shown(summary['last_path1'])} of the stronger path and {shown(summary['last_path2'])} of the weaker: "
         f"a top-1 share of {shown(summary['last_top1'])}.",
@@ -218,6 +218,7 @@ def says(summary: dict[str, Any]) -> list[str]:
 
 
 def claims(summary: dict[str, Any]) -> list[Claim]:
+    """The paper's findings, held against the figures."""
     return [
         Claim(
             f"The top-1 share is above 0.9 in the last {LAST} layers",

@@ -8,9 +8,9 @@ On distributions p that soft traces meet, cut to the K most probable ids and ren
     softness     the entropy of w, in nats: 0 for a single word
     randomness   JS(w, p), in nats: how far the draw is from p
 
-Averages over draws and steps are points of a plane; a parameter draws a curve. Each trace gives at most `STEPS` evenly
-spaced steps; steps whose second id weighs at least `branch_weight` are also averaged alone. Noise is addressed by
-(seed, problem, draw) and the position, and is the same for all values of a parameter.
+Averages over draws and thoughts are points of a plane; a parameter draws a curve. Each trace gives at most `MOST`
+evenly spaced thoughts; those whose second id weighs at least `branch_weight` are also averaged alone. Noise is
+addressed by (seed, problem, draw) and the position, and is the same for all values of a parameter.
 
 The test. The paper searched tau over 0.3 to 0.9 and gamma over 1 to 10. Gumbel *keeps its randomness* if nowhere
 between tau = 0.3 and 1 it is below half of that at tau = 1; dirichlet, if nowhere up to gamma = 10 it is below half of
@@ -49,7 +49,7 @@ PARAMETER = {"gumbel": "tau", "dirichlet": "gamma"}
 SEARCHED = {"gumbel": (0.3, 0.9), "dirichlet": (1.0, 10.0)}
 REFERENCE = GRID["gumbel"].index(1.0)
 HALF = 0.5
-STEPS = 32  # of a trace
+MOST = 32  # thoughts of a trace
 SETS = ("all", "branching")
 TINY = 1e-12  # nats; resampled prompts without any randomness divide by no less
 
@@ -81,18 +81,18 @@ def measure(
 
     Args:
         layout: of a `Thinking` with thought `soft` and two slots or more.
-        draws: of the weights, at each step and for each parameter.
+        draws: of the weights, at each thought and for each parameter.
 
     Returns:
         For each row {"steps": [all, branching], "gumbel" and "dirichlet": for each parameter of `GRID` the means
-        [softness, randomness] over all steps and over the branching ones, 0 where there is none}.
+        [softness, randomness] over all thoughts and over the branching ones, 0 where there is none}.
     """
     prompts = [layout.prompt_ids(row.question) for row in rows]
     out = rollout(model, layout, prompts)
     records = []
     for i, row in enumerate(rows):
         positions = out.thought_mask[i].nonzero()[:, 0]
-        keep = torch.linspace(0, len(positions) - 1, min(STEPS, len(positions))).round().long()
+        keep = torch.linspace(0, len(positions) - 1, min(MOST, len(positions))).round().long()
         positions = positions[keep.to(positions.device)]
         log_p = out.log_weights[i, positions]  # (n, K)
         branching = (log_p[:, 1].exp() >= branch_weight).float()  # (n,)
@@ -111,7 +111,7 @@ def measure(
 
 
 def summarise(records: Sequence[dict[str, Any]], branch_weight: float) -> dict[str, Any]:
-    """Both curves over all steps and over the branching ones, and the test; prompts weigh by their steps.
+    """Both curves over all thoughts and over the branching ones, and the test; prompts weigh by their thoughts.
 
     Raises:
         ValueError: no thought was fed, or those of one prompt alone; or each was one id almost surely, so that there
@@ -128,7 +128,7 @@ def summarise(records: Sequence[dict[str, Any]], branch_weight: float) -> dict[s
 
 def _of(records: Sequence[dict[str, Any]], s: int) -> dict[str, Any]:
     lengths = {kind: len(grid) for kind, grid in GRID.items()}
-    rows = []  # a prompt's steps, then softness and randomness by kind and parameter, times the steps
+    rows = []  # a prompt's thoughts, then softness and randomness by kind and parameter, times the thoughts
     for r in records:
         points = np.array([r[kind][j][s] for kind in GRID for j in range(lengths[kind])])  # (parameters, 2)
         rows.append(np.concatenate([[r["steps"][s]], points.ravel() * r["steps"][s]])[None])
@@ -217,7 +217,8 @@ def says(summary: dict[str, Any]) -> list[str]:
         part = summary[name]
         if part is None:
             continue
-        where = "all steps" if name == "all" else f"steps whose second token weighs {summary['branch_weight']} or more"
+        some = f"thoughts whose second token weighs {summary['branch_weight']} or more"
+        where = "all thoughts" if name == "all" else some
         at = {tau: part["gumbel"]["value"][GRID["gumbel"].index(tau)] for tau in (0.3, 1.0)}
         ratios = [part["relative"]["gumbel"][GRID["gumbel"].index(0.3)][c] for c in (0, 1)]
         said.append(
@@ -238,6 +239,7 @@ def says(summary: dict[str, Any]) -> list[str]:
 
 
 def claims(summary: dict[str, Any]) -> list[Claim]:
+    """The paper's findings, held against the figures."""
     part = summary["all"]
     found, lost = part["both"]["dirichlet"], {"yes": "no", "no": "yes"}
     both = lost.get(above(part["dirichlet_best"], HALF), "undecided")

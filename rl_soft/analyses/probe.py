@@ -32,6 +32,7 @@ from rl_soft.files import write_atomic
 from rl_soft.model.think import last_state, position_ids, think
 from rl_soft.thoughts.layout import Layout, pad
 
+SHOWN = 5  # problems whose tokens are shown
 _RESULT = re.compile(r"=\s*[$£€]?\s*(-?[\d.,]*\d)[^=]*$")
 
 
@@ -49,7 +50,7 @@ def first_tokens(layout: Layout, number: str) -> set[int]:
 
 
 @torch.no_grad()
-def thought_logits(model: Any, layout: Layout, rows: Sequence[Row], control: str = "none") -> Tensor:
+def thought_logits(model: Any, layout: Layout, rows: Sequence[Row]) -> Tensor:
     """Logits of the LM head at <bot> and at each thought, without noise: (B, n + 1, V) float32."""
     thinking, device = layout.thinking, model.get_input_embeddings().weight.device
     prompts = [layout.prompt_ids(row.question) for row in rows]
@@ -65,7 +66,7 @@ def thought_logits(model: Any, layout: Layout, rows: Sequence[Row], control: str
         output_hidden_states=thinking.kind.reads_hidden,
     )
     start = out.logits[:, -1], last_state(out)
-    seen = think(model, model, *start, cache, mask, thinking, None, control=control, keep_logits=True)[2]
+    seen = think(model, model, *start, cache, mask, thinking, None, keep_logits=True)[2]
     return torch.stack(seen, dim=1).float()
 
 
@@ -143,7 +144,7 @@ def rates(probed: Sequence[Probed]) -> dict[str, dict[str, float | None]]:
     return table
 
 
-def report(probed: Sequence[Probed], layout: Layout, top_k: int, out: Path | None, shown: int = 5) -> str:
+def report(probed: Sequence[Probed], layout: Layout, top_k: int, out: Path | None) -> str:
     """Markdown: the rates, and the tokens of the first problems. Also written to `out`, with probe.json."""
     correct = [p for p in probed if p.correct]
     figures = {
@@ -167,7 +168,7 @@ def report(probed: Sequence[Probed], layout: Layout, top_k: int, out: Path | Non
             cells = ["–" if row[key] is None else f"{row[key]:.1%}" for key in _COLUMNS]
             lines.append(f"| {name} | {count} | {row['problems']} | {' | '.join(cells)} |")
     lines += ["", "Top tokens at <bot> and at each thought, the strongest first:", ""]
-    for p in list(correct or probed)[:shown]:
+    for p in list(correct or probed)[:SHOWN]:
         words = [" ".join(repr(layout.tokenizer.decode([i]))[1:-1] for i in position) for position in p.top]
         lines += [f"- `{p.row.question}` results {', '.join(p.results)}, answer {p.row.answer}: {' | '.join(words)}"]
     text = "\n".join(lines) + "\n"

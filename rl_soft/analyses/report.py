@@ -25,8 +25,8 @@ from rl_soft.files import write_atomic
 from rl_soft.thoughts.layout import Layout
 
 EXAMPLES = 3  # problems whose traces are shown
-STEPS = 12  # of the most balanced ones
-CONTEXT = 10  # ids before a step
+BALANCED = 12  # thoughts, the most balanced ones
+CONTEXT = 10  # ids before a thought
 PAPER = "LLMs are Single-threaded Reasoners, arXiv 2508.03440"
 WORDS = {"yes": "holds", "no": "does not hold", "in part": "holds in part", "undecided": "undecided"}
 PASSK = (
@@ -40,7 +40,7 @@ NOTES = {  # below a picture: how to read it
     "branching": "Left and middle: how often a distance occurs. Right: the same by how balanced the soft token is.",
     "lens": "Solid: what the mixture holds of each path. Dotted: what the other path alone holds of it, which is what "
     "the two have in common.",
-    "plane": "Each point is the average over steps and draws at one value of tau or gamma. Up: random. Right: soft.",
+    "plane": "Each point is the average over thoughts and draws at one tau or gamma. Up: random. Right: soft.",
 }
 
 
@@ -177,7 +177,7 @@ def _examples(finding: Finding, layout: Layout, rows: Sequence[Row]) -> str:
 
 
 def _steps(finding: Finding, layout: Layout) -> str:
-    """The most balanced steps, at most one per problem: what was said before, both tokens, both distances."""
+    """The most balanced thoughts, at most one per problem: what was said before, both tokens, both distances."""
     best = []
     for record in finding.records:
         if record["weights"]:
@@ -190,7 +190,7 @@ def _steps(finding: Finding, layout: Layout) -> str:
         return decoded.replace(" ", "␣") if decoded.isspace() and "\n" not in decoded else repr(decoded)[1:-1]
 
     lines = []
-    for _, t, record in best[:STEPS]:
+    for _, t, record in best[:BALANCED]:
         before = text([ids[0] for ids in record["ids"][max(0, t - CONTEXT) : t]])
         cells = [f"<td class='before'>{'' if t <= CONTEXT else '… '}{escape(before)}</td>"]
         for j in (0, 1):
@@ -199,7 +199,7 @@ def _steps(finding: Finding, layout: Layout) -> str:
         cells += [f"<td>{number(record['distances'][t][j], 2)}</td>" for j in (0, 1)]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<details open><summary>The {len(lines)} most balanced steps, one per problem</summary><div class='wide'>"
+        f"<details open><summary>The {len(lines)} most balanced thoughts, one per problem</summary><div class='wide'>"
         "<table class='steps'><thead><tr><th>before</th><th>strongest</th><th>second</th><th>JS to strongest</th>"
         f"<th>JS to second</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )
@@ -228,9 +228,9 @@ def _method(layout: Layout, arguments: AnalysisArguments) -> str:
     decoder = ", ".join(f"{k} {v!r}" for k, v in layout.thinking.to_dict().items() if v not in (None, ""))
     what = [
         f"Model {arguments.model_name_or_path}, {arguments.dtype}. Thinking: {decoder}.",
-        "Intervals are at 95 % and resample prompts: steps of one trace are not independent. A finding holds, or does "
-        "not, where its whole interval is on one side; else it is undecided. Several findings are tested and their "
-        "intervals are not adjusted for that.",
+        "Intervals are at 95 % and resample prompts: thoughts of one trace are not independent. A finding holds, or "
+        "does not, where its whole interval is on one side; else it is undecided. Several findings are tested and "
+        "their intervals are not adjusted for that.",
         "Gumbel noise in traces is over the whole vocabulary, and the K largest are kept; the paper draws it inside "
         "the K most probable, as the plane does. Top-k, top-p and min-p cuts are not made.",
         "Rules and definitions: docs/analyses.md. Beside this file: NAME.jsonl, the records; NAME.json and NAME.csv, "

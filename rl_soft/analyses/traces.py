@@ -191,6 +191,7 @@ def says(summary: dict[str, Any]) -> list[str]:
 
 
 def claims(summary: dict[str, Any]) -> list[Claim]:
+    """The paper's findings, held against the figures."""
     made = []
     for kind in ("gumbel", "sampled"):
         if kind in summary["soft_minus"]:

@@ -37,6 +37,7 @@ def equations(text: str) -> tuple[str, ...]:
 
 
 def holds(equation: str) -> bool:
+    """Whether `left=number` is true, exactly."""
     left, _, right = equation.rpartition("=")
     try:
         return _value(ast.parse(left, mode="eval").body) == Fraction(right)

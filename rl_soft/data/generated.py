@@ -28,6 +28,7 @@ def tasks() -> tuple[str, ...]:
 
 
 def generate(task: str, split: str, size: int | None, seed: int, options: dict[str, Any]) -> list[Row]:
+    """`size` different questions of one side of the split. Raises ValueError where there are not so many."""
     check("split", split, SPLITS)
     if size is None:
         raise ValueError(f"{task} is generated: size (train_size, eval_problems) must say how many rows")

@@ -13,6 +13,8 @@ STEP_FORMS = ("text", "equations")
 
 @dataclass(frozen=True)
 class Row:
+    """One problem."""
+
     id: str  # stable and unique; addresses the randomness of its rollouts
     question: str
     steps: tuple[str, ...]  # worked solution, one entry per step; () when there is none
@@ -20,8 +22,8 @@ class Row:
     answer_type: str  # one of ANSWER_TYPES
     source: str
     family: str | None  # rows made from one template, or variants of one problem, share a family
-    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata; of a
-    # function to complete (answer_type code) the `prompt` and the `entry_point`
+    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata; of a function to complete
+    # (answer_type code) the `prompt` and the `entry_point`
     metadata: str = field(default="", repr=False)
 
 
@@ -58,6 +60,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def check(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value, if it is one of the choices; else raises ValueError."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
     return value

@@ -41,6 +41,10 @@ def load_rows(
         seed: of the generation or of the draw.
         options: passed to the generator, apart from those listed in `docs/data.md`.
         columns: our name -> the file's, for `question`, `answer`, `steps`, `id`, `answer_type`, `family`.
+
+    Raises:
+        ValueError: an unknown source (the nearest known is named), split, option or column; fewer rows than `size`; a
+            row that cannot be used, by its number.
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, not {size}")
@@ -61,7 +65,7 @@ def load_rows(
 
 
 def assert_disjoint(train: Sequence[Row], evaluation: Sequence[Row]) -> None:
-    """Raises ValueError if a question stands in both."""
+    """Raises ValueError if a question stands in both, whatever its case and white space."""
     seen = {question_hash(row.question): row for row in train}
     shared = [row for row in evaluation if question_hash(row.question) in seen]
     if shared:

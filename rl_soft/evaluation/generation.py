@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rl_soft.evaluation.records import GREEDY
-from rl_soft.model.policy import context_length
+from rl_soft.model.policy import context_length, evaluation_mode
 from rl_soft.model.think import check_projector
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.decoding import Decoding
@@ -69,6 +69,7 @@ class Completion:
     seed: int  # of its noise; 0 where there is none
 
     def to_dict(self) -> dict[str, Any]:
+        """Name -> value, as JSON can hold them; thoughts are dicts, too."""
         return asdict(self)
 
 
@@ -166,17 +167,13 @@ def complete(
     questions = {task.id: task.question for task in tasks}
     prompts = {name: layout.prompt_ids(question) for name, question in questions.items()}
     check_room(prompts, layout, context_length(model))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for start in range(0, len(tasks), batch_size):
             batch = tasks[start : start + batch_size]
             reader = _Reader(layout, batch, seed, each, stream)
             seeds = None if batch[0].sample == GREEDY else torch.tensor(reader.seeds)
             ids = [prompts[task.id] for task in batch]
             rollout(model, layout, ids, seeds, decoding=decoding, watch=reader.look)
-    finally:
-        model.train(was_training)
 
 
 def check_room(prompts: dict[str, list[int]], layout: Layout, context: int | None) -> None:

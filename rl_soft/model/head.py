@@ -20,7 +20,7 @@ Three paths, same numbers:
                             is gathered)
 
 Tokens are one-slot soft tokens and go through the same pass. On a GPU with Triton the passes of the first two over a
-chunk's logits are one kernel each, the same numbers (`kernels`).
+chunk's logits are one kernel each, the same numbers (`head_triton`).
 
 Shapes: N positions, H hidden size, V vocabulary, K slots, C rows of a chunk.
 """

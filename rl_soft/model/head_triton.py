@@ -37,6 +37,7 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_IN
 
 
 def jit(function: Any) -> Any:
+    """A Triton kernel; the function itself where there is no Triton."""
     return function if triton is None else triton.jit(function)
 
 
@@ -62,7 +63,7 @@ def complement(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float 
     Args:
         logits: (C, V) of any float dtype, neither capped nor tempered; written to, and left as they were.
         ids: (C, K) int64, the support; ids may repeat.
-        temperature: (C, 1) float32.
+        temperature: (C, 1) float32, which may be expanded.
         softcap: as in `head.soft_log_prob`.
 
     Returns:
@@ -74,17 +75,9 @@ def complement(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float 
     outside, mean = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):  # Triton launches on the current device, whatever the tensors' is
         _complement_kernel[(len(logits),)](
-            logits,
-            logits.stride(0),
-            temperature.contiguous(),  # one value for all rows may come expanded
-            float(softcap or 1),
-            outside,
-            mean,
-            V=logits.shape[1],
-            HAS_SOFTCAP=softcap is not None,
-            BLOCK=_BLOCK,
-            num_warps=8,
-        )
+            logits, logits.stride(0), temperature.contiguous(), float(softcap or 1), outside, mean,
+            V=logits.shape[1], HAS_SOFTCAP=softcap is not None, BLOCK=_BLOCK, num_warps=8,
+        )  # fmt: skip
     logits.scatter_(-1, ids, chosen)
     return outside, mean
 
@@ -115,20 +108,10 @@ def gradient(
     out = logits if out is None else out
     with torch.cuda.device_of(logits):
         _gradient_kernel[(len(logits), triton.cdiv(logits.shape[1], _BLOCK))](
-            logits,
-            out,
-            logits.stride(0),
-            out.stride(0),
-            temperature.contiguous(),
-            float(softcap or 1),
-            outside,
-            level,
-            slope,
-            V=logits.shape[1],
-            HAS_SOFTCAP=softcap is not None,
-            BLOCK=_BLOCK,
-            num_warps=8,
-        )
+            logits, out, logits.stride(0), out.stride(0), temperature.contiguous(), float(softcap or 1),
+            outside, level, slope,
+            V=logits.shape[1], HAS_SOFTCAP=softcap is not None, BLOCK=_BLOCK, num_warps=8,
+        )  # fmt: skip
     return out.scatter_(-1, ids, 0).scatter_add_(-1, ids, at_support.to(out.dtype))
 
 
@@ -146,16 +129,9 @@ def tempered(raw, inverse, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @jit
 def _complement_kernel(
-    logits,
-    stride,
-    temperatures,
-    softcap,
-    outsides,
-    means,
-    V: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, stride, temperatures, softcap, outsides, means,
+    V: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per row; the support's logits are -inf."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     inverse = 1 / tl.load(temperatures + row)
@@ -179,19 +155,9 @@ def _complement_kernel(
 
 @jit
 def _gradient_kernel(
-    logits,
-    out,
-    stride,
-    out_stride,
-    temperatures,
-    softcap,
-    outsides,
-    levels,
-    slopes,
-    V: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, out, stride, out_stride, temperatures, softcap, outsides, levels, slopes,
+    V: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per row and block. What it writes on the support means nothing and is overwritten."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

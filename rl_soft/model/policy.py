@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,17 @@ def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thin
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def context_length(model: Any) -> int | None:

@@ -114,7 +114,7 @@ def beside_adapter(peft_config: Any) -> Any:
     return peft_config
 
 
-def load_projector(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def load_projector(model: PreTrainedModel, folder: Path) -> None:
     """Give a causal LM (without its PEFT wrapper) the projector of a folder, in the shape in which it was saved.
 
     A folder of thought hidden has no gate; it then starts from `start_gate`, so that hybrid can go on from it.
@@ -130,11 +130,12 @@ def load_projector(model: PreTrainedModel, folder: Path, dtype: torch.dtype = to
     expected = model.config.get_text_config().hidden_size
     if width != expected:
         raise ValueError(f"{file} is made for a model of width {width}, this one has {expected}")
-    model.projector = Projector(width, size, dtype, model.device)
+    model.projector = Projector(width, size, device=model.device)
     read_projector(model, state)
 
 
 def read_projector(model: Any, state: dict[str, Tensor]) -> None:
+    """Load the weights of a projector; where `state` has no gate, it starts from `start_gate`."""
     gate = {} if "gate" in state else {"gate": model.projector.gate.detach()}
     model.projector.load_state_dict(state | gate)
     if gate:

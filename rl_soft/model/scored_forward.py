@@ -54,6 +54,8 @@ class SoftInputs:
 
 @dataclass
 class SoftOutput(ModelOutput):
+    """What `forward(soft=...)` returns; B rows, C positions of the completion."""
+
     log_probs: Tensor | None = None  # (B, C) float32, 0 where action_mask is off
     entropy: Tensor | None = None  # (B, C) float32, nats, of the categorical at temperature T
     value_preds: Tensor | None = None  # (B, C) float32, V of each state, where the model has a value head

@@ -40,6 +40,7 @@ def split_module(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor]
 
 
 def save_module(folder: Path, name: str, state: dict[str, Tensor]) -> None:
+    """Write a module's state, by the names that it has inside, to its file in `folder`, whole or not at all."""
     with replacing(module_file(folder, name)) as temporary:
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
 

@@ -126,6 +126,7 @@ def disturb(fed: Tensor, control: str, first: Tensor) -> Tensor:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, T) int64: how many tokens of the mask (B, T) stand before each."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

@@ -1,8 +1,8 @@
-"""Soft rollouts on one KV cache: rows enter when there is room, take steps together, and leave when they are done.
+"""Soft rollouts on one KV cache: rows enter when there is room, move on together, and leave when they are done.
 
     enter    waiting rows take free places: their prompts are prefilled, each distinct one once
-    step     feed what was sampled to the model, sample what comes next (`walk`); no number leaves the device
-    leave    every few steps: which rows are done? The others move up, so that the first n places are taken
+    step     a decode step: feed what was sampled, sample what comes next (`state_machine`); all stays on the device
+    leave    every few decode steps: which rows are done? The others move up, so that the first n places are taken
 
 What a row becomes depends neither on the rows beside it nor on when it entered, since its noise is a function of its
 seed and position (`noise`). So a row that loses its place for want of memory starts again, and becomes the same.
@@ -291,7 +291,8 @@ class Engine:
     # -- leave --------------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """Rows that are done leave, and those in the last places move into the gaps. The one look at the device."""
+        """Rows that are done leave, and those in the last places move into the gaps. Here alone the CPU reads from the
+        device."""
         on = self.live.stage[: self.n] != DONE
         keep = on.nonzero()[:, 0]
         n, idle = len(keep), IDLE.get(self.device.type, 0.0) * (0.5 if self.waiting else 1.0)

@@ -48,7 +48,7 @@ class Rollout:
     thought_mask: Tensor  # (B, T) bool, of those the thoughts
     support: Tensor  # (B, T, K) int64, the strongest weight first
     log_weights: Tensor  # (B, T, K) float32, logsumexp 0; -inf at absent slots; a token is [0, -inf, ...]
-    log_probs: Tensor  # (B, T) float32: density at thoughts, probability at answer tokens, 0 elsewhere
+    log_probs: Tensor  # (B, T) float32: log-density of thoughts, log-probability of answer tokens, else 0
     support_log_probs: Tensor  # (B, T, K) float32: ln pi of the slots' ids, 0 where nothing was sampled
     entropy: Tensor  # (B, T) float32, nats
     outside: Tensor  # (B, T) float32, probability mass outside the support
@@ -58,7 +58,8 @@ class Rollout:
 
     @property
     def lengths(self) -> Tensor:
-        return self.mask.sum(-1)  # (B,)
+        """(B,) int64: positions that each completion has."""
+        return self.mask.sum(-1)
 
 
 @dataclass

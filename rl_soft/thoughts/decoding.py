@@ -83,6 +83,7 @@ class Decoding:
         return support_size
 
     def to_dict(self) -> dict[str, Any]:
+        """Name -> value, as JSON can hold them."""
         return asdict(self)
 
     def cut(self, phi: Tensor, is_thought: Tensor, thinking: Thinking) -> Tensor:
@@ -127,7 +128,7 @@ def _largest(phi: Tensor, width: int, share: float) -> Tensor:
     """(m, W + 1): the W largest of each row and then -inf; W is at least `width`, and they hold `share` of the mass.
 
     Few ids hold most of the mass, and to sort the vocabulary may take longer than the model: on a CPU W grows until it
-    is enough. A GPU is not looked at (`walk`), so it sorts.
+    is enough. The CPU reads nothing from a GPU (`state_machine`), which sorts instead.
     """
     V = phi.shape[-1]
     W = width if not share else max(width, FEW) if phi.device.type == "cpu" else V

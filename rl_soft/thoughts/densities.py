@@ -339,6 +339,7 @@ def check_thought(support: Tensor, log_weights: Tensor, vocab_size: int) -> None
 
 
 def check_positive(name: str, value: float) -> None:
+    """Raises ValueError for a number that is not positive and finite."""
     if not 0 < value < _INF:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 

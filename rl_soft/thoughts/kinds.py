@@ -13,6 +13,8 @@ from rl_soft.keys import either, nearest
 
 @dataclass(frozen=True)
 class Kind:
+    """What is true of a kind of thought."""
+
     help: str
     noise: str | None  # gumbel: on the log-probabilities of all ids; dirichlet: in the weights; None: nothing is drawn
     parameter: str | None  # the field of `Thinking` that its weights and its density take
@@ -23,6 +25,7 @@ class Kind:
 
     @property
     def has_density(self) -> bool:
+        """Without noise a thought is a point mass."""
         return self.noise is not None
 
     @property

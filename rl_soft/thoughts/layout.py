@@ -33,6 +33,17 @@ BOT, EOT, PAD = "<bot>", "<eot>", "<pad>"
 class Layout:
     """Token ids of prompts and training rows for one tokenizer and one `Thinking`.
 
+    Args:
+        thinking: what a thought is, and the texts around the thoughts.
+        tokenizer: the model's. In phase latent it has the tokens <bot> and <eot>.
+
+    Attributes:
+        bot_id, eot_id: ids of <bot> and <eot>; phase latent alone has them.
+        end_ids: ids of the end of thinking; [] in phase latent.
+        answer_prompt_ids: fed before the answer.
+        forced_after_end, forced_after_cap: ids that are fed, not sampled, after thoughts that ended on their own, and
+            after those that the cap ended.
+
     Raises:
         ValueError: latent phase with a tokenizer that lacks <bot> or <eot>; explicit phase with an end of thinking
             that encodes to no token.
@@ -61,9 +72,11 @@ class Layout:
 
     @property
     def max_completion_length(self) -> int:
+        """The most positions of a completion: thoughts, what is forced, answer tokens."""
         return self.thinking.num_thoughts + len(self.forced_after_cap) + self.thinking.max_answer_tokens
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text alone, without the tokenizer's special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def question_ids(self, question: str | list[dict[str, Any]]) -> list[int]:
@@ -113,15 +126,17 @@ class Layout:
         return rest + str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answer_ids(self, answer: str) -> list[int]:
+        """Ids of an answer and <eos>."""
         return [*self.encode(answer), self.tokenizer.eos_token_id]
 
     def steps_ids(self, row: Row, drop_last_step: bool) -> list[int]:
+        """Ids of a worked solution, each step with `step_separator` after it."""
         steps = row.steps[:-1] if drop_last_step else row.steps
         return self.encode("".join(step + self.thinking.step_separator for step in steps))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
-    """(B, T) int64."""
+    """Rows of ids, filled up to the longest with `value`, on the right or the left: (B, T) int64."""
     width = max(map(len, rows))
     fill = [[value] * (width - len(r)) for r in rows]
     return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)])

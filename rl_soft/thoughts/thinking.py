@@ -94,8 +94,14 @@ class Thinking:
         return (self.thought_k or vocab_size) if self.kind.mixes else 1
 
     def to_dict(self) -> dict[str, Any]:
+        """Name -> value, as JSON can hold them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Thinking:
+        """Of `to_dict`; names that this version does not know are left out.
+
+        Raises:
+            ValueError: a value that is not allowed.
+        """
         return cls(**{k: v for k, v in values.items() if k in fields(cls)})

@@ -353,7 +353,7 @@ def test_a_stopped_run_goes_on_and_repeats_no_sample(model, tmp_path, monkeypatc
     with out.open("a") as file:
         file.write(whole.splitlines()[7][:50])  # what a kill leaves
     command(model, *words, out)
-    assert "line 8 is unfinished; cutting it off" in caplog.text and "has 7 of 18 completions" in caplog.text
+    assert "line 8 is unfinished; leaving it out" in caplog.text and "has 7 of 18 completions" in caplog.text
     assert len(made) == len(set(made)) == 18
     for ours, theirs in zip(out.read_text().splitlines(), whole.splitlines(), strict=True):
         a, b = json.loads(ours), json.loads(theirs)

@@ -1,5 +1,5 @@
 /* What a step of a rollout spends its time on, on a CPU: products of a few rows with a large matrix, attention of one
- * position a row, what lies between them in a decoder layer, and sampling. Float32, AVX2 or AVX-512; `cpu_kernels.py`
+ * position per row, what lies between them in a decoder layer, and sampling. Float32, AVX2 or AVX-512; `cpu.py`
  * compiles it.
  *
  * Libraries pack a matrix before they multiply, which pays where hundreds of rows share the packing. With 1 to 64 rows
@@ -215,8 +215,8 @@ ATTEND(2)
 ATTEND(3)
 ATTEND(4)
 
-/* out (n, A, G, D): attention of one position a row. q (n, A, G, D) and seen (n, C) are contiguous; k, v (n, A, C, D)
- * have contiguous columns, the heads `head` numbers apart and the rows `row`. D is a multiple of 2 LANES, 256 at most. */
+/* out (n, A, G, D): attention of one position per row. q (n, A, G, D) and seen (n, C) are contiguous; k, v (n, A, C,
+ * D) have contiguous columns, the heads `head` numbers apart and the rows `row`. D is a multiple of 2 LANES, 256 at most. */
 void attend(const float *q, const float *k, const float *v, const char *seen, float *out, long n, long A, long G,
             long C, long D, long row, long head, float scale) {
   long parts = (G + 3) / 4;

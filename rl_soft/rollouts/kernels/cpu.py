@@ -1,4 +1,4 @@
-"""Rollouts on a CPU: products, attention and decoder layers of a step by the kernels in `cpu_kernels.c`.
+"""Rollouts on a CPU: products, attention and decoder layers of a step by the kernels in `cpu.c`.
 
 PyTorch's products are made for hundreds of rows, and a step of a rollout has 1 to 64; between them it calls thirty
 operations per layer, each longer to start than to do. The kernels are compiled once, into the user's cache, by the C

@@ -1,7 +1,7 @@
 """Sampling on a GPU, in Triton: a Gumbel top-K sample of rows of logits, and all that its density takes.
 
 Two kernels read the logits once, and one more reads them for the mass outside; PyTorch takes fifty passes, most of
-which write what the next one reads. Tested and compiled as `gpu_kernels` is, and like it not run on a GPU yet.
+which write what the next one reads. Tested and compiled as `gpu` is, and like it not run on a GPU yet.
 
 Shapes: m rows, V vocabulary, K slots.
 """

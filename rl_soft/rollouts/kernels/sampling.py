@@ -1,4 +1,4 @@
-"""Sampling by kernels: softmax, entropy, noise and top-K of rows of logits in one pass, on a CPU (`cpu_kernels.c`) and
+"""Sampling by kernels: softmax, entropy, noise and top-K of rows of logits in one pass, on a CPU (`cpu.c`) and
 on a GPU (`gpu_sampling`).
 
 PyTorch takes fifteen passes over the vocabulary on a CPU and fifty on a GPU, each writing what the next one reads.
