@@ -42,7 +42,12 @@ def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-@dataclass_transform(field_specifiers=(Field,))
+def key(help: str, **given: Any) -> Any:
+    """A field of a class of keys: its help text, and pydantic's `default`, `ge`, `gt`, `le`, `lt`, `min_length`."""
+    return Field(description=help, **given)
+
+
+@dataclass_transform(field_specifiers=(key,))
 def keys(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
     """A class decorator: a dataclass whose fields are checked when an object is made.
 
