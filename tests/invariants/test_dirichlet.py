@@ -174,9 +174,7 @@ def test_other_ratios_are_refused_by_name(tmp_path, ratio):
 
 
 def test_codi_is_refused_with_the_way_out():
-    with pytest.raises(
-        ValueError, match=r"thought dirichlet cannot be trained by codi: .*warm up with gumbel or soft"
-    ):
+    with pytest.raises(ValueError, match=r"gumbel, hidden or hybrid, got .* dirichlet, which grpo or ppo can train"):
         load_recipe(ROOT / "recipes/codi.yaml", {"thought": "dirichlet"})
 
 

@@ -184,7 +184,7 @@ def test_without_a_projector_the_state_itself_is_fed(tmp_path):
         ({"kd_position": "last"}, "kd_position must be one of first, answer, got 'last'"),
         ({"beta": -1.0}, r"beta must be at least 0, got -1\.0"),
         ({"kd_layers": []}, "kd_layers must be a list of whole numbers, not empty"),
-        ({"projector_size": 0}, "projector_size must be at least 1, got 0"),
+        ({"projector_size": 0}, "projector_size must be at least 1, or null, got 0"),
         ({"teacher": "some/folder", "beta": 0.0}, "with beta 0 nothing is distilled from it"),
     ],
 )
