@@ -91,7 +91,8 @@ def step_times(side: str, args: argparse.Namespace) -> list[float]:
         if side == "stock":
             trainer = GRPOTrainer(start.model, **kwargs)
         else:
-            trainer = SoftGRPOTrainer(start.model, layout=layout, **kwargs)
+            trainer = SoftGRPOTrainer(start.model, thinking=layout.thinking, ratio="joint", **kwargs)
+            trainer.layout = layout
             trainer.eos_token_ids = [-1]  # no id ends a completion
         clock = Clock()
         trainer.add_callback(clock)

@@ -42,6 +42,12 @@ def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
+def either(names: Iterable[str]) -> str:
+    """`A, B or C`."""
+    *others, last = names
+    return " or ".join([", ".join(others), last] if others else [last])
+
+
 def key(help: str, **given: Any) -> Any:
     """A field of a class of keys: its help text, and pydantic's `default`, `ge`, `gt`, `le`, `lt`, `min_length`."""
     return Field(description=help, **given)

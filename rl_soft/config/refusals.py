@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
 from rl_soft.config.trainers import trainer_fields
-from rl_soft.keys import nearest
-from rl_soft.thoughts.kinds import KINDS
+from rl_soft.keys import either, nearest
+from rl_soft.thoughts.kinds import KINDS, check_trainable
 from rl_soft.thoughts.kinds import RL as RL_METHODS
 
 if TYPE_CHECKING:
@@ -156,28 +156,18 @@ def check_thought(recipe: Recipe) -> None:
             f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
             "write it into question_template"
         )
-    if rl and not kind.has_density:
-        instead = [name for name in trained if KINDS[name].reads_hidden == kind.reads_hidden]
-        raise ValueError(
-            f"thought {thought} has no density (it is a point mass): RL cannot train it; use {_either(instead)}"
-            + (f", which a checkpoint of thought {thought} can go on to" if kind.reads_hidden else "")
-        )
+    if rl:
+        check_trainable(thought, extra.ratio)
     phase = PHASES.get(method, thinking.phase)
     if method not in kind.trained_by or thinking.phase != phase:
         raise ValueError(
-            f"method {method} trains phase {phase} with thought {_either(trained)}, got phase {thinking.phase} with "
-            f"thought {thought}" + (f", which {_either(kind.trained_by)} can train" if thought not in trained else "")
+            f"method {method} trains phase {phase} with thought {either(trained)}, got phase {thinking.phase} with "
+            f"thought {thought}" + (f", which {either(kind.trained_by)} can train" if thought not in trained else "")
         )
     if kind.reads_hidden and kind.mixes and not getattr(extra, "use_projector", True):
         raise ValueError(
             f"use_projector false: thought {thought} is the projected state plus a mixture; use thought hidden"
         )
-    if rl and extra.ratio not in kind.ratios:
-        raise ValueError(f"ratio {extra.ratio} is not made for thought {thought}, which takes {_either(kind.ratios)}")
-
-
-def _either(names: Sequence[str]) -> str:
-    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

@@ -139,10 +139,15 @@ def load(
     align(model)
     if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
+    return Policy(model, load_tokenizer(name_or_path), read_thinking(path))
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub id, which pads on the left, with <eos> where it has no pad token."""
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(model, tokenizer, read_thinking(path))
+    return tokenizer
 
 
 def align(model: nn.Module) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rl_soft.keys import either, nearest
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -22,6 +24,11 @@ class Kind:
     @property
     def has_density(self) -> bool:
         return self.noise is not None
+
+    @property
+    def discrete(self) -> bool:
+        """What is fed is the embedding of one id."""
+        return not (self.mixes or self.reads_hidden)
 
 
 RL = ("grpo", "ppo")
@@ -107,3 +114,18 @@ RATIOS = {
     "conditional": Ratio("p(i*), with gradients through the weights given i*", "strongest", remade="given id"),
     "pathwise": Ratio("none: gradients flow through thoughts made again from their noise", None, remade="noise"),
 }
+
+
+def check_trainable(thought: str, ratio: str) -> None:
+    """Raises ValueError where RL cannot train a kind of thought, or not with this ratio."""
+    kind = KINDS[thought]
+    if not kind.has_density:
+        others = [name for name, k in KINDS.items() if k.has_density and k.reads_hidden == kind.reads_hidden]
+        more = f", which a checkpoint of thought {thought} can go on to" if kind.reads_hidden else ""
+        raise ValueError(
+            f"thought {thought} has no density (it is a point mass): RL cannot train it; use {either(others)}{more}"
+        )
+    if ratio not in RATIOS:
+        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}" + nearest(ratio, RATIOS))
+    if ratio not in kind.ratios:
+        raise ValueError(f"ratio {ratio} is not made for thought {thought}, which takes {either(kind.ratios)}")

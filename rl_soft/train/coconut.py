@@ -34,7 +34,7 @@ from rl_soft.model import policy
 from rl_soft.model.think import position_ids
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address, uniform
-from rl_soft.train.start import lora_config
+from rl_soft.train.start import lora_config, with_adapter
 from rl_soft.train.supervised import IGNORE, ScheduledTrainer
 
 logger = logging.getLogger("rl_soft")
@@ -105,8 +105,23 @@ class CoconutTrainer(ScheduledTrainer):
             predictions = logits[:, :-1].flatten(0, 1).float()
             sums.append(F.cross_entropy(predictions, labels, ignore_index=IGNORE, reduction="sum"))
             counts.append((labels != IGNORE).sum())
-        loss = torch.stack(sums).sum() / torch.stack(counts).sum()
+        (share,) = self.share(inputs, num_items_in_batch)
+        loss = torch.stack(sums).sum() / torch.stack(counts).sum() * share
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def counts(self, batch: dict[str, Any]) -> list[int]:
+        rows = batch["rows"]
+        stages = self.stages(rows, self.state.global_step)
+        return [sum(len(self.text_of(row, stage)) for row, stage in zip(rows, stages, strict=True))]
+
+    def text_of(self, row: Row, stage: int) -> list[int]:
+        """Ids of what follows the thoughts and <eot>."""
+        layout, left = self.layout, row.steps[stage:] if stage <= self.schedule.last else ()
+        return [
+            *layout.encode("".join(step + layout.thinking.step_separator for step in left)),
+            *layout.answer_prompt_ids,
+            *layout.answer_ids(row.answer),
+        ]
 
     def stages(self, rows: list[Row], step: int) -> list[int]:
         """The stage of each row: the scheduled one, or one of 0 .. number of its steps."""
@@ -140,12 +155,7 @@ class CoconutTrainer(ScheduledTrainer):
 
         texts, labels = [], []
         for row in rows:
-            left = row.steps[stage:] if stage <= self.schedule.last else ()
-            text = [
-                *layout.encode("".join(step + layout.thinking.step_separator for step in left)),
-                *layout.answer_prompt_ids,
-                *layout.answer_ids(row.answer),
-            ]
+            text = self.text_of(row, stage)
             texts.append([layout.eot_id, *text])
             labels.append([IGNORE, *text])
         text_ids = pad(texts, pad_id).to(device)  # (B, S)
@@ -161,9 +171,6 @@ class CoconutTrainer(ScheduledTrainer):
 
 
 def coconut_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from rl_soft.train.coconut import CoconutTrainer
-    from rl_soft.train.start import with_adapter
-
     adapter = lora_config(recipe)
     model = start.model if adapter is None else with_adapter(start.model, layout, adapter)
     return CoconutTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)

@@ -47,7 +47,7 @@ from rl_soft.model.think import last_state, position_ids, reads_hidden, think
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address
 from rl_soft.train.start import lora_config, with_adapter
-from rl_soft.train.supervised import IGNORE, token_cross_entropy
+from rl_soft.train.supervised import IGNORE, WholeStep, token_cross_entropy
 
 logger = logging.getLogger("rl_soft")
 
@@ -96,9 +96,9 @@ class CodiCollator:
 def distillation_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str = "smooth_l1", as_released: bool = False
 ) -> Tensor:
-    """Mean over layers, positions and width of the distance to sg[teacher]; tensors (N, H), one a layer.
+    """Mean over layers, positions and width of the distance to sg[teacher]; tensors (N, H), one per layer.
 
-    The std of the teacher's states is one number a layer, over positions and width, so that layers weigh alike.
+    The std of the teacher's states is one number per layer, over positions and width, so that layers weigh alike.
 
     Args:
         kind: l1, |d|; smooth_l1, d^2 / 2 below 1 and |d| - 1/2 above.
@@ -114,7 +114,7 @@ def distillation_loss(
     return torch.stack(terms).mean()
 
 
-class CodiTrainer(KeepsProjector, Trainer):
+class CodiTrainer(KeepsProjector, WholeStep, Trainer):
     """transformers' Trainer with the CODI loss.
 
     Args:
@@ -149,27 +149,32 @@ class CodiTrainer(KeepsProjector, Trainer):
         super().__init__(
             model, args, data_collator=CodiCollator(layout, codi.drop_last_step, codi.kd_position), **kwargs
         )
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over this micro-batch
         self._parts: dict[str, list[Tensor]] = {}  # since the last log
+
+    def counts(self, batch: dict[str, Any]) -> list[int]:
+        """Labelled tokens of student and teacher, distilled positions."""
+        labelled = [int((batch[name][:, 1:] != IGNORE).sum()) for name in ("student_labels", "teacher_labels")]
+        return [*labelled, len(batch["kd"])]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         c, rows = self.codi, inputs["kd"][:, 0]
+        of_student, of_teacher, of_kd = self.share(inputs, num_items_in_batch)
         # The student's pass comes last: from its output, DDP finds every parameter that is in use.
         teacher = self.run_teacher(model, inputs)
         student_logits, states = self.student(model, inputs)
-        loss = student_loss = token_cross_entropy(student_logits, inputs["student_labels"])
-        loss, parts = c.alpha * loss, {"loss_student": student_loss}
+        student_loss = token_cross_entropy(student_logits, inputs["student_labels"])
+        loss, parts = c.alpha * of_student * student_loss, {"loss_student": student_loss}
         if c.beta:
             assert states is not None
             at_student = [states[i][rows, inputs["kd"][:, 1]] for i in self.kd_layers]  # (N, H) each
             at_teacher = [teacher.hidden_states[i][rows, inputs["kd"][:, 2]] for i in self.kd_layers]
             parts["loss_kd"] = distillation_loss(at_student, at_teacher, c.kd_loss, c.kd_as_released)
-            loss = loss + c.beta * parts["loss_kd"]
+            loss = loss + c.beta * of_kd * parts["loss_kd"]
         if c.gamma and self.teacher is None:
             parts["loss_teacher"] = token_cross_entropy(teacher.logits, inputs["teacher_labels"])
-            loss = loss + c.gamma * parts["loss_teacher"]
+            loss = loss + c.gamma * of_teacher * parts["loss_teacher"]
         for name, value in parts.items():
             self._parts.setdefault(name, []).append(value.detach())
         return (loss, {"logits": student_logits}) if return_outputs else loss
@@ -290,8 +295,6 @@ class CodiRows(torch.utils.data.Dataset):
 
 
 def codi_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from rl_soft.train.codi import CodiRows, CodiTrainer
-
     data_set, adapter = CodiRows(rows, recipe.seed), lora_config(recipe)
     return CodiTrainer(
         start.model, args, layout=layout, codi=recipe.extra, train_dataset=data_set, peft_config=adapter

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from rl_soft.config.arguments import ICoTArguments
@@ -77,22 +78,30 @@ class ICoTTrainer(ScheduledTrainer):
         batch = self.batch(inputs["rows"], self.state.global_step)
         labels = batch.pop("labels")
         out = model(**batch, use_cache=False)
-        loss = token_cross_entropy(out.logits, labels)
+        (share,) = self.share(inputs, num_items_in_batch)
+        loss = token_cross_entropy(out.logits, labels) * share
         return (loss, out) if return_outputs else loss
+
+    def counts(self, batch: dict[str, Any]) -> list[int]:
+        return [sum(len(completion) for _, completion in self.texts(batch["rows"], self.state.global_step))]
+
+    def texts(self, rows: list[Row], step: int) -> list[tuple[list[int], list[int]]]:
+        """Ids of the question and of what follows it, of each row at an optimizer step."""
+        layout, made = self.layout, []
+        for row, extra in zip(rows, self.extra_removal(rows, step), strict=True):
+            chain = layout.steps_ids(row, drop_last_step=False)[self.schedule(step) + extra :]
+            completion = [*chain, *layout.forced_after_cap, *layout.answer_ids(row.answer)]
+            made.append((layout.question_ids(row.question), completion))
+        return made
 
     def batch(self, rows: list[Row], step: int) -> dict[str, Tensor]:
         """Right-padded ids, mask and labels (B, T) of the rows at an optimizer step."""
-        layout = self.layout
-        ids, labels = [], []
-        for row, extra in zip(rows, self.extra_removal(rows, step), strict=True):
-            question = layout.question_ids(row.question)
-            chain = layout.steps_ids(row, drop_last_step=False)[self.schedule(step) + extra :]
-            completion = [*chain, *layout.forced_after_cap, *layout.answer_ids(row.answer)]
-            ids.append(question + completion)
-            labels.append([IGNORE] * len(question) + completion)
+        texts = self.texts(rows, step)
+        ids = [question + completion for question, completion in texts]
+        labels = [[IGNORE] * len(question) + completion for question, completion in texts]
         device = self.args.device
         return {
-            "input_ids": pad(ids, layout.tokenizer.pad_token_id).to(device),
+            "input_ids": pad(ids, self.layout.tokenizer.pad_token_id).to(device),
             "attention_mask": pad([[1] * len(row) for row in ids], 0).to(device),
             "labels": pad(labels, IGNORE).to(device),
         }
@@ -108,10 +117,6 @@ class ICoTTrainer(ScheduledTrainer):
 
 
 def icot_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from peft import get_peft_model
-
-    from rl_soft.train.icot import ICoTTrainer
-
     adapter = lora_config(recipe)
     model = start.model if adapter is None else get_peft_model(start.model, adapter)
     return ICoTTrainer(model, args, layout=layout, arguments=recipe.extra, rows=rows, seed=recipe.seed)

@@ -1,11 +1,13 @@
-"""One recipe from start to end: data, model, (warm start,) training, evaluation, report.
+"""One recipe from start to end, as `rl-soft train RECIPE` runs it.
 
-    run(recipe)  codi, sft, icot, coconut:  train_supervised  -> output_dir/model
-                 grpo:  the warm start if it is missing, evaluate before, SoftGRPOTrainer.train, evaluate after,
-                        report.md and passk.png
-                 ppo:   the same with SoftPPOTrainer
+    start    rows, warm start (run first where it is missing), model, trainer
+    before   Pass@k of the model that RL starts from       RL only, as are `after` and `report`
+    fit      training, from the last checkpoint if there is one
+    after    Pass@k of the trained model
+    report   report.md, report.html, passk.png
 
-Stages that are finished are skipped, so that the same command resumes a run that was stopped anywhere.
+Methods codi, sft, icot and coconut end after `fit`, with output_dir/model. What is finished is skipped, so that the
+same command resumes a run that was stopped anywhere.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
+from trl import GRPOConfig
+from trl.models import unwrap_model_for_generation
 
 from rl_soft.config.recipe import (
     RL_METHODS,
@@ -33,105 +40,29 @@ from rl_soft.config.recipe import (
     write_config,
 )
 from rl_soft.data import sources as data
+from rl_soft.evaluation import report as reports
 from rl_soft.evaluation.judging import check_golds
+from rl_soft.evaluation.render import model_card
 from rl_soft.evaluation.samples import accuracy, evaluate
+from rl_soft.files import write_atomic
 from rl_soft.model import policy
-from rl_soft.model.policy import context_length
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
 from rl_soft.train.codi import codi_trainer
+from rl_soft.train.grpo import SoftGRPOTrainer
 from rl_soft.train.icot import icot_trainer
+from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
 from rl_soft.train.reward_functions import reward_functions
 from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
 from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
 from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
+from rl_soft.train.sft import sft_trainer
 from rl_soft.train.start import check_thinking, lora_config, starting_policy, warm_start_of
 from rl_soft.train.supervised import usable_rows
 
 logger = logging.getLogger("rl_soft")
 
-
-def run(recipe: Recipe) -> Path:
-    """Run a recipe, or what is left of it; returns the run directory."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.method in RL_METHODS:
-        batch_plan(recipe, world_size)  # before anything is trained
-        reward_functions(recipe.extra.rewards)
-    rows = load_rows(recipe)
-    warm_start = warm_start_of(recipe)
-    if warm_start is not None and check_output_dir(warm_start) and (warm_start.output_dir / "model").exists():
-        logger.info("warm start: %s", warm_start.output_dir / "model")
-    elif warm_start is not None:
-        logger.info("warm start %s is missing; running %s first", warm_start.output_dir, warm_start.path)
-        run(warm_start)
-        gc.collect()  # its trainer and model hold each other, and this run needs their memory
-        AcceleratorState._reset_state()  # the next trainer reads its DeepSpeed settings afresh
-    resuming = check_output_dir(recipe)
-    prepare_devices()
-    if int(os.environ.get("RANK", "0")) == 0:
-        logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
-        write_config(recipe)
-    stage = train_rl if recipe.method in RL_METHODS else train_supervised
-    stage(recipe, warm_start, *rows)
-    return recipe.output_dir
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages
-
-
-def train_supervised(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], test: list[data.Row]) -> None:
-    """CODI and what it is compared with: they learn from worked solutions, without rollouts of their own."""
-    from trl.models import unwrap_model_for_generation
-
-    if (recipe.output_dir / "model").exists():
-        return
-    make_trainer, forced = SUPERVISED[recipe.method]
-    args = trainer_class(recipe.method)(**training_values(recipe, **(forced | recipe.training)))
-    check_processes(args)
-    start = starting_policy(recipe, warm_start)
-    start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
-    thinking = recipe.thinking
-    layout = Layout(thinking, start.tokenizer)
-    thinking.support_size(start.model.config.vocab_size)
-    data.assert_disjoint(train, test)
-    train = usable_rows(
-        train,
-        layout,
-        context_length(start.model),
-        recipe.extra.max_row_tokens,
-        getattr(recipe.extra, "worked_steps", True),
-        recipe.data.dataset,
-        getattr(recipe.extra, "drop_last_step", False),
-    )
-    held_out = min(recipe.extra.validation_problems, len(train) // 5)
-    validation, train = train[:held_out], train[held_out:]
-    trainer = make_trainer(recipe, start, args, layout, train)
-
-    def validate() -> float:
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            return accuracy(model, layout, validation, recipe.eval.eval_seed, recipe.eval.eval_batch_size)
-
-    if validation:
-        validation_every = Validate(validate, recipe.extra.validation_every, recipe.extra.stop_at_accuracy)
-        validation_every.trainer = trainer
-        trainer.add_callback(validation_every)
-    fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, boundary=1)
-    policy.save(
-        recipe.output_dir / "model", trainer.save_model, start.tokenizer, thinking, trainer.is_world_process_zero()
-    )
-    PartialState().wait_for_everyone()
-    trainer.accelerator.free_memory()  # DeepSpeed's hooks would hold the model for good
-
-
-def sft_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    from rl_soft.train.sft import sft_trainer
-
-    adapter = lora_config(recipe)
-    return sft_trainer(start.model, args, layout=layout, arguments=recipe.extra, rows=rows, peft_config=adapter)
-
-
-# method -> its trainer, and the trainer's arguments that must be so
+# method -> what makes its trainer, and arguments of the trainer that must be so
 SUPERVISED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "codi": (codi_trainer, {"remove_unused_columns": False, "label_names": ["student_labels"]}),
     "sft": (sft_trainer, {}),
@@ -140,88 +71,160 @@ SUPERVISED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-def train_rl(recipe: Recipe, warm_start: Recipe | None, train: list[data.Row], test: list[data.Row]) -> None:
-    from datasets import Dataset
-    from trl.models import unwrap_model_for_generation
+class Rows(NamedTuple):
+    train: list[data.Row]
+    test: list[data.Row]  # held out; empty where nothing is evaluated
 
-    config_class, trainer_class, options = rl_classes(recipe)
-    plan = batch_plan(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    start = starting_policy(recipe, warm_start)
-    thinking = recipe.thinking
-    check_thinking(recipe, start.thinking)
-    thinking.support_size(start.model.config.vocab_size)
-    layout = Layout(thinking, start.tokenizer)
-    check_texts(layout)
-    args = config_class(
-        **{
-            **training_values(recipe),
-            **plan,
-            "max_completion_length": layout.max_completion_length,
-            "temperature": thinking.temperature,
-        }
-    )
-    check_processes(args)
-    main = args.process_index == 0
 
-    def evaluation(name: str, model: Any, source: Any) -> None:
-        if not recipe.data.eval_problems:
-            return
-        with as_trained(model, args):
-            evaluate(
-                model,
-                layout,
-                test,
-                recipe.output_dir / f"eval_{name}",
-                name=f"{name} RL",
-                model_name=str(source),
-                dataset=recipe.data.eval_dataset or recipe.data.dataset,
-                samples=recipe.eval.eval_samples,
-                seed=recipe.eval.eval_seed,
-                batch_size=recipe.eval.eval_batch_size,
-                config=recipe.values,
-            )
+def run(recipe: Recipe) -> Path:
+    """Run a recipe, or what is left of it.
 
-    start.model.to(args.device)
-    trained = (recipe.output_dir / "model").exists()
-    if not trained:
-        with gathered(start.model):
-            evaluation("before", start.model, recipe.model.warm_start or recipe.model.model_name_or_path)
-        trainer = trainer_class(
-            start.model,
-            reward_funcs=reward_functions(recipe.extra.rewards),
-            args=args,
-            train_dataset=Dataset.from_list([{"prompt": r.question, **row_columns(r)} for r in train]),
-            processing_class=start.tokenizer,
-            peft_config=None if hasattr(start.model, "peft_config") else lora_config(recipe),
-            layout=layout,
-            ratio=recipe.extra.ratio,
-            rest_weight=recipe.extra.rest_weight,
-            thought_epsilon=recipe.extra.thought_epsilon,
-            chunk_size=recipe.extra.chunk_size,
-            **options,
-        )
-        boundary = recipe.extra.updates_per_rollout * args.num_iterations
+    Args:
+        recipe: made by `rl_soft.load_recipe`.
+
+    Returns:
+        The run directory, `recipe.output_dir`.
+
+    Raises:
+        ValueError: a mistake in the recipe or its data, told before anything is trained; a directory that holds
+            another run.
+    """
+    rewards = check_rl(recipe) if recipe.method in RL_METHODS else []
+    rows = load_rows(recipe)
+    warm_start = warm_start_of(recipe)
+    if warm_start is not None:
+        finish(warm_start)
+    begin(recipe)
+    if recipe.method in RL_METHODS:
+        train_rl(recipe, warm_start, rows, rewards)
+    else:
+        train_supervised(recipe, warm_start, rows)
+    return recipe.output_dir
+
+
+def check_rl(recipe: Recipe) -> list[Callable]:
+    """The reward functions of a recipe, whose batches divide over the processes."""
+    batch_plan(recipe, world_size())
+    return reward_functions(recipe.extra.rewards)
+
+
+def finish(warm_start: Recipe) -> None:
+    """See that the result of a warm start is there."""
+    if check_output_dir(warm_start) and (warm_start.output_dir / "model").exists():
+        logger.info("warm start: %s", warm_start.output_dir / "model")
+        return
+    logger.info("warm start %s is missing; running %s first", warm_start.output_dir, warm_start.path)
+    run(warm_start)
+    gc.collect()  # its trainer and model hold each other, and this run needs their memory
+    AcceleratorState._reset_state()  # the next trainer reads its DeepSpeed settings afresh
+
+
+def begin(recipe: Recipe) -> None:
+    """Make or check the run directory, and prepare the devices."""
+    resuming = check_output_dir(recipe)
+    prepare_devices()
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
+        write_config(recipe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RL: start, before, fit, after, report
+
+
+@dataclass
+class Start:
+    """What a run of RL works with."""
+
+    recipe: Recipe
+    policy: policy.Policy
+    layout: Layout
+    args: GRPOConfig
+    test: list[data.Row]
+
+
+def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: list[Callable]) -> None:
+    start = start_rl(recipe, warm_start, rows.test)
+    model_folder = recipe.output_dir / "model"
+    if not model_folder.exists():
+        with gathered(start.policy.model):
+            evaluate_as(start, "before", start.policy.model)
+        trainer = rl_trainer(start, rows.train, rewards)
+        boundary = recipe.extra.updates_per_rollout * start.args.num_iterations
         fit(trainer, recipe, {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip"}, boundary)
-        policy.save(recipe.output_dir / "model", trainer.save_model, start.tokenizer, thinking, main)
-        PartialState().wait_for_everyone()
+        save(trainer, recipe, start.policy.tokenizer)
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            evaluation("after", model, recipe.output_dir / "model")
+            evaluate_as(start, "after", model)
     else:
         m = recipe.model
-        model = policy.load(str(recipe.output_dir / "model"), m.dtype, m.attn_implementation).model.to(args.device)
+        model = policy.load(str(model_folder), m.dtype, m.attn_implementation).model.to(start.args.device)
         with gathered(model):
-            evaluation("after", model, recipe.output_dir / "model")
-    if main and recipe.data.eval_problems:
+            evaluate_as(start, "after", model)
+    if start.args.process_index == 0 and recipe.data.eval_problems:
         report(recipe)
 
 
-def report(recipe: Recipe) -> None:
-    from rl_soft.evaluation.render import model_card
-    from rl_soft.evaluation.report import compare
-    from rl_soft.files import write_atomic
+def start_rl(recipe: Recipe, warm_start: Recipe | None, test: list[data.Row]) -> Start:
+    start, thinking = starting_policy(recipe, warm_start), recipe.thinking
+    check_thinking(thinking, start.thinking, str(recipe.path))
+    thinking.support_size(start.model.config.vocab_size)
+    layout = Layout(thinking, start.tokenizer)
+    check_texts(layout)
+    values = {
+        "max_completion_length": layout.max_completion_length,
+        "temperature": thinking.temperature,
+        **batch_plan(recipe, world_size()),
+    }
+    args = (SoftPPOConfig if recipe.method == "ppo" else GRPOConfig)(**training_values(recipe) | values)
+    check_processes(args)
+    start.model.to(args.device)
+    return Start(recipe, start, layout, args, test)
 
+
+def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> SoftGRPOTrainer:
+    recipe, extra, model = start.recipe, start.recipe.extra, start.policy.model
+    own = ["ratio", "rest_weight", "thought_epsilon", "chunk_size"]
+    if recipe.method == "ppo":
+        own += ["gamma", "lam", "vf_coef", "value_clip", "value_learning_rate"]
+    return (SoftPPOTrainer if recipe.method == "ppo" else SoftGRPOTrainer)(
+        model,
+        rewards,
+        start.args,
+        Dataset.from_list([{"prompt": row.question, **row_columns(row)} for row in rows]),
+        processing_class=start.policy.tokenizer,
+        peft_config=None if hasattr(model, "peft_config") else lora_config(recipe),
+        thinking=recipe.thinking,
+        **{name: getattr(extra, name) for name in own},
+    )
+
+
+def evaluate_as(start: Start, name: str, model: Any) -> None:
+    """Pass@k records of `model` into eval_before/ or eval_after/."""
+    recipe = start.recipe
+    if not recipe.data.eval_problems:
+        return
+    source = str(recipe.output_dir / "model")
+    if name == "before":
+        source = str(recipe.model.warm_start or recipe.model.model_name_or_path)
+    with as_trained(model, start.args):
+        evaluate(
+            model,
+            start.layout,
+            start.test,
+            recipe.output_dir / f"eval_{name}",
+            name=f"{name} RL",
+            model_name=source,
+            dataset=recipe.data.eval_dataset or recipe.data.dataset,
+            samples=recipe.eval.eval_samples,
+            seed=recipe.eval.eval_seed,
+            batch_size=recipe.eval.eval_batch_size,
+            config=recipe.values,
+        )
+
+
+def report(recipe: Recipe) -> None:
     out = recipe.output_dir
-    figures = compare(
+    figures = reports.compare(
         [out / "eval_before", out / "eval_after"],
         out=out,
         names=["before RL", "after RL"],
@@ -233,17 +236,63 @@ def report(recipe: Recipe) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts of a stage
+# Supervised methods: start, fit
 
 
-def load_rows(recipe: Recipe) -> tuple[list[data.Row], list[data.Row]]:
+def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> None:
+    """CODI and what it is compared with: they learn from worked solutions, without rollouts of their own."""
+    if (recipe.output_dir / "model").exists():
+        return
+    make_trainer, forced = SUPERVISED[recipe.method]
+    args = trainer_class(recipe.method)(**training_values(recipe) | forced)
+    check_processes(args)
+    start = starting_policy(recipe, warm_start)
+    start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
+    layout = Layout(recipe.thinking, start.tokenizer)
+    recipe.thinking.support_size(start.model.config.vocab_size)
+    train = usable_rows(
+        rows.train,
+        layout,
+        policy.context_length(start.model),
+        recipe.extra.max_row_tokens,
+        getattr(recipe.extra, "worked_steps", True),
+        recipe.data.dataset,
+        getattr(recipe.extra, "drop_last_step", False),
+    )
+    held_out = min(recipe.extra.validation_problems, len(train) // 5)
+    validation, train = train[:held_out], train[held_out:]
+    trainer = make_trainer(recipe, start, args, layout, train)
+    if validation:
+        validate_every(trainer, recipe, layout, validation)
+    fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, boundary=1)
+    save(trainer, recipe, start.tokenizer)
+    trainer.accelerator.free_memory()  # DeepSpeed's hooks would hold the model for good
+
+
+def validate_every(trainer: Any, recipe: Recipe, layout: Layout, rows: list[data.Row]) -> None:
+    """Accuracy on rows held out of training, every `validation_every` steps."""
+
+    def validate() -> float:
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            return accuracy(model, layout, rows, recipe.eval.eval_seed, recipe.eval.eval_batch_size)
+
+    callback = Validate(validate, recipe.extra.validation_every, recipe.extra.stop_at_accuracy)
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts that all methods share
+
+
+def load_rows(recipe: Recipe) -> Rows:
     """Training and held-out problems, which never overlap (asserted by question hash); their golds can be read."""
     d = recipe.data
     options, columns = d.dataset_options or {}, d.dataset_columns
     train = data.load(d.dataset, "train", d.train_size, d.data_seed_train, options, columns)
     check_golds(train, d.dataset)
     if not d.eval_problems:
-        return train, []
+        return Rows(train, [])
     test = data.load(
         d.eval_dataset or d.dataset,
         "evaluation",
@@ -254,36 +303,22 @@ def load_rows(recipe: Recipe) -> tuple[list[data.Row], list[data.Row]]:
     )
     check_golds(test, d.eval_dataset or d.dataset)
     data.assert_disjoint(train, test)
-    return train, test
+    return Rows(train, test)
 
 
 def row_columns(row: data.Row) -> dict[str, Any]:
     return {"id": row.id, "answer": row.answer, "answer_type": row.answer_type, "source": row.source}
 
 
-def rl_classes(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
-    """The method's configuration, its trainer, and the keyword arguments that only this trainer has."""
-    if recipe.method == "ppo":
-        from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
-
-        names = ("gamma", "lam", "vf_coef", "value_clip", "value_learning_rate")
-        return SoftPPOConfig, SoftPPOTrainer, {name: getattr(recipe.extra, name) for name in names}
-    from trl import GRPOConfig
-
-    from rl_soft.train.grpo import SoftGRPOTrainer
-
-    return GRPOConfig, SoftGRPOTrainer, {}
+def world_size() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def training_values(recipe: Recipe, **forced: Any) -> dict[str, Any]:
-    """Keyword arguments of the trainer's configuration: our defaults, the recipe's keys, what must be so."""
-    return {
-        **trainer_defaults(recipe.method),
-        **device_defaults(),
-        **recipe.training,
-        **forced,
-        "output_dir": str(recipe.output_dir),
-    }
+def training_values(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of the trainer's configuration: our defaults, then the recipe's keys."""
+    defaults = trainer_defaults(recipe.method) | device_defaults()
+    return {**defaults, **recipe.training, "output_dir": str(recipe.output_dir)}
 
 
 def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> None:
@@ -313,10 +348,15 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
         raise SystemExit(130)
 
 
+def save(trainer: Any, recipe: Recipe, tokenizer: Any) -> None:
+    """The trained model into output_dir/model, by all processes together."""
+    main = trainer.is_world_process_zero()
+    policy.save(recipe.output_dir / "model", trainer.save_model, tokenizer, recipe.thinking, main)
+    PartialState().wait_for_everyone()
+
+
 def describe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, for --dry-run; its rewards can be made."""
-    import yaml
-
     if recipe.method in RL_METHODS:
         reward_functions(recipe.extra.rewards)
     return yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)

@@ -25,7 +25,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from rl_soft.config.arguments import refuse_pathwise
 from rl_soft.model.side_modules import language_model, save_module, split_module, taken_out
 from rl_soft.model.value_head import VALUE_HEAD, add_value_head, load_value_head
-from rl_soft.train.grpo import SOFT_KEYS, SoftGRPOTrainer
+from rl_soft.train.grpo import SoftGRPOTrainer
+from rl_soft.train.soft_batch import SoftBatch
 
 
 @dataclass
@@ -33,7 +34,7 @@ class SoftPPOConfig(GRPOConfig):
     """GRPOConfig that takes `num_generations: 1`, which has no group and so is refused by GRPO.
 
     Raises:
-        ValueError: num_generations 1 with a rollout of one completion a process.
+        ValueError: num_generations 1 with a rollout of one completion per process.
     """
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class SoftPPOConfig(GRPOConfig):
                 self.per_device_train_batch_size, self.steps_per_generation or self.gradient_accumulation_steps
             )
             if self.num_generations == 1:
-                raise ValueError("num_generations 1 needs a rollout of at least 2 completions a process")
+                raise ValueError("num_generations 1 needs a rollout of at least 2 completions per process")
             self.num_generations_eval = self.num_generations_eval or 1
         super().__post_init__()
         self.num_generations = asked
@@ -104,6 +105,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
 
     _tag_names = ["trl", "ppo", "rl_soft"]  # noqa: RUF012 (TRL's own declaration)
     _name = "Soft PPO"
+    _config_class = SoftPPOConfig
     _logs: Any
 
     def __init__(
@@ -131,8 +133,6 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         model = self._language_model()
         # ZeRO-3 partitions parameters of one dtype only.
         add_value_head(model, model.dtype if self._dist.is_zero3 else torch.float32)
-        self._values: list[Tensor] = []  # (B, C) of each pass since it was emptied
-        self._rewards_per_func = torch.zeros(0)  # (N, F) of the last rollout, over all processes
 
     def _language_model(self) -> Any:
         """The causal LM under any wrapper, where the value head sits."""
@@ -141,45 +141,34 @@ class SoftPPOTrainer(SoftGRPOTrainer):
     # -- advantages ---------------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func
-
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple:
-        parts: list[Tensor] = []
-
-        def call(**inputs: Any) -> Any:
-            out = model(**inputs)
-            if out.value_preds is not None:  # the reference model has no head
-                parts.append(out.value_preds)
-            return out
-
-        output = super()._get_per_token_logps_and_entropies(call, *args, **kwargs)
-        if parts:
-            self._values.append(torch.cat(parts))
-        return output
+        """The weighted sum of each row of this process goes into its batch; NaN where no reward applies."""
+        per_function = super()._calculate_rewards(*args, **kwargs)  # (N, F), over all processes
+        weighted = per_function * self.reward_weights.to(per_function)
+        rewards = weighted.nansum(dim=1).masked_fill(weighted.isnan().all(dim=1), torch.nan)  # (N,)
+        first = self.accelerator.process_index * len(self._soft.lengths)
+        self._soft.rewards = rewards[first : first + len(self._soft.lengths)]
+        return per_function
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """GRPO's batch with its advantages replaced, and what the value loss needs."""
-        self._values = []
         output = super()._generate_and_score_completions(inputs)
-        if "old_per_token_logps" in output:
-            values = self._values[0]  # TRL's pass for the old densities comes before the reference's
+        if "old_per_token_logps" in output:  # TRL's pass for the old densities came first
+            assert self._pass is not None and self._pass.values is not None
+            values = self._pass.values  # (B, C)
         else:
-            with self._clock.phase("scoring"):
+            with self._clock.section("scoring"):
                 values = self._values_of(output)
-        self._values = []
-
-        B = len(values)
-        first = self.accelerator.process_index * B
-        weighted = self._rewards_per_func * self.reward_weights.to(self._rewards_per_func)  # (N, F)
-        all_rewards, all_scored = weighted.nansum(dim=1), ~weighted.isnan().all(dim=1)  # (N,)
-        rewards, scored = all_rewards[first : first + B], all_scored[first : first + B]
+        rewards = self._soft.rewards
+        assert rewards is not None
         offset = self._language_model().value_head.offset
-        if self.model.training and offset.isnan() and all_scored.any():
-            offset.fill_(all_rewards[all_scored].mean())
-            values = values + offset
+        if self.model.training and offset.isnan():
+            of_all = self.accelerator.gather(rewards)
+            if (scored := ~of_all.isnan()).any():
+                offset.fill_(of_all[scored].mean())
+                values = values + offset
         in_loss = output["completion_mask"].bool() & output["tool_mask"].bool()
-        mask = in_loss & scored[:, None]  # (B, C)
+        mask = in_loss & ~rewards.isnan()[:, None]  # (B, C)
+        rewards = rewards.nan_to_num(0.0)
 
         advantages = gae(rewards, values, mask, self.gamma, self.lam)
         returns = (advantages + values) * mask
@@ -199,21 +188,14 @@ class SoftPPOTrainer(SoftGRPOTrainer):
     @torch.no_grad()
     def _values_of(self, batch: dict[str, Any]) -> Tensor:
         """(B, C) values of a batch under the current weights, `per_device_train_batch_size` rows at a time."""
-        training = self.model.training
-        batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        self._slice = {key: batch[key] for key in SOFT_KEYS}
-        try:
-            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                self._get_per_token_logps_and_entropies(
-                    self.model,
-                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                    batch["completion_ids"].shape[1],
-                    batch_size=batch_size,
-                )
-        finally:
-            self._slice = None
-        return self._values[-1]
+        args = self.args
+        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)  # (B, P+C)
+        soft = SoftBatch.from_dict(batch)
+        with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            values = self._passed(self.model, soft, batch["prompt_ids"], mask, batch_size).values
+        assert values is not None
+        return values
 
     def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
         """Mean 0 and variance 1 over the actions of all processes; 0 off the mask."""
@@ -228,14 +210,10 @@ class SoftPPOTrainer(SoftGRPOTrainer):
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
-    def _with_rest(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {**super()._with_rest(inputs), "advantages": inputs["advantages"].repeat(1, 2)}
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._values = []
         loss = super()._compute_loss(model, inputs)
-        values = self._values.pop()  # (B, C), of the same forward as the densities
-        return loss + self.vf_coef * self._value_loss(values, inputs)
+        assert self._pass is not None and self._pass.values is not None  # of the same forward as the densities
+        return loss + self.vf_coef * self._value_loss(self._pass.values, inputs)
 
     def _value_loss(self, values: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Mean over the actions of an optimizer step on all processes, as TRL's dapo loss takes it."""
@@ -247,9 +225,7 @@ class SoftPPOTrainer(SoftGRPOTrainer):
             actions = actions / self.args.steps_per_generation
             accumulation = self.current_gradient_accumulation_steps
         total, clipped = (self._sum(loss.detach(), stopped) / actions).tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["value/loss"].append(total)
-        metrics["value/clip_fraction"].append(clipped)
+        self._log_all({"value/loss": total, "value/clip_fraction": clipped})
         return loss.sum() * self.accelerator.num_processes / (actions * accumulation)
 
     def _log_values(self, rewards: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:

@@ -2,21 +2,72 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
 from rl_soft.model.projector import load_projector
+from rl_soft.model.scored_forward import add_soft_forward
+from rl_soft.thoughts.kinds import KINDS
+from rl_soft.train.soft_batch import SoftBatch, parts
 
 
-def add_reference_projector(model: PreTrainedModel) -> None:
-    """The projector that the reference, loaded again by its path, started with."""
-    load_projector(model, Path(str(model.name_or_path)))
-    model.projector.requires_grad_(False)
+class Reference:
+    """The model that training starts from, which the KL is taken to: TRL's `ref_model`, or the policy with its adapter
+    switched off, or with the copy "ref" of the adapter that training started from.
+
+    Args:
+        trainer: a `SoftGRPOTrainer`, whose models are made.
+        chunk_size: as in the trainer.
+    """
+
+    def __init__(self, trainer: Any, chunk_size: int | None) -> None:
+        self._trainer, model = trainer, trainer.accelerator.unwrap_model(trainer.model)
+        copy_reference_rows(model)
+        if trainer.ref_model is not None:
+            own = trainer.accelerator.unwrap_model(trainer.ref_model)
+            add_soft_forward(own, chunk_size)
+            if KINDS[trainer.layout.thinking.thought].reads_hidden:
+                load_projector(own, Path(str(own.name_or_path)))
+                own.projector.requires_grad_(False)
+
+    def head(self) -> Any:
+        """A module from (N, H) states to (N, V) logits."""
+        trainer = self._trainer
+        model = trainer.model if trainer.ref_model is None else trainer.ref_model
+        return reference_head(trainer.accelerator.unwrap_model(model))
+
+    @torch.no_grad()
+    def states(self, soft: SoftBatch, batch: dict[str, Any]) -> Tensor:
+        """(B, C, H), what the reference's head reads at the recorded actions; its loss terms need nothing else.
+
+        Args:
+            batch: TRL's, with prompt_ids, prompt_mask, completion_ids and completion_mask.
+        """
+        trainer = self._trainer
+        args, layout = trainer.args, trainer.layout
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)  # (B, P+C)
+        batch_size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+        model: Any = trainer.ref_model
+        switched: Any = nullcontext()
+        if model is None:
+            model, peft = trainer.model, trainer.accelerator.unwrap_model(trainer.model)
+            switched = use_adapter(peft, adapter_name="ref" if "ref" in peft.peft_config else None)
+        states = []
+        with switched, disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
+            for rows in parts(len(mask), batch_size):
+                inputs = soft.take(rows).inputs(
+                    batch["prompt_ids"][rows], layout.thinking, trainer.ratio, states_only=True
+                )
+                with trainer.accelerator.autocast():
+                    states.append(model(attention_mask=mask[rows], soft=inputs).states)
+        return torch.cat(states)
 
 
 def reference_head(model: Any) -> Any:
@@ -58,11 +109,11 @@ class _StartingRows(torch.nn.Module):
         return self.rows.forward_adapters(states, ["ref"])
 
 
-def _prepare_reference(model: Any, args: Any, peft_config: Any) -> None:
+def check_reference(model: Any, args: Any, peft_config: Any) -> None:
     """Raises ValueError for a KL whose reference would be another model than the one that training starts from."""
-    if args is None or not args.beta:
+    if not args.beta:
         return
-    if not (isinstance(model, str) or peft_config or is_peft_model(model) or model.config._name_or_path):
+    if not (peft_config or is_peft_model(model) or model.config._name_or_path):
         raise ValueError(
             f"beta {args.beta}: the reference is the starting model, loaded again by its path, and this one was made "
             "in memory; save it and load it by its path, train an adapter (use_peft), or set beta 0"

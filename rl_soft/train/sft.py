@@ -15,9 +15,11 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer
 
-from rl_soft.config.arguments import SFTArguments
-from rl_soft.data.sources import Row
+from rl_soft.config.recipe import Recipe
+from rl_soft.data.row import Row
+from rl_soft.model.policy import Policy
 from rl_soft.thoughts.layout import Layout
+from rl_soft.train.start import lora_config
 from rl_soft.train.supervised import IGNORE
 
 
@@ -29,9 +31,7 @@ def example(layout: Layout, row: Row, worked_steps: bool) -> dict[str, list[int]
     return {"input_ids": question + completion, "labels": [IGNORE] * len(question) + completion}
 
 
-def sft_trainer(
-    model: Any, args: Any, *, layout: Layout, arguments: SFTArguments, rows: list[Row], peft_config: Any = None
-) -> SFTTrainer:
+def sft_trainer(recipe: Recipe, start: Policy, args: Any, layout: Layout, rows: list[Row]) -> SFTTrainer:
     """TRL's trainer over ids that the layout made, so that training and evaluation agree on them.
 
     Args:
@@ -40,9 +40,9 @@ def sft_trainer(
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     args.max_length = None
     return SFTTrainer(
-        model,
+        start.model,
         args,
-        train_dataset=Dataset.from_list([example(layout, row, arguments.worked_steps) for row in rows]),
+        train_dataset=Dataset.from_list([example(layout, row, recipe.extra.worked_steps) for row in rows]),
         processing_class=layout.tokenizer,
-        peft_config=peft_config,
+        peft_config=lora_config(recipe),
     )

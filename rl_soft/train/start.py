@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rl_soft.config.recipe import (
@@ -13,8 +15,10 @@ from rl_soft.config.recipe import (
     load_recipe,
 )
 from rl_soft.config.refusals import IN_MEMORY
+from rl_soft.data.row import question_hash
 from rl_soft.model import policy
 from rl_soft.model.projector import beside_adapter
+from rl_soft.thoughts.kinds import KINDS
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 
@@ -47,6 +51,7 @@ def warm_start_of(recipe: Recipe) -> Recipe | None:
 
 
 def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
+    """What a recipe starts from: random weights, the result of its warm start, or a named model."""
     m = recipe.model
     if m.model_config:
         return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype, m.attn_implementation)
@@ -57,6 +62,75 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
         policy.add_thought_tokens(start)
     return start
+
+
+def policy_of(model: Any, args: Any, tokenizer: Any) -> policy.Policy:
+    """What a trainer is given to start from, in Python: a hub id or a folder, which is loaded, or a model.
+
+    Args:
+        args: the trainer's; `model_init_kwargs` may hold dtype and attn_implementation for a model that is loaded.
+        tokenizer: None loads the one beside the model.
+
+    Raises:
+        ValueError: other model_init_kwargs; a model that was made in memory, without a tokenizer.
+    """
+    if isinstance(model, str | Path):
+        asked = dict(args.model_init_kwargs or {})
+        args.model_init_kwargs = None  # TRL is given the model
+        dtype = str(asked.pop("dtype", "float32")).removeprefix("torch.")
+        attention = asked.pop("attn_implementation", None)
+        if asked:
+            raise ValueError(
+                f"model_init_kwargs may hold dtype and attn_implementation here, not {', '.join(asked)}; load the "
+                "model yourself and give it as `model`"
+            )
+        loaded = policy.load(str(model), dtype, attention, trainable=True)
+        return policy.Policy(loaded.model, tokenizer or loaded.tokenizer, loaded.thinking)
+    source = getattr(model, "name_or_path", "")
+    if tokenizer is None and not source:
+        raise ValueError("processing_class is missing: this model was made in memory and has no tokenizer beside it")
+    trained = policy.read_thinking(Path(source)) if source and not hasattr(model, "peft_config") else None
+    return policy.Policy(model, tokenizer or policy.load_tokenizer(source), trained)
+
+
+def fitting(thinking: Thinking | None, start: policy.Policy) -> Thinking:
+    """The thinking that a trainer was given, or else the one that its model was trained for.
+
+    Raises:
+        ValueError: neither; or another layout of the thoughts than the model was trained for.
+    """
+    if thinking is None:
+        if start.thinking is None:
+            raise ValueError(
+                "thinking is missing: the model was not trained by this package, so say how it is to think, for "
+                'example Thinking(thought="gumbel", phase="explicit", num_thoughts=256, end_of_thinking="####")'
+            )
+        return start.thinking
+    if start.thinking is not None:
+        check_thinking(thinking, start.thinking, "thinking")
+    return thinking
+
+
+def settle(args: Any, layout: Layout) -> None:
+    """Set what `thinking` decides, or exactness asks for, in a `trl.GRPOConfig`."""
+    args.max_completion_length = layout.max_completion_length
+    args.temperature = layout.thinking.temperature
+    args.disable_dropout = True  # with dropout on, the recomputed density is that of another model than the rollout's
+    if args.device.type == "cpu" and args.mixed_precision == "bf16":
+        logger.info("bf16 is off on a CPU, where rollouts are in float32: autocast would make the density another one")
+        args.bf16, args.mixed_precision = False, "no"
+
+
+def folder_name(model: Any) -> str:
+    return Path(str(model if isinstance(model, str | Path) else model.name_or_path or "model")).name
+
+
+def row_id(row: dict[str, Any]) -> Any:
+    """The id that addresses the noise of a row: its own, or the hash of its prompt."""
+    if row.get("id") is not None:
+        return row["id"]
+    prompt = row["prompt"]
+    return question_hash(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
 
 
 def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
@@ -77,18 +151,28 @@ def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
             )
 
 
-def check_thinking(recipe: Recipe, trained: Thinking | None) -> None:
-    """Refuse a checkpoint that was trained for another layout of its thoughts."""
+def check_thinking(thinking: Thinking, trained: Thinking | None, where: str) -> None:
+    """Refuse a checkpoint that was trained for another layout of its thoughts.
+
+    Args:
+        trained: None for a model that was not trained by this package.
+        where: what names `thinking`, for the message.
+    """
     if trained is None:
-        if recipe.thinking.phase == "latent":
+        if thinking.phase == "latent":
             raise ValueError("phase latent needs a model trained for it; name a CODI recipe in warm_start")
         return
-    for name in ("phase", "num_thoughts", "answer_prompt", "question_template"):
-        ours, theirs = getattr(recipe.thinking, name), getattr(trained, name)
+    shared = ["phase", "answer_prompt", "question_template"]
+    if thinking.phase == "latent":  # in phase explicit it is a cap
+        shared.insert(1, "num_thoughts")
+    for name in shared:
+        ours, theirs = getattr(thinking, name), getattr(trained, name)
         if ours != theirs:
-            raise ValueError(f"{name} is {ours!r} in {recipe.path}, but the checkpoint was trained with {theirs!r}")
-    if trained.thought == "token" and recipe.thinking.thought != "token":
-        raise ValueError(f"thought {recipe.thinking.thought} does not fit a checkpoint trained with thought token")
+            raise ValueError(f"{name} is {ours!r} in {where}, but the checkpoint was trained with {theirs!r}")
+    if trained.thought != thinking.thought and KINDS[trained.thought].discrete:
+        raise ValueError(
+            f"thought {thinking.thought} does not fit a checkpoint trained with thought {trained.thought}"
+        )
 
 
 def lora_config(recipe: Recipe) -> Any:

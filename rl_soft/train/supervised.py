@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer
@@ -89,6 +90,31 @@ def usable_rows(
     return kept
 
 
+class WholeStep:
+    """Mixin before transformers' Trainer: a loss is a mean over all micro-batches and processes of an optimizer step.
+
+    The mean of a micro-batch, times `share(...)`, adds up to that: 16 rows at once and 4 x 4 make the same step, also
+    where answers differ in length.
+    """
+
+    accelerator: Any
+    loss_is_scaled_for_ga: Any = True  # transformers then leaves the accumulated losses as they are
+
+    def counts(self, batch: dict[str, Any]) -> list[int]:
+        """How many terms each mean of a micro-batch has."""
+        raise NotImplementedError
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """The counts of a step, per process: gradients are means over processes."""
+        counted = torch.tensor([self.counts(batch) for batch in batch_samples], dtype=torch.float32, device=device)
+        return self.accelerator.reduce(counted.sum(0), "mean")
+
+    def share(self, batch: dict[str, Any], of_step: Tensor | None) -> list[float] | Tensor:
+        """What the means of this micro-batch count for in the step; 1 outside of training."""
+        here = self.counts(batch)
+        return [1.0] * len(here) if of_step is None else torch.tensor(here, device=of_step.device) / of_step
+
+
 def reset_optimizer(optimizer: Any) -> None:
     """Set all optimizer state to zero, in place: for Adam's moments and step counts that is a fresh optimizer.
 
@@ -102,7 +128,7 @@ def reset_optimizer(optimizer: Any) -> None:
                 state[name] = 0
 
 
-class ScheduledTrainer(Trainer):
+class ScheduledTrainer(WholeStep, Trainer):
     """transformers' Trainer over rows, where a schedule says what an optimizer step teaches (iCoT, Coconut).
 
     The schedule is logged at every step. Where it advances, the optimizer's state starts afresh, if
@@ -120,7 +146,6 @@ class ScheduledTrainer(Trainer):
     def __init__(self, model: Any, args: Any, *, layout: Layout, arguments: Any, rows: list[Row], seed: int):
         super().__init__(model, args, data_collator=lambda rows: {"rows": rows}, train_dataset=rows)
         self.layout, self.arguments, self.seed = layout, arguments, seed
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over this micro-batch
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.schedule = self.make_schedule(rows, math.ceil(len(rows) / batch))
         self._fresh_since = 0  # the step that last began with a fresh optimizer

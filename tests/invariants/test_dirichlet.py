@@ -174,7 +174,9 @@ def test_other_ratios_are_refused_by_name(tmp_path, ratio):
 
 
 def test_codi_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"gumbel, hidden or hybrid, got .* dirichlet, which grpo or ppo can train"):
+    with pytest.raises(
+        ValueError, match=r"method codi trains phase latent with thought soft, gumbel, .*, which grpo or ppo can train"
+    ):
         load_recipe(ROOT / "recipes/codi.yaml", {"thought": "dirichlet"})
 
 
@@ -210,6 +212,6 @@ def test_a_gumbel_warm_start_is_accepted():
     recipe = load_recipe(ROOT / "recipes/grpo_gumbel.yaml", changes)
     warm = load_recipe(ROOT / "recipes/codi.yaml")
     assert warm.thinking.thought == "gumbel" and recipe.thinking.thought_gamma == 4.0
-    check_thinking(recipe, warm.thinking)
+    check_thinking(recipe.thinking, warm.thinking, "the recipe")
     with pytest.raises(ValueError, match="thought dirichlet does not fit a checkpoint trained with thought token"):
-        check_thinking(recipe, replace(warm.thinking, thought="token"))
+        check_thinking(recipe.thinking, replace(warm.thinking, thought="token"), "the recipe")

@@ -26,9 +26,9 @@ from rl_soft.model import policy
 from rl_soft.model.kl import categorical_kl
 from rl_soft.model.think import mix_embeddings, position_ids
 from rl_soft.thoughts.densities import GumbelTopK
-from rl_soft.thoughts.layout import Layout
 from rl_soft.train import pipeline as run
-from rl_soft.train.grpo import SOFT_KEYS, SoftGRPOTrainer
+from rl_soft.train.grpo import SoftGRPOTrainer
+from rl_soft.train.soft_batch import SoftBatch
 
 N, H, V = 37, 16, 211
 
@@ -217,7 +217,7 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, reference):
     trainer = SoftGRPOTrainer(
         made.model, reward_funcs=lambda completions, **_: [1.0] * len(completions), peft_config=peft,
         args=config(tmp_path, beta=0.2, loss_type="bnpo", max_steps=1), train_dataset=dataset(),
-        processing_class=made.tokenizer, layout=Layout(thinking, made.tokenizer),
+        processing_class=made.tokenizer, thinking=thinking, ratio="joint",
     )  # fmt: skip
     model = trainer.model
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -275,14 +275,14 @@ def test_is_weighted_as_trl_weighs_its_own(tmp_path, loss_type):
     compute, seen = trainer._compute_loss, []
 
     def check(model, inputs):
-        trainer._slice = {key: inputs[key] for key in SOFT_KEYS}
+        trainer._soft, trainer._pass = SoftBatch.from_dict(inputs), None
         d = torch.randn(inputs["completion_ids"].shape, generator=generator)
         for training in (True, False):
             trainer.model.train(training)
             with torch.no_grad():
                 without = GRPOTrainer._compute_loss(trainer, model, inputs)
                 trainer.beta = 0.3
-                reference = {"ref_per_token_logps": trainer._log_probs + d}
+                reference = {"ref_per_token_logps": trainer._pass.log_probs + d}
                 with_kl = GRPOTrainer._compute_loss(trainer, model, {**inputs, **reference})
                 trainer.beta = 0.0
                 ours = 0.3 * trainer._aggregate(d.exp() - d - 1, inputs)

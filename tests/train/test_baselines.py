@@ -311,6 +311,24 @@ def test_the_optimizer_is_reset_once_at_each_removal_and_each_stage(tmp_path, me
     assert resets == at
 
 
+CODI = LATENT | {"thought": "gumbel", "thought_k": 3, "beta": 0.0}  # KD divides by a std of the micro-batch
+
+
+@pytest.mark.parametrize("method", [*METHODS, "codi"])
+def test_sixteen_rows_at_once_are_four_times_four(tmp_path, method, monkeypatch):
+    """One step of SGD moves the weights alike, though answers and steps differ in length."""
+    monkeypatch.setitem(METHODS, "codi", CODI)
+    values = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1, "validation_problems": 0, "learning_rate": 0.1}
+    moved = []
+    for size in (16, 4):
+        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}
+        run = train.run(recipe(tmp_path / str(size), method, **values, **batch))
+        moved.append(load_file(run / "model/model.safetensors"))
+    at_once, accumulated = moved
+    for name, weight in at_once.items():
+        torch.testing.assert_close(accumulated[name], weight, atol=1e-7, rtol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("method", ["sft", "icot", "coconut"])
 def test_an_adapter_is_trained_saved_and_loaded(tmp_path, method):
     start = tiny_policy()

@@ -64,10 +64,11 @@ def train(trainer, **kwargs):
 def soft_trainer(tmp_path, thinking=THINKING, made=None, **values):
     peft = values.pop("peft_config", None)
     own = {k: values.pop(k) for k in ("ratio", "rest_weight", "thought_epsilon") if k in values}
+    own.setdefault("ratio", "joint")
     made = made or tiny_policy()
     return SoftGRPOTrainer(
         made.model, reward_funcs=odd_reward, args=config(tmp_path, **values), train_dataset=dataset(),
-        processing_class=made.tokenizer, peft_config=peft, layout=Layout(thinking, made.tokenizer), **own,
+        processing_class=made.tokenizer, peft_config=peft, thinking=thinking, **own,
     )  # fmt: skip
 
 
@@ -123,11 +124,11 @@ def test_one_slot_is_stock_grpo(tmp_path, values, lora):
     ours._generate_single_turn = remember
     ours_logs = train(ours)
 
-    made = tiny_policy()
+    made, length = tiny_policy(), ours.args.max_completion_length  # which thinking decides
     torch.manual_seed(0)
     stock = Replayed(
-        made.model, reward_funcs=odd_reward, args=config(tmp_path / "b", **values), train_dataset=dataset(),
-        processing_class=made.tokenizer, peft_config=peft if lora else None,
+        made.model, reward_funcs=odd_reward, args=config(tmp_path / "b", **values, max_completion_length=length),
+        train_dataset=dataset(), processing_class=made.tokenizer, peft_config=peft if lora else None,
         layout=Layout(thinking, made.tokenizer), completions=completions,
     )  # fmt: skip
     stock_logs = train(stock)
@@ -270,20 +271,19 @@ def test_what_makes_no_sense_is_refused_by_name(tmp_path, monkeypatch, thinking,
     made = tiny_policy()
     given = {"train_dataset": dataset(), **values, "args": config(tmp_path, **values.get("args", {}))}
     monkeypatch.setattr(GRPOTrainer, "__init__", refuse_to_start(GRPOTrainer.__init__))
-    layout = Layout(thinking, made.tokenizer)
+    given |= {"processing_class": made.tokenizer, "thinking": thinking}
     with pytest.raises(ValueError, match=message):
-        SoftGRPOTrainer(made.model, reward_funcs=odd_reward, processing_class=made.tokenizer, layout=layout, **given)
+        SoftGRPOTrainer(made.model, reward_funcs=odd_reward, **given)
     args = given.pop("args")
     with pytest.raises(ValueError, match=message):  # by position too
-        SoftGRPOTrainer(made.model, odd_reward, args, processing_class=made.tokenizer, layout=layout, **given)
+        SoftGRPOTrainer(made.model, odd_reward, args, **given)
 
 
-def test_dropout_is_switched_off_or_refused(tmp_path):
+@pytest.mark.parametrize("asked", [False, True])
+def test_dropout_is_switched_off(tmp_path, asked):
     made = tiny_policy("gpt2")
     made.model.transformer.drop.p = 0.1
-    with pytest.raises(ValueError, match="disable_dropout must be true for this model: with dropout on"):
-        soft_trainer(tmp_path, made=made, disable_dropout=False)
-    assert soft_trainer(tmp_path, made=made).model.transformer.drop.p == 0
+    assert soft_trainer(tmp_path, made=made, disable_dropout=asked).model.transformer.drop.p == 0
 
 
 def refuse_to_start(init):

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.grpo import SoftGRPOTrainer
 from rl_soft.train.runtime.callbacks import KnownFailures
@@ -60,7 +59,7 @@ def trainer(tmp_path, trainer_class=SoftGRPOTrainer, reward=parity, **values):
     data = Dataset.from_list([{"prompt": r.question, "id": r.id, "answer": r.answer} for r in rows(8)])
     made_trainer = trainer_class(
         made.model, reward_funcs=reward, args=args, train_dataset=data, processing_class=made.tokenizer,
-        layout=Layout(thinking, made.tokenizer),
+        thinking=thinking,
     )  # fmt: skip
     made_trainer.keep = Keep()
     made_trainer.add_callback(made_trainer.keep)

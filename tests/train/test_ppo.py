@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from rl_soft.config.recipe import load_recipe
 from rl_soft.model import policy
 from rl_soft.model.value_head import load_value_head
-from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train import pipeline as train
 from rl_soft.train.grpo import SoftGRPOTrainer
@@ -44,7 +43,7 @@ def make(tmp_path, kind=SoftPPOTrainer, thinking=THINKING, reward=odd_reward, ma
     torch.manual_seed(0)  # of the adapter's weights
     return kind(
         made.model, reward_funcs=reward, args=config(tmp_path, **values), processing_class=made.tokenizer,
-        train_dataset=dataset(), peft_config=peft, layout=Layout(thinking, made.tokenizer), **own,
+        train_dataset=dataset(), peft_config=peft, thinking=thinking, **{"ratio": "joint", **own},
     )  # fmt: skip
 
 

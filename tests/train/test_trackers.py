@@ -12,13 +12,13 @@ from test_resume import RL, warm_start  # noqa: F401 (a fixture)
 
 from rl_soft.config.recipe import load_recipe
 from rl_soft.train import pipeline as train
-from rl_soft.train.runtime.clock import PHASES, PhaseClock
+from rl_soft.train.runtime.clock import SECTIONS, StepClock
 
 
-def test_nested_phases_add_up(monkeypatch):
+def test_nested_sections_add_up(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = PhaseClock()
+    clock = StepClock()
 
     def work(seconds):
         now[0] += seconds
@@ -26,12 +26,12 @@ def test_nested_phases_add_up(monkeypatch):
     work(7)  # before a step: nobody's
     clock.on_step_begin(None, None, None)
     work(1)
-    with clock.phase("scoring"):
+    with clock.section("scoring"):
         work(2)
-        with clock.phase("rollout"):
+        with clock.section("rollout"):
             work(4)
             clock.count("rollout", 20)
-        with pytest.raises(ValueError), clock.phase("reward"):
+        with pytest.raises(ValueError), clock.section("reward"):
             work(8)
             raise ValueError
         work(16)
@@ -42,7 +42,7 @@ def test_nested_phases_add_up(monkeypatch):
         "seconds/rollout": 4, "seconds/reward": 8, "seconds/scoring": 18, "seconds/update": 33,
         "tokens_per_second/rollout": 5,
     }  # fmt: skip
-    assert clock.take() == dict.fromkeys((f"seconds/{name}" for name in PHASES), 0.0)
+    assert clock.take() == dict.fromkeys((f"seconds/{name}" for name in SECTIONS), 0.0)
 
 
 def test_tensorboard_mirrors_the_metrics_file(tmp_path, warm_start):  # noqa: F811
@@ -67,7 +67,7 @@ def test_tensorboard_mirrors_the_metrics_file(tmp_path, warm_start):  # noqa: F8
     # rollouts at steps 1 and 3, updates at every step; all of it within the run
     assert [line["seconds/rollout"] > 0 for line in lines] == [True, False, True, False]
     assert all(line["seconds/update"] > 0 for line in lines)
-    assert sum(line[f"seconds/{name}"] for line in lines for name in PHASES) < took
+    assert sum(line[f"seconds/{name}"] for line in lines for name in SECTIONS) < took
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ class Interrupt(TrainerCallback):
         self.asked = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:  # the host would train one step more before it looks
+        if state.global_step >= state.max_steps:  # transformers would train one step more before it looks
             raise Finished
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ class Validate(TrainerCallback):
             return control
         accuracy, due = self.validate(), control.should_log
         self.trainer.log({"validation_accuracy": accuracy})
-        control.should_log = due  # the host takes any log for the step's own
+        control.should_log = due  # transformers takes any log for the step's own
         if self.stop_at is not None and accuracy >= self.stop_at:
             control.should_training_stop = True
         return control

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: seconds and tokens a second of each phase; and the most memory held."""
+"""Where the time of a training step goes: seconds and tokens per second of each section; and the most memory held."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-PHASES = (
+SECTIONS = (
     "rollout",  # sampling
     "reward",  # reward functions
     "scoring",  # log-densities of the old policy and of the reference, advantages
@@ -20,17 +20,18 @@ PHASES = (
 )
 
 
-class PhaseClock(TrainerCallback):
-    """A stack of phases; time counts for the innermost alone, so that the phases of a step add up to the step.
+class StepClock(TrainerCallback):
+    """A stack of sections; time counts for the innermost alone, so that the sections of a step add up to the step.
 
-    As a callback it opens and closes `update` around each optimizer step. On a GPU every change of phase waits for
-    the device, a few times a step, since a phase would otherwise be charged for work that an earlier one has queued.
+    As a callback it opens and closes `update` around each optimizer step. On a GPU every change of section waits
+    for the device, a few times per step, since a section would otherwise be charged for work that an earlier one has
+    queued.
     """
 
     def __init__(self) -> None:
         self._stack: list[str] = []
         self._since = 0.0
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys(SECTIONS, 0.0)
         self._tokens = {"rollout": 0.0, "update": 0.0}
 
     def _switch(self) -> None:
@@ -42,7 +43,7 @@ class PhaseClock(TrainerCallback):
         self._since = now
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def section(self, name: str) -> Iterator[None]:
         self._switch()
         self._stack.append(name)
         try:
@@ -51,12 +52,12 @@ class PhaseClock(TrainerCallback):
             self._switch()
             self._stack.pop()
 
-    def count(self, phase: str, tokens: float) -> None:
-        """Positions that the phase worked on, over all processes."""
-        self._tokens[phase] += tokens
+    def count(self, section: str, tokens: float) -> None:
+        """Positions that the section worked on, over all processes."""
+        self._tokens[section] += tokens
 
     def take(self) -> dict[str, float]:
-        """Metrics since the last call: `seconds/PHASE` for all phases, `tokens_per_second/PHASE` where any ran."""
+        """Metrics since the last call: `seconds/SECTION` of all, `tokens_per_second/SECTION` of those that ran."""
         self._switch()
         seconds, tokens = self._seconds, self._tokens
         self._seconds, self._tokens = dict.fromkeys(seconds, 0.0), dict.fromkeys(tokens, 0.0)

@@ -71,7 +71,7 @@ class RewardWatch:
         n = len(batch["completions"])
         if isinstance(values, str) or not hasattr(values, "__iter__"):
             return self._fail(
-                f"reward {name} returned {_shown(values)}; it must return a list of {n} numbers, one a completion",
+                f"reward {name} returned {_shown(values)}; it must return a list of {n} numbers, one per completion",
                 None,
                 batch,
             )

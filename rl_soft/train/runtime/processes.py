@@ -41,7 +41,7 @@ def start_processes() -> PartialState:
 
 def check_processes(args: Any) -> None:
     """The launcher's wishes must have come true: on a CPU a wrong setting makes N independent runs without a word."""
-    if args.n_gpu > 1:  # the host would spread this process's batches over them (DataParallel)
+    if args.n_gpu > 1:  # transformers would spread this process's batches over them (DataParallel)
         args._n_gpu = 1
         logger.info("one process takes one GPU; --nproc N takes more")
     state = args.distributed_state

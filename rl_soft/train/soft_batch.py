@@ -1,0 +1,129 @@
+"""`SoftBatch`: the recorded actions of a batch of completions, from the rollout to the loss.
+
+TRL buffers a dict of tensors, shuffles its rows and splits it into micro-batches. `to_dict` and `from_dict` put the
+batch in and take a micro-batch out, by field name, so every field has one row per completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rl_soft.model.scored_forward import SoftInputs
+from rl_soft.rollouts.state_machine import Rollout
+from rl_soft.thoughts.kinds import RATIOS
+from rl_soft.thoughts.thinking import Thinking
+
+
+@dataclass
+class SoftBatch:
+    """B completions of up to C positions, right-padded as TRL pads completion ids; K slots per position."""
+
+    completion_ids: Tensor  # (B, C) int64
+    lengths: Tensor  # (B,) int64, positions of each completion
+    support: Tensor  # (B, C, K) int64
+    log_weights: Tensor  # (B, C, K) float32, -inf at absent slots
+    action_mask: Tensor  # (B, C) bool, positions that were sampled
+    thought_mask: Tensor  # (B, C) bool, of those the thoughts
+    sampled_log_probs: Tensor  # (B, C) float32, the rollout's log-densities of what the ratio scores; 0 elsewhere
+    support_log_probs: Tensor  # (B, C, K) float32, ln pi of the slots at the rollout
+    seeds: Tensor  # (B,) int64, of the noise
+    ref_states: Tensor | None = None  # (B, C, H), what the reference's head reads; with a KL for K > 1
+    rewards: Tensor | None = None  # (B,) float32, NaN where no reward applies; PPO
+
+    @classmethod
+    def from_rollout(cls, rollout: Rollout, ratio: str, pad_id: int, pad_to_multiple_of: int | None) -> SoftBatch:
+        """The actions of a rollout, and of their log-densities those that `ratio` compares."""
+        compared, sampled = RATIOS[ratio], rollout.log_probs
+        if compared.scores == "strongest" and not compared.second_factor:
+            sampled = rollout.support_log_probs[..., 0]
+        elif compared.scores is None:
+            sampled = rollout.log_probs * ~rollout.thought_mask
+
+        def padded(x: Tensor, value: float = 0) -> Tensor:
+            extra = -x.shape[1] % (pad_to_multiple_of or 1)
+            return F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra), value=value) if extra else x
+
+        return cls(
+            completion_ids=padded(rollout.completion_ids, pad_id),
+            lengths=rollout.lengths,
+            support=padded(rollout.support, pad_id),
+            log_weights=padded(rollout.log_weights, -torch.inf),
+            action_mask=padded(rollout.action_mask),
+            thought_mask=padded(rollout.thought_mask),
+            sampled_log_probs=padded(sampled),
+            support_log_probs=padded(rollout.support_log_probs),
+            seeds=rollout.seeds,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SoftBatch:
+        """From the dict of a micro-batch; other keys of TRL's are left alone."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    def to_dict(self) -> dict[str, Tensor]:
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+
+    def take(self, rows: slice) -> SoftBatch:
+        return SoftBatch(**{name: x[rows] for name, x in self.to_dict().items()})
+
+    def inputs(self, prompt_ids: Tensor, thinking: Thinking, ratio: str, **more: Any) -> SoftInputs:
+        """What the model's forward takes as `soft`; prompt_ids (B, P), and fields of `SoftInputs` in `more`."""
+        return SoftInputs(
+            prompt_ids=prompt_ids,
+            support=self.support,
+            log_weights=self.log_weights,
+            action_mask=self.action_mask,
+            thought_mask=self.thought_mask,
+            thinking=thinking,
+            ratio=ratio,
+            seeds=self.seeds,
+            support_log_probs=self.support_log_probs,
+            ref_states=self.ref_states,
+            **more,
+        )
+
+    def rows_of(self, values: Tensor) -> list[list[Any]]:
+        """(B, C) values as a list per completion, without the padding."""
+        return [row[:n] for row, n in zip(values.tolist(), self.lengths.tolist(), strict=True)]
+
+
+class Pass(NamedTuple):
+    """What a pass over the recorded actions found, (B, C) float32 each."""
+
+    log_probs: Tensor  # (B, 2C) where the ratio has a second factor: its log-density is the second half
+    entropy: Tensor  # as log_probs; 0 in the second half
+    kl: Tensor | None  # to the reference's categoricals; None where TRL takes the KL, or nobody does
+    values: Tensor | None  # None for a model without a value head
+
+    @classmethod
+    def joined(cls, passes: list[Pass]) -> Pass:
+        joined: list[Any] = [None if c[0] is None else torch.cat(c) for c in zip(*passes, strict=True)]
+        return cls(*joined)
+
+
+def parts(rows: int, batch_size: int | None) -> Iterator[slice]:
+    """The rows of a batch, `batch_size` at a time."""
+    for start in range(0, rows, batch_size or rows):
+        yield slice(start, min(start + (batch_size or rows), rows))
+
+
+def with_second_factor(inputs: dict[str, Any], thought_mask: Tensor, weight: float, pad_id: int) -> dict[str, Any]:
+    """TRL's micro-batch with C more columns, one per thought for its second factor, p(S, x) / p(i*).
+
+    TRL's masks multiply the loss, so they carry the factor's weight.
+    """
+    ids, mask = inputs["completion_ids"], inputs["completion_mask"]  # (B, C)
+    advantages = inputs["advantages"]
+    return {
+        **inputs,
+        "completion_ids": torch.cat([ids, torch.full_like(ids, pad_id)], dim=1),
+        "completion_mask": torch.cat([mask, mask], dim=1),
+        "tool_mask": torch.cat([inputs["tool_mask"].float(), thought_mask.float() * weight], dim=1),
+        "advantages": advantages if advantages.dim() == 1 else advantages.repeat(1, 2),
+    }
