@@ -57,10 +57,9 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
             f"eval_samples must be 1, got {arguments.eval_samples}"
         )
     check_folder(arguments.output_dir)
-    thinkings = thinkings_of(model, changes, arguments)
+    plans = plans_of(arguments, changes, decoding)
     rows = load_rows(arguments)
     check_golds(rows, arguments.dataset, arguments.confirm_run_unsafe_code)
-    plans = [Plan(thinking, f, _describe(arguments, thinking, decoding, f)) for f, thinking in thinkings]
     out = Path(arguments.output_dir)
     check_folders(out, plans, len(rows), decoding)
 
@@ -115,39 +114,37 @@ def check_folders(out: Path, plans: list[Plan], problems: int, decoding: Decodin
             raise ValueError(f"output_dir {taken} is not empty and holds no evaluation; choose another")
 
 
-def thinkings_of(model: str, changes: dict[str, Any], arguments: EvaluationArguments) -> list[tuple[Path, Thinking]]:
-    """What is evaluated into which folder: one thinking, or one per kind of `thoughts`.
+def plans_of(arguments: EvaluationArguments, changes: dict[str, Any], decoding: Decoding) -> list[Plan]:
+    """One evaluation, or one per kind of `thoughts`; each is written down as if it were the only one.
 
     Raises:
         ValueError: `thought` beside `thoughts`, or a kind that the other settings do not allow.
     """
-    out, thinking = Path(arguments.output_dir), thinking_of(model, changes)
-    if not arguments.thoughts:
-        return [(out, thinking)]
-    if "thought" in changes:
+    if arguments.thoughts and "thought" in changes:
         raise ValueError(f"thought {changes['thought']} and thoughts {','.join(arguments.thoughts)}: give one of them")
-    return [(out / kind, dataclasses.replace(thinking, thought=kind)) for kind in arguments.thoughts]
-
-
-def _describe(arguments: EvaluationArguments, thinking: Thinking, decoding: Decoding, folder: Path) -> dict[str, Any]:
-    """What `evaluate` writes down of one evaluation: the same, whether it is one of several or not."""
-    alone = dataclasses.replace(arguments, output_dir=str(folder), thoughts=None)
-    changed = {} if decoding == Decoding() else decoding.to_dict()
-    return {
-        "name": folder.name,
-        "model_name": arguments.model_name_or_path,
-        "dataset": arguments.dataset,
-        "split": arguments.split,
-        "samples": arguments.eval_samples,
-        "seed": arguments.eval_seed,
-        "config": {**dataclasses.asdict(alone), **thinking.to_dict(), **changed},
-    }
+    model, out = arguments.model_name_or_path, Path(arguments.output_dir)
+    thinking = thinking_of(model, changes)
+    kinds = {out / kind: dataclasses.replace(thinking, thought=kind) for kind in arguments.thoughts or ()}
+    plans, cuts = [], {} if decoding == Decoding() else decoding.to_dict()
+    for folder, one in (kinds or {out: thinking}).items():
+        alone = dataclasses.replace(arguments, output_dir=str(folder), thoughts=None)
+        described = {
+            "name": folder.name,
+            "model_name": model,
+            "dataset": arguments.dataset,
+            "split": arguments.split,
+            "samples": arguments.eval_samples,
+            "seed": arguments.eval_seed,
+            "config": {**dataclasses.asdict(alone), **one.to_dict(), **cuts},
+        }
+        plans.append(Plan(one, folder, described))
+    return plans
 
 
 def describe(model: str, overrides: dict[str, Any]) -> str:
     """What would be evaluated, as YAML, for --dry-run."""
     arguments, changes, decoding = load_command("eval", model, overrides)
-    _, thinking = thinkings_of(model, changes, arguments)[0]
+    thinking = plans_of(arguments, changes, decoding)[0].thinking
     values = {**dataclasses.asdict(arguments), **thinking.to_dict(), **decoding.to_dict()}
     if arguments.thoughts:
         values.pop("thought")
