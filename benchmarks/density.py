@@ -10,7 +10,7 @@ demands. Compared on the same noise:
     (S, x)          `GumbelTopK`: the exact density of the support and its weights
     all-V product   one Gumbel density for every id of the vocabulary
     K terms         the Gumbel densities of the K largest alone, without the event that the others are smaller
-    filtered        `FilteredGumbel` with the K most probable ids: exact given the kept set
+    filtered        `GumbelTopK` over the K most probable ids alone: exact given the kept set
 
 Ratios stand last.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rl_soft.thoughts import noise
-from rl_soft.thoughts.densities import FilteredGumbel, GumbelTopK, SoftToken
+from rl_soft.thoughts.densities import GumbelTopK, SoftToken
 
 V, SPREAD, SD = 200, 2.0, 0.05  # vocabulary, sd of the logits, sd of their update
 KS, TAUS = (1, 2, 3, 5, 8, 16, 32, 64, 128, 200), (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -46,13 +46,14 @@ def log_ratios(old: Tensor, new: Tensor, z: Tensor, k: int, tau: float) -> dict[
     top, support = z.topk(k, -1)
     thought = SoftToken(support, (top / tau).log_softmax(-1))
     terms = gumbel_terms(new, z) - gumbel_terms(old, z)
-    kept = FilteredGumbel(old, k, tau)
-    kept_thought = kept.sample(seeds=torch.arange(len(z)), step=10**6)
+    ids = old.topk(k, -1).indices  # of the kept set, which then counts as all there is
+    kept_old, kept_new = (GumbelTopK(x.gather(-1, ids), k, tau) for x in (old, new))
+    kept_thought = kept_old.sample(seeds=torch.arange(len(z)), position=10**6)
     return {
         "(S, x)": GumbelTopK(new, k, tau).log_prob(thought) - GumbelTopK(old, k, tau).log_prob(thought),
         "all-V product": terms.sum(-1),
         "K terms": terms.gather(-1, support).sum(-1),
-        "filtered": FilteredGumbel(new, k, tau).log_prob(kept_thought) - kept.log_prob(kept_thought),
+        "filtered": kept_new.log_prob(kept_thought) - kept_old.log_prob(kept_thought),
     }
 
 

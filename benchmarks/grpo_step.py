@@ -36,7 +36,7 @@ def step_times(side: str, args: argparse.Namespace) -> list[float]:
     from rl_soft.train.grpo import SoftGRPOTrainer
 
     torch.manual_seed(0)
-    start = policy.load(args.model)
+    start = policy.load_policy(args.model)
     start.model.generation_config.eos_token_id = None
     thinking = Thinking(
         thought="token" if side != "gumbel" else "gumbel",
@@ -48,7 +48,7 @@ def step_times(side: str, args: argparse.Namespace) -> list[float]:
     )
     layout = Layout(thinking, start.tokenizer)
     layout.forced_after_cap = layout.forced_after_end = []  # every position is sampled, as on the other side
-    rows = data.load("gsm_symbolic", "train", args.prompts * (args.steps + 1), 1, {}, None)
+    rows = data.load_rows("gsm_symbolic", "train", args.prompts * (args.steps + 1), 1, {}, None)
     dataset = Dataset.from_list([{"prompt": r.question, "id": r.id} for r in rows])
     lengths: list[int] = []
 

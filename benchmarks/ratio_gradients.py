@@ -178,14 +178,14 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tau", type=float, nargs="+", default=[0.1, 0.5, 1.0])
     args = parser.parse_args()
-    rows = data.load("chain_sum", "train", 3000, 1, TASK, None)
+    rows = data.load_rows("chain_sum", "train", 3000, 1, TASK, None)
     cells = [(k, 0.5) for k in args.k] + [(4, tau) for tau in args.tau if tau != 0.5]
     for cell in cells:
         k, tau = cell
         moments = Moments(len(args.models) * 4)
         reward = 0.0
         for m, path in enumerate(args.models):
-            start = policy.load(path, attn_implementation="sdpa")
+            start = policy.load_policy(path, attn_implementation="sdpa")
             scored.add_soft_forward(start.model)
             layout = Layout(replace(start.thinking, thought_k=k, thought_tau=tau), start.tokenizer)
             for b in range(args.batches):

@@ -49,7 +49,7 @@ def load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     from rl_soft.model import policy
 
     if not name.startswith("random:"):
-        loaded = policy.load(name, dtype)
+        loaded = policy.load_policy(name, dtype)
         return loaded.model.to(device).eval(), loaded.tokenizer
     H, F, L, A, kv, V = RANDOM[name.removeprefix("random:")]
     config = AutoConfig.for_model(
@@ -122,8 +122,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         class Capped(Walk):
             def sample(self, live: Live, logits: Any, hidden: Any) -> None:
                 super().sample(live, logits, hidden)
-                live.phase[:] = torch.where(live.t >= limits[live.row], DONE, live.phase)
-                live.t[:] = torch.where(live.phase == DONE, self.T, live.t)
+                live.stage[:] = torch.where(live.t >= limits[live.row], DONE, live.stage)
+                live.t[:] = torch.where(live.stage == DONE, self.T, live.t)
 
         prompts = [p for p in ids.tolist() for _ in range(args.group)][:rows]
         budget = args.batch * (args.prompt + longest + 1)

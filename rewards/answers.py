@@ -4,10 +4,11 @@ Three outcomes: `correct`, `wrong`, and `unparsed`: no answer was found, or the 
 Reports keep the last two apart, because an unparsed answer is a question about the parser before it is one about the
 model.
 
-Extraction takes the first form that yields an answer: the last `\boxed{}`, the last `####`, the last "the answer is"
-and, unless `strict`, the last number (letter, yes or no, line). Nothing before the last `</think>` is looked at.
-`rewards.comparison` then decides what arithmetic can decide; math-verify, in a worker process (`rewards.symbolic`),
-decides the rest.
+Extraction takes the first form that yields an answer: the last `<answer>...</answer>`, the last `\boxed{}`, the last
+`####`, the last "the answer is" and, unless `strict`, the last sentence that holds a number (letter, yes or no; the
+last line). Nothing before the last `</think>` is looked at, nor anything where a `<think>` is not closed.
+`rewards.sentences` and `rewards.choices` read sentences, `rewards.comparison` compares; math-verify, in a worker
+process (`rewards.symbolic`), decides what arithmetic cannot.
 
 Hedging: an answer is correct only if *every* candidate it lists is. Candidates belong to one list when only
 punctuation and connectives stand between them, or when an "or" does, within a sentence. So "3 or 4",
@@ -20,24 +21,25 @@ Every pattern is linear in the text: its repetitions are bounded, possessive, or
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from rewards import symbolic
+from rewards import choices, symbolic
 from rewards.comparison import (
     ANSWER_TYPES,
-    BOOL,
-    CHOICE,
-    DECIMAL,
-    MAX_ANSWER,
+    Question,
     canonical,
     check_type,
-    clean,
-    plain,
-    read_number,
+    is_text,
+    pairs,
     readable,
+    resolve,
     same,
 )
+from rewards.numbers import MAX_ANSWER, read_number
+from rewards.plain import clean, plain
+from rewards.sentences import ALTERNATIVE, OR, PROSE, Reading, alternatives, items, open_formulas, read, stop
+from rewards.units import read_unit
 
 Outcome = Literal["correct", "wrong", "unparsed"]
 __all__ = ["ANSWER_TYPES", "Judgement", "Outcome", "canonical", "equal", "extract", "judge", "judge_many"]
@@ -50,73 +52,13 @@ class Judgement(NamedTuple):
     failure: symbolic.Failure | None = None  # why the grader gave up, if it did
 
 
-# --- Extraction ------------------------------------------------------------------------------------------------------
-
-_SMALL = r"[0-9]{1,18}"
-_POWER = r"10\s?\^\s?\{?-?[0-9]{1,9}\}?"
-_NUMBER = re.compile(
-    r"(?:(?<![A-Za-z0-9_)\]}])-\s?(?=\\?[$€£¥₹]|\\[dtc]?frac|[.0-9]))?(?:\\?[$€£¥₹]-?)?(?<![A-Za-z0-9_])(?:"
-    rf"\\[dtc]?frac\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])\s?(?:\{{\s?-?{DECIMAL}\s?\}}|[0-9])|{_POWER}|{DECIMAL}(?:"
-    rf"[eE][-+]?[0-9]{{1,9}}(?![0-9A-Za-z])|\s{{0,3}}(?:\\times|\*|x)\s{{0,3}}{_POWER}|\s?\\[dtc]?frac\{{{_SMALL}\}}\{{{_SMALL}\}}"
-    rf"|\ {{1,3}}{_SMALL}/{_SMALL}(?![0-9])|\s?/\s?{DECIMAL})?"
-    r")(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?\\?%|\spercent\b)?"
-)
-_CONNECTIVE = r"(?:or|and|either|both|maybe|perhaps|possibly|alternatively|otherwise|else|also)"
-_GLUE = re.compile(
-    rf"(?:[^\w=+*<>^-]|\*\*|\b(?:{_CONNECTIVE}|text|quad|qquad|is|it|be|could|might|answer|the)\b)*+", re.IGNORECASE
-)
-_LISTING = re.compile(rf"[,;/|&]|\b{_CONNECTIVE}\b", re.IGNORECASE)
-_OR = re.compile(r"\b(?:or|alternatively|otherwise|maybe|perhaps|possibly)\b", re.IGNORECASE)
-_STOP = re.compile(r"[.!?](?=\s|\Z)|\n")
-_GAP = 60  # characters between two candidates of one list
+# --- Marks -----------------------------------------------------------------------------------------------------------
 
 
 class Span(NamedTuple):
     start: int
     end: int
-    content: str
-
-
-def _alternatives(gap: str) -> bool:
-    r"""Whether the text between two answers makes them alternatives: that in `\boxed{3} or \boxed{4}`."""
-    if len(gap) > _GAP:
-        return False
-    return _GLUE.fullmatch(gap) is not None or (_OR.search(gap) is not None and _STOP.search(gap) is None)
-
-
-def _enumerated(gap: str) -> bool:
-    """Whether the text between two bare candidates does: the same, within a sentence and with a separator. A `#` ends
-    a list, since it announces what follows: steps like `7*3=1;1-4=3;#7` give one answer."""
-    return _alternatives(gap) and "#" not in gap and _STOP.search(gap) is None and _LISTING.search(gap) is not None
-
-
-def _join(spans: Sequence[Span]) -> Span:
-    """Several candidates as one answer, `3, 4`; repetitions count once."""
-    return Span(spans[0].start, spans[-1].end, ", ".join(dict.fromkeys(span.content for span in spans)))
-
-
-def _last_run(text: str, spans: Sequence[Span], bare: bool = True) -> Span:
-    """The last span with the spans before it that belong to the same list."""
-    first, joined = len(spans) - 1, _enumerated if bare else _alternatives
-    while first and joined(text[spans[first - 1].end : spans[first].start]):
-        first -= 1
-    return _join(spans[first:])
-
-
-def _first_run(text: str, spans: Sequence[Span]) -> Span:
-    """The first span with the spans after it that belong to the same list, as they also do in "The answer is 5 6"."""
-    last = 0
-    while last + 1 < len(spans):
-        gap = text[spans[last].end : spans[last + 1].start]
-        if not (gap.isspace() or _enumerated(gap)):
-            break
-        last += 1
-    return _join(spans[: last + 1])
-
-
-def _find(pattern: re.Pattern[str], text: str, start: int = 0, stop: int | None = None) -> list[Span]:
-    matches = pattern.finditer(text, start, len(text) if stop is None else stop)
-    return [Span(m.start(), m.end(), m.group().replace("\\$", "").replace("$", "").strip()) for m in matches]
+    content: str | None  # None where what stands there answers nothing
 
 
 _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s?(?:(\{)|([^\s{}\\$]{1,50}))|\\.|[{}]", re.DOTALL)
@@ -144,7 +86,7 @@ def boxes(text: str) -> list[Span]:
     return found
 
 
-_HASHES = re.compile(r"####[ \t]{0,9}([^\s#][^\n#]*+)")
+_HASHES = re.compile(r"####[ \t]{0,9}([^\s#](?:(?!\s#|####)[^\n])*+)")
 
 
 def hashes(text: str) -> list[Span]:
@@ -154,50 +96,57 @@ def hashes(text: str) -> list[Span]:
     return [Span(match.start(), match.end(), match[1].strip()) for match in _HASHES.finditer(text)]
 
 
-_STATEMENT = re.compile(r"\banswers?\b[^.\n:=0-9]{0,60}?(?:\b(?:is|are)\b(?!\s+not\b)|:|=)", re.IGNORECASE)
-_OPENING = re.compile(r"(?:[\s:*$~]|\\[(\[])*+")
-_LEAD = re.compile(
-    r"(?:(?:approximately|about|around|roughly|exactly|equal\s+to|just|simply|only|therefore|thus|\\approx|[A-Za-z]\s?=)"
-    r"[\s$]+)*+",
+_STATEMENT = re.compile(
+    r"\banswers?\b([^.\n:=0-9—]{0,60}?)(?:\b(?:is|are|was|were|be|equals)\b(?!\s+not\b|n't)|[:=]|—|\s-(?=\s))",
     re.IGNORECASE,
 )
-_CONTINUES = re.compile(
-    r"\s*+(?:(?:[-+/^_<>=]|\*(?!\*))\s*+(?:[0-9\\({$-]|[A-Za-z](?![A-Za-z]))"
-    r"|\\(?:pi|sqrt|frac|cdot|times|div|cup|cap|leq?|geq?|lt|gt|in|infty|ne|pm|approx|sin|cos|tan|log|ln|left|begin)"
-    r"(?![A-Za-z]))"
-    r"|[A-Za-z(\[]|:[0-9]"
+_CORRECTION = re.compile(
+    r"(?:\b(?:wait|actually|correction|sorry|oops|scratch\s+that|I\s+mean)|,\s*no\b|\bno)\b(?:[,:]\s*(?=[-$0-9\\])|(?<!no)\s+(?=[-$0-9\\])"
+    r"|[^\n]{0,60}?\b(?:it\s+is|it's|that\s+is|that's|should\s+be|must\s+be|make\s+(?:it|that)|I\s+mean)\b(?=\s+[^\sA-Za-z]))",
+    re.IGNORECASE,
 )
-_PROSE = re.compile(r"(?:\A|\s)(?!(?:or|and|pi|sqrt|sin|cos|tan|log|ln|mod)\b)[A-Za-z]{2,}")
-_MATHEMATICAL = re.compile(r"[0-9\\=+^]")
-_DELIMITER = re.compile(r"\$|\\[()\[\]]")
+_DOUBT = re.compile(r"\b(?:not|n't|doubt\w*|unlikely|false|wrong|untrue|nor|never)\b|n't\b", re.IGNORECASE)
+_OPENING = re.compile(r"(?:[\s:*$~—\"'`]|\\[(\[]|-(?=\s+[^\s0-9])|(?<=\n)[-*•]\s)*+")
+_LEAD = re.compile(
+    r"(?:(?:approximately|about|around|roughly|equal\s+to|just|(?!(?:near|hard|bare|scarce|certain|definite)ly)[a-z]{2,12}ly|therefore"
+    r"|thus|indeed|now|still|then|both|either|the\s+(?:number|value|expression|interval|set|point|pair)|\\approx|negative|minus|[A-Z]{3}"
+    r")[\s:$,]+)*+[\s$(\[\"'~]*+",
+    re.IGNORECASE,
+)
 
 
-def _sentence_number(text: str, start: int, stop: int) -> Span | None:
-    """The number or expression that a sentence opens with, else the last number in it."""
-    start = _LEAD.match(text, start, stop).end()  # type: ignore[union-attr]
-    numbers = _find(_NUMBER, text, start, stop)
-    if numbers and numbers[0].start == start and not _CONTINUES.match(text, numbers[0].end, stop):
-        return _first_run(text, numbers)
-    sentence = text[start:stop]
-    prose = _PROSE.search(sentence)
-    expression = (sentence[: prose.start()] if prose else sentence).strip().rstrip("-,:;").strip()
-    if expression and "boxed" not in expression and (prose is None or _MATHEMATICAL.search(expression)):
-        return Span(start, start + len(expression), _DELIMITER.sub("", expression).strip())
-    return _last_run(text, numbers) if numbers else None
+def _sentence_answer(text: str, verb: bool) -> Reading:
+    """The answer of a statement whose words begin a text: what its sentence opens with, else, behind a `verb`, the
+    last number of the sentence. Not `found` where only what follows can tell."""
+    end = stop(text, 0, MAX_ANSWER)
+    while alternative := ALTERNATIVE.match(text, end):  # "3. Or 4."
+        end = stop(text, alternative.end())
+    sentence = re.sub(r"\A-\s+(?=[0-9])", "-", text[:end])
+    reading = read(sentence, opening=True)
+    if not reading.found:
+        spelled = read_number(whole := clean(sentence)) is not None
+        return Reading(whole if spelled else None, spelled, 0)
+    if (lead := _LEAD.match(sentence)) and lead.end() >= reading.first:
+        return reading
+    last = read(sentence)
+    return last._replace(found=verb and last.text is not None and not last.spoiled)
 
 
-def _stated(text: str, answer_type: str, start: int, limit: int) -> Span | None:
+def _stated(text: str, answer_type: str, start: int, limit: int, verb: bool) -> Reading:
     """What the statement that ends at `start` gives as the answer."""
-    start = _OPENING.match(text, start, limit).end()  # type: ignore[union-attr]
-    limit = min(limit, start + MAX_ANSWER)
-    stop = match.start() if (match := _STOP.search(text, start, limit)) else limit
     if answer_type == "number":
-        return _sentence_number(text, start, stop)
+        region = text[start:limit]
+        opened = open_formulas(region[: 2 * MAX_ANSWER])
+        opening = _OPENING.match(opened)
+        reading = _sentence_answer(opened[opening.end() if opening else 0 :], verb)
+        return reading if reading.found else _last_number(region)
+    start = _OPENING.match(text, start, limit).end()  # type: ignore[union-attr]
+    end = stop(text, start, min(limit, start + MAX_ANSWER))
     if answer_type == "free":
-        content = text[start:stop].strip(" *$")
-        return Span(start, stop, content) if content else None
-    spans = _find(CHOICE if answer_type == "choice" else BOOL, text, start, stop)
-    return _first_run(text, spans) if spans else None
+        content = text[start:end].strip(" *$\"'`") or None
+    else:
+        content = (choices.letter if answer_type == "choice" else choices.truth)(text[start:end], True)
+    return Reading(content, content is not None, 0)
 
 
 def _statements(text: str, answer_type: str) -> list[Span]:
@@ -205,8 +154,16 @@ def _statements(text: str, answer_type: str) -> list[Span]:
     spans: list[Span] = []
     limit = len(text)
     for match in reversed(list(_STATEMENT.finditer(text))[-20:]):
-        if span := _stated(text, answer_type, match.end(), limit):
-            spans.insert(0, span._replace(start=match.start()))
+        before = text[max(0, match.start() - 60) : match.start()]
+        clause = re.split(r"[,;.!?\n]", before)[-1]
+        if _DOUBT.search(clause) or _DOUBT.search(match[1]) or "cannot" in match[1]:
+            continue
+        verb = match.group()[-1].isalpha()
+        reading = _stated(text, answer_type, match.end(), limit, verb)
+        if reading.found:
+            found = text.find(reading.text, match.end(), limit) if reading.text else -1
+            end = found + len(reading.text or "") if found >= 0 else stop(text, match.end(), limit)
+            spans.insert(0, Span(match.start(), end, reading.text))
         limit = match.start()
     return spans
 
@@ -215,72 +172,129 @@ def _hashed(text: str, answer_type: str) -> list[Span]:
     """The answers after `####`; for a number without the words that may follow it on the line."""
     spans = hashes(text)
     if answer_type == "number":
-        last = spans[-20:]
-        read = [_sentence_number(text, text.index(span.content, span.start), span.end) for span in last]
-        spans = [found._replace(start=span.start) if found else span for span, found in zip(last, read, strict=True)]
+        for i, span in enumerate(spans[-20:], max(0, len(spans) - 20)):
+            content = open_formulas(span.content or "")
+            if read_number(clean(content)) is None and items(content):
+                spans[i] = span._replace(content=_sentence_answer(content, True).text)
     return spans
+
+
+def _boxed(text: str, answer_type: str) -> list[Span]:
+    """The boxes; a number with the unit that stands behind its box."""
+    spans = boxes(text)
+    if answer_type == "number" and spans:
+        behind = re.compile(r"(?:\$|\s|\\text\s?\{\s?)*([A-Za-z]{2,12})(?![A-Za-z])").match(text, spans[-1].end)
+        if behind and read_unit(behind[1]) and read_number(clean(spans[-1].content or "")):
+            spans[-1] = spans[-1]._replace(end=behind.end(), content=f"{spans[-1].content} {behind[1]}")
+    return spans
+
+
+def _join(spans: Sequence[Span]) -> Span:
+    """Several candidates as one answer, `3, 4`; repetitions count once."""
+    contents = [span.content for span in spans if span.content]
+    return Span(spans[0].start, spans[-1].end, ", ".join(dict.fromkeys(contents)) or None)
+
+
+def _last_run(text: str, spans: Sequence[Span]) -> Span:
+    """The last span with the spans before it that belong to the same list."""
+    first = len(spans) - 1
+    while first and alternatives(text[spans[first - 1].end : spans[first].start]):
+        first -= 1
+    return _join(spans[first:])
+
+
+_GAP = 60
 
 
 def _with_neighbours(text: str, answer: Span, answer_type: str) -> Span:
     r"""A marked answer with the bare candidates that an "or" ties to it: `3 or \boxed{4}`, `#### 3, maybe 4`."""
-    if answer_type == "free":
+    if answer_type == "free" or answer.content is None:
         return answer
-    pattern = {"number": _NUMBER, "choice": CHOICE, "bool": BOOL}[answer_type]
-    before = _find(pattern, text, max(0, answer.start - _GAP), answer.start)[-1:]
-    after = _find(pattern, text, answer.end, answer.end + _GAP)[:1]
-    beside = [
-        *(span for span in before if _tied(text[span.end : answer.start])),
-        answer,
-        *(span for span in after if _tied(text[answer.end : span.start])),
-    ]
-    return _join(beside)
+    left, right = text[max(0, answer.start - _GAP) : answer.start], text[answer.end : answer.end + _GAP]
+    if not OR.search(left) and not OR.search(right):
+        return answer
+    reader: Callable[[str], Sequence] = items if answer_type == "number" else choices.names(answer_type)
+    spans = [answer]
+    if (before := reader(left)) and _tied(left[before[-1].end :]):
+        spans.insert(0, Span(0, answer.start, before[-1].text))
+    if (after := reader(right)) and _tied(right[: after[0].start]) and not answer.content.endswith(after[0].text):
+        spans.append(Span(0, answer.end, after[0].text))
+    return _join(spans)
 
 
 def _tied(gap: str) -> bool:
-    return _alternatives(gap) and _OR.search(gap) is not None
+    return alternatives(gap) and OR.search(gap) is not None
 
 
-# The lookahead is for money: "$5 and $6".
-_FORMULA = re.compile(r"\$\$?([^$]{1,500})\$\$?(?![0-9])|\\\(([^$]{1,500}?)\\\)|\\\[([^$]{1,500}?)\\\]")
+# --- Unmarked answers ------------------------------------------------------------------------------------------------
+
+_DISPLAY = re.compile(r"\$\$([^$]{1,500})\$\$|\\\[([^$]{1,500}?)\\\]|\$([^$]{1,500})\$(?![0-9])")
+_TAIL = 3000  # characters in which an unmarked answer is looked for
 
 
-def _last_formula(text: str) -> Span | None:
-    """The last formula of a text; prose between two dollar signs is none, unless it is the whole text."""
-    for match in reversed(list(_FORMULA.finditer(text, max(0, len(text) - 3 * MAX_ANSWER)))):
-        formula = next(filter(None, match.groups())).strip()
-        if formula and (not _PROSE.search(formula) or match.group() == text.strip()):
-            return Span(match.start(), match.end(), formula)
-    return None
+def _last_number(text: str) -> Reading:
+    """The number or expression that a text without marks ends in."""
+    text = text[-_TAIL:]
+    if "$" in text or "\\[" in text:
+        formulas = list(_DISPLAY.finditer(text))
+        if formulas and (formula := formulas[-1]) and ("\n" in formula.group() or "\\begin" in formula.group()):
+            content = next(filter(None, formula.groups())).strip()
+            if not items(open_formulas(text[formula.end() :])) and items(content):
+                return Reading(content, True, 0)
+    lines = text.split("\n")
+    while lines:
+        line = lines.pop()
+        while lines and ALTERNATIVE.match(f"\n{line}"):
+            line = f"{lines.pop()}\n{line}"
+        for sentence in reversed(_sentences(open_formulas(line))):
+            reading = read(_BULLET.sub("", sentence))
+            if reading.found:
+                return reading
+    return Reading(None, False, 0)
+
+
+_BULLET = re.compile(r"\A\s*+[-*•]\s+")
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences of a text; one that only offers an alternative belongs to that before it."""
+    found, start = [], 0
+    while start < len(text):
+        end = stop(text, start)
+        while alternative := ALTERNATIVE.match(text, end):
+            end = stop(text, alternative.end())
+        if text[start:end].strip():
+            found.append(text[start:end])
+        start = end + 1
+    return found
+
+
+_NO_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s?(?:\{\s?\}?)?")
 
 
 def _flexible(text: str, answer_type: str) -> str | None:
     """The answer of a text that does not mark one."""
     if answer_type == "free":
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
-    if answer_type == "number":
-        if len(whole := text.strip()) < 100 and read_number(clean(whole)):
-            return whole
-        spans = _find(_NUMBER, text)
-        formula = _last_formula(text) if "$" in text or "\\" in text else None
-        if formula and (not spans or spans[-1].end <= formula.end) and not _NUMBER.fullmatch(formula.content):
-            return formula.content
-        return _last_run(text, spans).content if spans else None
+    if "\\boxed" in text or "\\fbox" in text:  # empty, or never closed
+        text = _NO_BOX.sub(" ", text)
     if answer_type == "choice":
-        spans = _find(CHOICE, text)
-        if opening := re.match(r"\s*+\(?([A-Ja-j])\)?(?:[.):]|\s*+\Z|\n)", text):  # "(B) because A is wrong"
-            return _first_run(text, spans).content if spans and spans[0].end <= opening.end() else opening[1]
-        return _last_run(text, spans).content if spans else None
-    spans = _find(BOOL, text)
-    first = len(spans) - 1
-    while first > 0 and not _STOP.search(text, spans[first - 1].end, spans[first].start):
-        first -= 1  # to the opening of the last sentence that takes a side
-    return _first_run(text, spans[first:]).content if spans else None
+        return choices.letter(text[-_TAIL:])
+    if answer_type == "bool":
+        return choices.truth(text[-_TAIL:])
+    if len(whole := text.strip()) < 200 and whole:
+        if read_number(clean(whole)):
+            return whole
+        if (formula := _DISPLAY.fullmatch(whole)) and not PROSE.search(inner := next(filter(None, formula.groups()))):
+            return inner.strip()
+    return _last_number(text).text
 
 
 # --- The interface ---------------------------------------------------------------------------------------------------
 
 
-_OUTCOMES: dict[bool | None, Outcome] = {True: "correct", False: "wrong", None: "unparsed"}
+_TAG = re.compile(r"<answer>(.{0,4000}?)</answer>", re.DOTALL | re.IGNORECASE)
+_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>")
 
 
 def extract(text: str, answer_type: str = "number", strict: bool = False) -> str | None:
@@ -288,19 +302,46 @@ def extract(text: str, answer_type: str = "number", strict: bool = False) -> str
 
     Args:
         text: the completion.
-        answer_type: "number" (a number or an expression), "choice" (letters A to J), "bool", or "free" (text).
-        strict: accept only an answer that is marked: `\boxed{}`, `####` or "the answer is".
+        answer_type: "number" (a number or an expression), "choice" (one letter), "bool", or "free" (text).
+        strict: accept only an answer that is marked: `<answer>`, `\boxed{}`, `####` or "the answer is".
 
     A hedged answer comes back as the list it is: "3, 4" for "The answer is 3 or 4".
     """
     check_type(answer_type)
-    text = plain(text.rpartition("</think>")[2])
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:  # it is still thinking
+        return None
+    text = plain(_SPECIAL.sub("", text) if "<|" in text else text)
+    if "<answer>" in text and (tags := _TAG.findall(text)):
+        return _within(tags[-1].strip(), answer_type)
     answer: str | None = None
-    if spans := boxes(text) or _hashed(text, answer_type) or _statements(text, answer_type):
-        answer = _with_neighbours(text, _last_run(text, spans, bare=False), answer_type).content
+    spans = _boxed(text, answer_type) or _hashed(text, answer_type) or _statements(text, answer_type)
+    if spans:
+        run = _last_run(text, spans)
+        answer = _with_neighbours(text, run, answer_type).content
+        if answer_type == "number" and (corrected := _corrected(text, spans[-1].end)):
+            answer = corrected
     elif not strict:
         answer = _flexible(text, answer_type)
     return answer if answer and len(answer) <= MAX_ANSWER else None
+
+
+def _corrected(text: str, start: int) -> str | None:
+    """The number of a correction behind a marked answer: "No wait, it's 7"."""
+    matches = list(_CORRECTION.finditer(text, start, start + _TAIL))
+    return _sentence_answer(open_formulas(text[matches[-1].end() :][:MAX_ANSWER]), True).text if matches else None
+
+
+def _within(content: str, answer_type: str) -> str | None:
+    """The answer between tags: what is marked there, the whole of it, or what its last sentence says."""
+    if not content or len(content) > MAX_ANSWER:
+        return None
+    spans = boxes(content) or hashes(content)
+    if spans:
+        return spans[-1].content
+    if answer_type == "number" and items(open_formulas(content)):
+        return _flexible(content, answer_type)
+    return content if answer_type in ("number", "free") else _flexible(content, answer_type)
 
 
 def equal(prediction: str, gold: str, answer_type: str = "number") -> bool:
@@ -318,28 +359,35 @@ def judge_many(
     texts: Sequence[str], golds: Sequence[str], answer_types: Sequence[str], strict: bool = False
 ) -> list[Judgement]:
     """`judge` for a batch; the symbolic cases among them are decided in parallel."""
-    predictions = [extract(text, kind, strict) for text, kind in zip(texts, answer_types, strict=True)]
+    predictions = []
+    for text, gold, kind in zip(texts, golds, answer_types, strict=True):
+        prediction = extract(text, kind, strict)
+        if prediction is None and kind == "number" and is_text(clean(_stated_gold(gold, kind))):
+            prediction = extract(text, "free", strict)  # a gold in words among numbers
+        predictions.append(prediction)
     return _judge_predictions(predictions, golds, answer_types)
 
 
 def _judge_predictions(
     predictions: Sequence[str | None], golds: Sequence[str], answer_types: Sequence[str]
 ) -> list[Judgement]:
+    questions: list[Question | None] = [
+        None if prediction is None else same(prediction, _stated_gold(gold, answer_type), answer_type)
+        for prediction, gold, answer_type in zip(predictions, golds, answer_types, strict=True)
+    ]
+    asked = list(dict.fromkeys(pair for question in questions if question is not None for pair in pairs(question)))
+    found = dict(zip(asked, symbolic.verify(asked), strict=True)) if asked else {}
     judgements: list[Judgement] = []
-    undecided: dict[int, tuple[str, str]] = {}  # what takes mathematics, by position
-    for i, (prediction, gold, answer_type) in enumerate(zip(predictions, golds, answer_types, strict=True)):
-        verdict = None
-        if prediction is not None:
-            gold = _stated_gold(gold, answer_type)
-            verdict = same(prediction, gold, answer_type)
-            if verdict is None:
-                undecided[i] = clean(prediction), clean(gold)
-        judgements.append(Judgement(_OUTCOMES[verdict], prediction))
-    for i, found in zip(undecided, symbolic.verify(list(undecided.values())), strict=True):
-        if isinstance(found, bool):
-            judgements[i] = judgements[i]._replace(outcome=_OUTCOMES[found])
+    for question, prediction in zip(questions, predictions, strict=True):
+        if question is None:
+            judgements.append(Judgement("unparsed", prediction))
+            continue
+        failures = [found[pair] for pair in pairs(question) if not isinstance(found[pair], bool)]
+        right = resolve(question, lambda pair: found[pair] is True)
+        if right or not failures:
+            judgements.append(Judgement("correct" if right else "wrong", prediction))
         else:
-            judgements[i] = judgements[i]._replace(failure=found)
+            judgements.append(Judgement("unparsed", prediction, failures[0]))  # type: ignore[arg-type]
     return judgements
 
 

@@ -166,16 +166,44 @@ def serve(cpu_seconds: float, memory_bytes: int) -> None:
     if sys.platform == "linux":  # elsewhere RLIMIT_AS is refused
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()
     replies = os.dup(1)
     os.dup2(2, 1)  # nothing that a library prints can be taken for a reply
-    latex = [LatexExtractionConfig()]  # not ExprExtractionConfig: it ends in sympy's parse_expr, which is an eval
+    # Not ExprExtractionConfig: it ends in sympy's parse_expr, which is an eval. Without its list of units, in which
+    # `hr` is one, so that `\pi hr` would be read as `\pi`: nothing unknown is dropped.
+    form = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    latex = [LatexExtractionConfig(normalization_config=form)]
 
     def read(answer: str) -> list:
         # Without timeouts of its own: the alarm below does their work.
         return parse(f"${answer}$", latex, "no_fallback", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
+
+    def close(gold: sympy.Expr, prediction: sympy.Expr) -> bool | None:
+        """Whether two numbers are equal, however small; None if they are no numbers.
+
+        math-verify rounds to places after the point, where 10^-30 and 10^-31 are one. Exact forms have to be equal; a
+        decimal may differ from a gold that cannot be written out by a relative 1e-6.
+        """
+        if not all(isinstance(x, sympy.Expr) and not x.free_symbols and x.is_number for x in (gold, prediction)):
+            return None
+        decimal = prediction.has(sympy.Float)
+        exact = [x.replace(lambda e: e.is_Float, lambda e: sympy.Rational(str(e))).doit() for x in (gold, prediction)]
+        difference = exact[0] - exact[1]
+        if difference == 0:
+            return True
+        if difference.is_Rational and exact[0].is_Rational:
+            rest = exact[0].q
+            for prime in (2, 5):
+                while rest % prime == 0:
+                    rest //= prime
+            if rest == 1 or not decimal:
+                return False
+        distance, size = abs(difference.evalf(30)), abs(exact[0].evalf(30))
+        return bool(distance <= size * sympy.Rational(1, 10 ** (6 if decimal else 15)))
 
     def grade(prediction: str, gold: str) -> bytes:
         reply = b"gold"
@@ -184,7 +212,10 @@ def serve(cpu_seconds: float, memory_bytes: int) -> None:
                 reply = b"prediction"
                 if predictions := read(prediction):
                     reply = b"false"  # and so is what sympy cannot compare
-                    if verify(golds, predictions, timeout_seconds=None, raise_on_error=True):
+                    verdict = None if "%" in gold + prediction else close(golds[0], predictions[0])
+                    if verdict is None:
+                        verdict = verify(golds, predictions, timeout_seconds=None, raise_on_error=True)
+                    if verdict:
                         reply = b"true"
         except MemoryError:
             return b"memory"

@@ -1,110 +1,143 @@
-"""The records of an analysis: one JSON object a line, a line a problem, appended as problems are finished.
+"""Files that are whole or absent, and append-only files of JSON objects with one writer. Standard library only."""
 
-The first line says what the records depend on. A run that is stopped goes on with the problems that have no line yet;
-records that depend on something else are refused. A process that is killed leaves at most its last line unfinished,
-and that line is cut off. Standard library only.
-"""
+from __future__ import annotations
 
 import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
+Object = dict[str, Any]
 
-class Journal:
-    """Appends records, and knows which problems are there. A context manager, and the file's only writer.
+LOCK_SECONDS = 5.0  # what is left of a launch that was killed may hold the lock for a moment
+
+
+class JsonLines:
+    """A file of JSON objects, one per line, that is only ever appended to. A context manager; the file's only writer.
+
+    A process that is killed leaves at most its last line unfinished. That line is cut off, with a warning, when the
+    file is opened again; if only its line end is missing, that is added.
 
     Args:
         path: of the file; made, with its folder, if missing.
-        identity: what the records depend on: names to JSON values.
-        questions: problem id -> question hash, of the problems that are asked for.
-
-    Attributes:
-        records: problem id -> record, of the problems asked for; other problems in the file are left alone.
+        what: what a line holds, in words; an error says that a line is not this.
+        check: is given the objects that are there, in order; raises ValueError for those that are not of this writer.
+        begins: how a line can begin (by default as any object does); an unfinished one that begins otherwise is of
+            someone else.
 
     Raises:
-        ValueError: a path that cannot be written; another process writes to the file, it depends on something else
-            (named), holds a line that is no record, or asks another question under one of the ids. The file is left
-            as it is then.
+        ValueError: a path that cannot be written, another process that writes to the file (a lock on it, which ends
+            with its process), a line that is no JSON object, or what `check` refuses. The file is left as it is then.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], questions: Mapping[str, str]) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, what: str, check: Callable[[list[Object]], None], *begins: bytes) -> None:
+        self.path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error.strerror}") from None
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{path} is being written by another process; wait for its end, or end it") from None
-            except OSError:  # a file system without locks
-                pass
-            ours = json.loads(json.dumps(identity))  # as it is read back
-            (first, *rest), unfinished = self._read(ours)
-            for key in sorted(ours.keys() | first.keys()):
-                if first.get(key) != ours.get(key):
-                    raise ValueError(
-                        f"{path} holds records with {key} = {first.get(key)!r}, these have {ours.get(key)!r}; choose "
-                        "another output_dir to keep both"
-                    )
-            self.records: dict[str, dict[str, Any]] = {}
-            for number, record in enumerate(rest, start=2):
-                name, asked = record.get("problem_id"), record.get("question_hash")
-                if name is None or asked is None:
-                    raise ValueError(f"{path}, line {number}: not a record")
-                if questions.get(name, asked) != asked:
-                    raise ValueError(f"{path} holds problem {name} with another question; choose another output_dir")
-                if name in questions:
-                    self.records[name] = record
-            if unfinished:
-                os.truncate(path, path.stat().st_size - unfinished)
-            if not path.stat().st_size:
-                self._write(ours)
+            self._lock()
+            objects, size = read_lines(self.path, what, *begins)
+            check(objects)
+            self._file.truncate(size)
+            if size and (self._file.seek(size - 1), self._file.read())[1] != b"\n":
+                self._write(b"\n")
         except BaseException:
             self._file.close()
             raise
 
-    def append(self, *records: dict[str, Any]) -> None:
-        """Append records and return when they are on the disk."""
-        self._write(*records)
-        self.records.update((record["problem_id"], record) for record in records)
+    def append(self, *objects: Object) -> None:
+        """Append objects and return when they are on the disk; a batch costs one fsync."""
+        self._write(b"".join(json.dumps(o, allow_nan=False).encode() + b"\n" for o in objects))
 
-    def _write(self, *values: dict[str, Any]) -> None:
-        self._file.write(b"".join(json.dumps(v, allow_nan=False).encode() + b"\n" for v in values))
+    def _write(self, lines: bytes) -> None:
+        self._file.write(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self, ours: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """The objects of the lines, `ours` if there is none yet, and the length of an unfinished line after them."""
-        *lines, last = self.path.read_bytes().split(b"\n")
-        if not lines and not json.dumps(ours).encode().startswith(last):
-            raise ValueError(f"{self.path} is not a file of this analysis; choose another output_dir")
-        found = []
-        for number, line in enumerate(lines, start=1):
+    def _lock(self) -> None:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
             try:
-                found.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                raise ValueError(f"{self.path}, line {number}: not a JSON object") from None
-        return found or [ours], len(last)
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    message = f"{self.path} is being written by another process; wait for its end, or end it"
+                    raise ValueError(message) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                return None
+
+    def close(self) -> None:
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
+
+
+def read_lines(path: Path, what: str, *begins: bytes) -> tuple[list[Object], int]:
+    """The objects of a file of `JsonLines`, and the length in bytes of its lines without an unfinished one at the end.
+
+    Args:
+        what, begins: see `JsonLines`.
+
+    Raises:
+        ValueError: any other line that is no JSON object, with its number.
+    """
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    found: list[Object] = []
+    size = 0
+    for number, line in enumerate(lines, start=1):
+        value = parse_object(line)
+        if value is None:
+            begun = line.rstrip(b"\0")  # a file may have grown before it was written to
+            ours = any(b.startswith(begun[: len(b)]) for b in begins or (b"{",))
+            if number < len(lines) or not ours:
+                raise ValueError(f"{path}, line {number}: not {what}")
+            logger.warning("%s: line %d is unfinished; cutting it off", path, number)
+            break
+        found.append(value)
+        size += len(line) + 1
+    return found, min(size, len(data))
+
+
+def parse_object(text: bytes) -> Object | None:
+    """The JSON object in a text, or None."""
+    try:
+        value = json.loads(text.decode())  # of bytes it would look for the encoding first
+    except ValueError:  # JSON and Unicode errors alike
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` in the end: a reader sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it: a reader sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    """Write a file whole or not at all; what is no Unicode character becomes `?`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)

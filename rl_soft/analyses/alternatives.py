@@ -24,7 +24,7 @@ class Alternatives(Engine):
     The thoughts must be mixtures of two ids or more (`thought_k`).
     """
 
-    with_states = False  # whether outputs have hidden states, one a layer
+    with_states = False  # whether outputs have hidden states, one per layer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,7 +44,7 @@ class Alternatives(Engine):
 
     def _step(self) -> None:
         live = self.live.part(slice(0, self.n))
-        thinks = live.is_thought & (live.phase != DONE)
+        thinks = live.is_thought & (live.stage != DONE)
         at = torch.where(thinks, live.t - 1, self.walk.T)
         fed = self.others(live, at) if bool(thinks.any()) else []
         outputs = [self.feed(live, x, self.with_states) for x in fed]
@@ -56,7 +56,7 @@ class Alternatives(Engine):
         self.cache.at += 1
 
     def feed(self, live: Live, inputs: Tensor, with_states: bool) -> Any:
-        """One input (n, H) a row; it is written into the column that is next."""
+        """One input (n, H) per row; it is written into the column that is next."""
         return self.model(
             inputs_embeds=inputs[:, None],
             attention_mask=self.cache.attention_mask(),

@@ -26,7 +26,6 @@ from torch import Tensor
 from rl_soft.analyses.alternatives import Alternatives
 from rl_soft.analyses.findings import Claim, above, compact, enough, number, percent, resampled, shown
 from rl_soft.data.sources import Row
-from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.state_machine import Live
 from rl_soft.thoughts.layout import Layout
 
@@ -55,7 +54,7 @@ class Branching(Alternatives):
         self.distances = torch.full(shape, torch.nan, device=self.device)
 
     def others(self, live: Live, at: Tensor) -> list[Tensor]:
-        return [self.embedding(live.slots[:, j]) for j in (0, 1)]
+        return [self.embedding(live.support[:, j]) for j in (0, 1)]
 
     def record(self, live: Live, at: Tensor, outputs: list[Any]) -> None:
         first, second, mixed = (self.next_log_probs(out) for out in outputs)  # (n, V) each
@@ -69,7 +68,7 @@ class Branching(Alternatives):
 
 @torch.no_grad()
 def measure(model: Any, layout: Layout, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One record a row, of the thoughts that were fed, n of them.
+    """One record per row, of the thoughts that were fed, n of them.
 
     Args:
         layout: of a `Thinking` with thought `soft` and two slots or more.
@@ -79,7 +78,7 @@ def measure(model: Any, layout: Layout, rows: Sequence[Row]) -> list[dict[str, A
         [JS(P, P_1), JS(P, P_2)]}.
     """
     prompts = [layout.prompt_ids(row.question) for row in rows]
-    engine = Branching(model, layout, prompts, None, eos_token_ids(model, layout.tokenizer), None, "none")
+    engine = Branching(model, layout, prompts)
     out = engine.run()
     distances = engine.distances[:, : out.mask.shape[1]]
     fed = ~distances[..., 0].isnan()

@@ -3,7 +3,7 @@
 Both answer the same questions greedily, one at a time, in turns, so that a slow moment of the machine meets both.
 
     compression   tokens of reasoning that the CoT model writes / (thoughts + 2), <bot> and <eot> included
-    speed-up      seconds a question of the CoT model / seconds of the model
+    speed-up      seconds per question of the CoT model / those of the model
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def report(names: Sequence[str], costs: Sequence[Cost], out: Path | None) -> str
         "compression": ratio_interval(theirs.reasoning, ours.reasoning) if ours.reasoning.any() else None,
         "speed_up": ratio_interval(theirs.seconds, ours.seconds),
     }
-    lines = ["| | accuracy | reasoning | with the answer | ms a question |", "|---|---:|---:|---:|---:|"]
+    lines = ["| | accuracy | reasoning | with the answer | ms per question |", "|---|---:|---:|---:|---:|"]
     for m in figures["models"]:
         a = m["accuracy"]
         accuracy = f"{100 * a['mean']:.1f} % ({100 * a['low']:.1f} – {100 * a['high']:.1f})"

@@ -133,7 +133,7 @@ def traces(summary: dict[str, Any]) -> bytes:
 
 
 def plane(summary: dict[str, Any]) -> bytes:
-    """Randomness over softness, a curve a kind, with the parameter written beside it."""
+    """Randomness over softness, one curve per kind, with the parameter written beside it."""
     names = [name for name in SETS if summary[name]]
     figure = canvas(5.6 * len(names), 4.6)
     titles = {"all": "All steps", "branching": f"Second token weighs {summary['branch_weight']} or more"}

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from rl_soft.analyses.alternatives import Alternatives
 from rl_soft.analyses.findings import Claim, above, compact, number, resampled, shown
 from rl_soft.data.sources import Row
-from rl_soft.model.policy import eos_token_ids
 from rl_soft.model.think import mix_embeddings
 from rl_soft.rollouts.state_machine import Live
 from rl_soft.thoughts.layout import Layout
@@ -88,19 +87,19 @@ class Lens(Alternatives):
         self.better = self.improves(live, at)
         if not bool(self.better.any()):
             return []
-        pair = live.slots[:, :2]  # (n, 2)
-        weights = torch.tensor(MIXTURE, device=self.device).log().expand(pair.shape)
-        return [*(self.embedding(pair[:, j]) for j in (0, 1)), mix_embeddings(self.embedding, pair, weights)]
+        pair = live.support[:, :2]  # (n, 2)
+        log_weights = torch.tensor(MIXTURE, device=self.device).log().expand(pair.shape)
+        return [*(self.embedding(pair[:, j]) for j in (0, 1)), mix_embeddings(self.embedding, pair, log_weights)]
 
     def improves(self, live: Live, at: Tensor) -> Tensor:
         """(n,) bool: rows whose thought is to be kept; one that is kept already, of a row that began anew, is not."""
-        heavier = live.weights[:, 1].exp() > self.weight[live.row].amin(-1)
+        heavier = live.log_weights[:, 1].exp() > self.weight[live.row].amin(-1)
         return heavier & (at < self.walk.T) & (self.at[live.row] != at[:, None]).all(-1)
 
     def record(self, live: Live, at: Tensor, outputs: list[Any]) -> None:
         rows = live.row[self.better]  # (m,)
         place = self.weight[rows].argmin(-1)
-        self.weight[rows, place] = live.weights[self.better, 1].exp()
+        self.weight[rows, place] = live.log_weights[self.better, 1].exp()
         self.at[rows, place] = at[self.better]
         self.says[rows, place] = outputs[2].logits[self.better, -1].argmax(-1)
         paths = [torch.stack([h[:, -1] for h in out.hidden_states], dim=1) for out in outputs[:3]]  # (n, L + 1, H)
@@ -109,7 +108,7 @@ class Lens(Alternatives):
 
 @torch.no_grad()
 def measure(model: Any, layout: Layout, rows: Sequence[Row], branches: int) -> list[dict[str, Any]]:
-    """One record a row, of its m <= `branches` steps, in order.
+    """One record per row, of its m <= `branches` steps, in order.
 
     Args:
         layout: of a `Thinking` with thought `soft` and two slots or more.
@@ -122,8 +121,7 @@ def measure(model: Any, layout: Layout, rows: Sequence[Row], branches: int) -> l
         ValueError: a model whose lens cannot be read: its last layer's is not the model's own distribution.
     """
     prompts = [layout.prompt_ids(row.question) for row in rows]
-    ends = eos_token_ids(model, layout.tokenizer)
-    engine = Lens(model, layout, prompts, None, ends, None, "none", branches=branches)
+    engine = Lens(model, layout, prompts, branches=branches)
     out = engine.run()
     found, agreed, steps = [], 0, 0
     for i in range(len(rows)):

@@ -30,9 +30,8 @@ from torch import Tensor
 from rl_soft.analyses.branching import jensen_shannon
 from rl_soft.analyses.findings import Claim, above, compact, number, resampled, shown
 from rl_soft.data.sources import Row
-from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import rollout
-from rl_soft.thoughts.densities import Dirichlet, FilteredGumbel, entropy
+from rl_soft.thoughts.densities import Dirichlet, GumbelTopK, entropy
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address
 
@@ -45,6 +44,7 @@ GRID = {
     "gumbel": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0),
     "dirichlet": (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
 }
+DRAWS = {"gumbel": GumbelTopK, "dirichlet": Dirichlet}
 PARAMETER = {"gumbel": "tau", "dirichlet": "gamma"}
 SEARCHED = {"gumbel": (0.3, 0.9), "dirichlet": (1.0, 10.0)}
 REFERENCE = GRID["gumbel"].index(1.0)
@@ -54,32 +54,30 @@ SETS = ("all", "branching")
 TINY = 1e-12  # nats; resampled prompts without any randomness divide by no less
 
 
-def randomise(log_p: Tensor, kind: str, parameter: float, seeds: Tensor, step: Tensor) -> Tensor:
+def randomise(log_p: Tensor, kind: str, parameter: float, seeds: Tensor, position: Tensor) -> Tensor:
     """Log-weights (N, K) drawn from log-probabilities (N, K), in the same order.
 
     Args:
-        kind: gumbel or dirichlet; `parameter` is its tau or gamma.
-        seeds, step: (N,) int64, address of the noise.
+        kind: a key of `DRAWS`; `parameter` is its tau or gamma.
+        seeds, position: (N,) int64, address of the noise.
     """
     K = log_p.shape[-1]
-    d = FilteredGumbel(log_p, K, parameter) if kind == "gumbel" else Dirichlet(log_p, K, parameter)
-    support, log_weights = d.sample(seeds=seeds, step=step)
-    slots = torch.where(log_weights.isneginf(), -1, support)  # absent slots repeat the id 0
+    thought = DRAWS[kind](log_p, K, parameter).sample(seeds=seeds, position=position)
     drawn = torch.full((len(log_p), K + 1), -torch.inf, device=log_p.device)
-    return drawn.scatter_(-1, torch.where(slots < 0, K, slots), log_weights)[:, :K]
+    return drawn.scatter_(-1, thought.support.masked_fill(~thought.present, K), thought.log_weights)[:, :K]
 
 
-def coordinates(log_p: Tensor, kind: str, parameter: float, seeds: Tensor, step: Tensor) -> Tensor:
-    """Softness and randomness (N, 2) of one draw a row; arguments as in `randomise`."""
-    weights = randomise(log_p, kind, parameter, seeds, step)
-    return torch.stack([entropy(weights), jensen_shannon(weights, log_p)], dim=-1)
+def coordinates(log_p: Tensor, kind: str, parameter: float, seeds: Tensor, position: Tensor) -> Tensor:
+    """Softness and randomness (N, 2) of one draw per row; arguments as in `randomise`."""
+    log_weights = randomise(log_p, kind, parameter, seeds, position)
+    return torch.stack([entropy(log_weights), jensen_shannon(log_weights, log_p)], dim=-1)
 
 
 @torch.no_grad()
 def measure(
     model: Any, layout: Layout, rows: Sequence[Row], seed: int, draws: int, branch_weight: float
 ) -> list[dict[str, Any]]:
-    """One record a row, from one soft trace each.
+    """One record per row, from one soft trace each.
 
     Args:
         layout: of a `Thinking` with thought `soft` and two slots or more.
@@ -90,7 +88,7 @@ def measure(
         [softness, randomness] over all steps and over the branching ones, 0 where there is none}.
     """
     prompts = [layout.prompt_ids(row.question) for row in rows]
-    out = rollout(model, layout, prompts, None, eos_token_ids(model, layout.tokenizer))
+    out = rollout(model, layout, prompts)
     records = []
     for i, row in enumerate(rows):
         positions = out.thought_mask[i].nonzero()[:, 0]

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicCache
 
 from rl_soft.data.sources import Row
 from rl_soft.files import write_atomic
-from rl_soft.model.think import last_state, position_ids, reads_hidden, think
+from rl_soft.model.think import last_state, position_ids, think
 from rl_soft.thoughts.layout import Layout, pad
 
 _RESULT = re.compile(r"=\s*[$£€]?\s*(-?[\d.,]*\d)[^=]*$")
@@ -62,7 +62,7 @@ def thought_logits(model: Any, layout: Layout, rows: Sequence[Row], control: str
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-        output_hidden_states=reads_hidden(thinking),
+        output_hidden_states=thinking.kind.reads_hidden,
     )
     start = out.logits[:, -1], last_state(out)
     seen = think(model, model, *start, cache, mask, thinking, None, control=control, keep_logits=True)[2]
@@ -71,7 +71,7 @@ def thought_logits(model: Any, layout: Layout, rows: Sequence[Row], control: str
 
 @dataclass(frozen=True)
 class Probed:
-    """One problem: its results, the strongest ids a position, whether each result is held, and by chance."""
+    """One problem: its results, the strongest ids per position, whether each result is held, and by chance."""
 
     row: Row
     results: list[str]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from rl_soft.analyses import traces
 from rl_soft.analyses.findings import Claim, number
 from rl_soft.analyses.rouge import rouge_l
 from rl_soft.analyses.run import ANALYSES, Finding
@@ -71,15 +72,7 @@ def write(
         passk,
         _method(layout, arguments),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{html.STYLE}{STYLE}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
-    write_atomic(out / "report.html", page)
+    write_atomic(out / "report.html", html.document(title, "".join(body), STYLE))
     return out / "report.html"
 
 
@@ -164,11 +157,11 @@ def _examples(finding: Finding, layout: Layout, rows: Sequence[Row]) -> str:
     """The chains of the first problems; what is not in the greedy chain, in order, is marked."""
     blocks = []
     for row, record in list(zip(rows, finding.records, strict=True))[:EXAMPLES]:
-        greedy = record["greedy"][0]["ids"]
+        greedy = record[traces.REFERENCE][0]["ids"]
         lines = []
-        for kind in ("greedy", "soft", "gumbel", "dirichlet", "sampled"):
+        for kind in traces.TRACES:
             ids = record[kind][0]["ids"]
-            marks = [kind != "greedy"] * len(ids)
+            marks = [kind != traces.REFERENCE] * len(ids)
             for match in difflib.SequenceMatcher(None, greedy, ids, autojunk=False).get_matching_blocks():
                 marks[match.b : match.b + match.size] = [False] * match.size
             text = "".join(
@@ -184,7 +177,7 @@ def _examples(finding: Finding, layout: Layout, rows: Sequence[Row]) -> str:
 
 
 def _steps(finding: Finding, layout: Layout) -> str:
-    """The most balanced steps, a problem at most one: what was said before, both tokens, both distances."""
+    """The most balanced steps, at most one per problem: what was said before, both tokens, both distances."""
     best = []
     for record in finding.records:
         if record["weights"]:
@@ -206,7 +199,7 @@ def _steps(finding: Finding, layout: Layout) -> str:
         cells += [f"<td>{number(record['distances'][t][j], 2)}</td>" for j in (0, 1)]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<details open><summary>The {len(lines)} most balanced steps, one a problem</summary><div class='wide'>"
+        f"<details open><summary>The {len(lines)} most balanced steps, one per problem</summary><div class='wide'>"
         "<table class='steps'><thead><tr><th>before</th><th>strongest</th><th>second</th><th>JS to strongest</th>"
         f"<th>JS to second</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )

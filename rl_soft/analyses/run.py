@@ -1,6 +1,6 @@
 """One analysis of traces from start to end, on disk: records, which are resumed; then figures, table and picture.
 
-    NAME.jsonl   what it depends on, then a line a problem (`journal`)
+    NAME.jsonl   what it depends on, then a line per problem (`Journal`)
     NAME.json    the figures with their intervals; NAME.csv the same as a table; NAME.png the picture
 
 Everything but the first is a function of the records, and is written again by every run.
@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ from rl_soft.analyses import figures as analysis_figures
 from rl_soft.analyses.findings import Claim
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.data.sources import Row, question_hash
-from rl_soft.files import Journal, write_atomic
+from rl_soft.files import JsonLines, write_atomic
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 
@@ -76,6 +76,59 @@ class Finding:
     says: list[str]
     claims: list[Claim]
     picture: bytes
+
+
+class Journal(JsonLines):
+    """The records of an analysis: a first line that says what they depend on, then one line per problem.
+
+    A run that is stopped goes on with the problems that have no line yet; records that depend on something else are
+    refused. See `JsonLines`.
+
+    Args:
+        identity: what the records depend on: names to JSON values.
+        questions: problem id -> question hash, of the problems that are asked for.
+
+    Attributes:
+        records: problem id -> record, of the problems asked for; other problems in the file are left alone.
+
+    Raises:
+        ValueError: what `JsonLines` refuses; a file that depends on something else (named), holds a line that is no
+            record, or asks another question under one of the ids.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], questions: Mapping[str, str]) -> None:
+        self.records: dict[str, dict[str, Any]] = {}
+        ours = json.loads(json.dumps(identity))  # as it is read back
+        what = "a record of an analysis; choose another output_dir"
+        empty = True
+
+        def check(found: list[dict[str, Any]]) -> None:
+            nonlocal empty
+            empty = not found
+            first = found[0] if found else ours
+            for key in sorted(ours.keys() | first.keys()):
+                if first.get(key) != ours.get(key):
+                    raise ValueError(
+                        f"{path} holds records with {key} = {first.get(key)!r}, these have {ours.get(key)!r}; choose "
+                        "another output_dir to keep both"
+                    )
+            for number, record in enumerate(found[1:], start=2):
+                name, asked = record.get("problem_id"), record.get("question_hash")
+                if name is None or asked is None:
+                    raise ValueError(f"{path}, line {number}: not {what}")
+                if questions.get(name, asked) != asked:
+                    raise ValueError(f"{path} holds problem {name} with another question; choose another output_dir")
+                if name in questions:
+                    self.records[name] = record
+
+        super().__init__(path, what, check, json.dumps(ours).encode(), b'{"problem_id": ')
+        if empty:
+            super().append(ours)
+
+    def append(self, *records: dict[str, Any]) -> None:
+        """Append records and return when they are on the disk."""
+        super().append(*records)
+        self.records.update((record["problem_id"], record) for record in records)
 
 
 def check_thinking(thinking: Thinking, vocab_size: int, changes: dict[str, Any]) -> Thinking:

@@ -23,7 +23,6 @@ from rl_soft.analyses.findings import Claim, above, compact, number, percent, sh
 from rl_soft.analyses.rouge import rouge_l
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.passk import bootstrap, paired_bootstrap
-from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address
@@ -33,16 +32,17 @@ PAPER = (
     "The strongest ids of a plain soft trace overlap with the greedy trace far more than sampled traces do: plain "
     "soft thinking is greedy decoding in disguise. Gumbel noise brings the diversity of sampling back."
 )
-KINDS = {"greedy": "token", "soft": "soft", "gumbel": "gumbel", "dirichlet": "dirichlet", "sampled": "token"}
+TRACES = {"greedy": "token", "soft": "soft", "gumbel": "gumbel", "dirichlet": "dirichlet", "sampled": "token"}
 RANDOM = ("gumbel", "dirichlet", "sampled")
+REFERENCE, COMPARED = "greedy", "soft"  # overlaps are with the first; differences are of the second to the others
 RESAMPLES = 1_000  # of the bands
 
 
 @torch.no_grad()
 def measure(
-    model: Any, layout: Layout, rows: Sequence[Row], seed: int, samples: int, kinds: Sequence[str] = tuple(KINDS)
+    model: Any, layout: Layout, rows: Sequence[Row], seed: int, samples: int, kinds: Sequence[str] = tuple(TRACES)
 ) -> list[dict[str, Any]]:
-    """One record a row.
+    """One record per row.
 
     Args:
         layout: of a `Thinking` whose thought kind is replaced by each of `kinds`; its K, T, tau and gamma hold.
@@ -52,13 +52,12 @@ def measure(
         For each row {kind: one trace or, for random kinds, n of them}, each {"ids": the chain, "entropy", "outside"}.
     """
     records: list[dict[str, Any]] = [{kind: [] for kind in kinds} for _ in rows]
-    ends = eos_token_ids(model, layout.tokenizer)
     for kind in kinds:
-        of_kind = Layout(replace(layout.thinking, thought=KINDS[kind]), layout.tokenizer)
+        of_kind = Layout(replace(layout.thinking, thought=TRACES[kind]), layout.tokenizer)
         tasks = [(i, sample) for i in range(len(rows)) for sample in range(samples if kind in RANDOM else 1)]
         prompts = [of_kind.prompt_ids(rows[i].question) for i, _ in tasks]
         seeds = torch.tensor([address(seed, rows[i].id, sample) for i, sample in tasks]) if kind in RANDOM else None
-        out = rollout(model, of_kind, prompts, seeds, ends)
+        out = rollout(model, of_kind, prompts, seeds)
         for at, (i, _) in enumerate(tasks):
             thoughts = out.thought_mask[at]
             trace = {
@@ -78,20 +77,20 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(records) < 2:
         raise ValueError(f"traces: intervals need at least two prompts, got {len(records)}")
-    if not any(r["greedy"][0]["ids"] for r in records):
+    if not any(r[REFERENCE][0]["ids"] for r in records):
         raise ValueError("traces: no thought was fed; the traces ended at their first position")
-    kinds = [kind for kind in KINDS if kind in records[0]]
+    kinds = [kind for kind in TRACES if kind in records[0]]
     overlap = {
-        kind: [float(np.mean([rouge_l(r["greedy"][0]["ids"], t["ids"]) for t in r[kind]])) for r in records]
+        kind: [float(np.mean([rouge_l(r[REFERENCE][0]["ids"], t["ids"]) for t in r[kind]])) for r in records]
         for kind in kinds
-        if kind != "greedy"
+        if kind != REFERENCE
     }
-    same = {k: [float(np.mean([t["ids"] == r["greedy"][0]["ids"] for t in r[k]])) for r in records] for k in overlap}
+    same = {k: [float(np.mean([t["ids"] == r[REFERENCE][0]["ids"] for t in r[k]])) for r in records] for k in overlap}
     lengths = {k: [float(np.mean([len(t["ids"]) for t in r[k]])) for r in records] for k in kinds}
     differences = {}
     for kind in overlap:
-        if kind != "soft":
-            found = paired_bootstrap(overlap[kind], overlap["soft"])
+        if kind != COMPARED:
+            found = paired_bootstrap(overlap[kind], overlap[COMPARED])
             differences[kind] = {"value": found.mean, "low": found.low, "high": found.high}
     return {
         "prompts": len(records),
@@ -116,7 +115,7 @@ def _curve(traces: Sequence[Sequence[Sequence[float]]], fewest: int = 5) -> dict
     Also the mean over all positions of a prompt, and then over prompts.
 
     Args:
-        traces: for each prompt, for each of its samples, a value a position.
+        traces: for each prompt, for each of its samples, one value per position.
     """
     longest = max((len(t) for samples in traces for t in samples), default=0)
     total, count = np.zeros((len(traces), longest)), np.zeros((len(traces), longest))

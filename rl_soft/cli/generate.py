@@ -6,12 +6,11 @@ a data set has the same completions here and there.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from rl_soft.config.recipe import load_command
 from rl_soft.data.row import encodable
 from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for
 from rl_soft.evaluation.records import GREEDY
+from rl_soft.files import JsonLines
 from rl_soft.model.policy import read_thinking
 from rl_soft.thoughts.layout import tell_template
 
@@ -81,7 +81,7 @@ def run(model: str, overrides: dict[str, Any]) -> None:
             else:
                 terminal.whole(done)
             if output is not None:
-                output.append(done)
+                output.add(done)
 
         def stream(kind: str, mixture: Mixture) -> None:
             if not (terminal.thoughts or terminal.resting):  # now it is certain that nothing is refused
@@ -138,76 +138,45 @@ def read_questions(arguments: GenerateArguments) -> dict[str, str]:
     return found
 
 
-class Output:
-    """A file of completions, one JSON object a line, that is only ever appended to.
+class Output(JsonLines):
+    """A file of completions; see `JsonLines`. Each line says by which settings it was made: all are of the same.
 
-    `done` holds every (prompt id, sample) in it. A last line that its writer could not finish is cut off. Each line
-    says by which settings it was made, so a file holds completions of one kind alone.
+    Attributes:
+        done: every (prompt id, sample) in it.
 
     Raises:
-        ValueError: a path that cannot be written; another process writes to the file; a line that is no completion,
-            which leaves the file as it is; one of other settings or of another question of the same name.
+        ValueError: what `JsonLines` refuses; a line of other settings or of another question of the same name.
     """
 
-    BEGINNING = b'{"prompt_id": '  # of every line, so of one that was not finished
-
     def __init__(self, path: Path, settings: dict[str, Any], questions: dict[str, str]) -> None:
-        self.path, self.settings = path, settings
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("a+b")
-        except OSError as error:
-            raise ValueError(f"output {path} cannot be written: {error.strerror}") from None
-        try:
-            self.done = self._read(questions)
-        except ValueError:
-            self._file.close()
-            raise
+        self.settings, self.done = settings, set[tuple[str, int]]()
+        what = "a completion of `rl-soft generate`; choose another file"
+        ours = json.loads(json.dumps(settings))  # as it is read back
 
-    def _read(self, questions: dict[str, str]) -> set[tuple[str, int]]:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output {self.path} is being written by another process; wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-        *lines, rest = self.path.read_bytes().split(b"\n")
-        ours = json.loads(json.dumps(self.settings))  # as it is read back
-        done: set[tuple[str, int]] = set()
-
-        def foreign(number: int) -> ValueError:
-            return ValueError(
-                f"output {self.path}, line {number}: not a completion of `rl-soft generate`; choose another file"
-            )
-
-        for number, line in enumerate(lines, start=1):
-            try:
-                value = json.loads(line)
-                key, question, settings = (value["prompt_id"], value["sample"]), value["prompt"], {**value["settings"]}
-                done.add(key)
-            except (ValueError, KeyError, TypeError):
-                raise foreign(number) from None
-            for name in sorted(ours.keys() | settings.keys()):
-                if settings.get(name) != ours.get(name):
-                    raise ValueError(
-                        f"output {self.path} holds completions with {name} = {settings.get(name)!r}, this run has "
-                        f"{ours.get(name)!r}; choose another file to keep both"
+        def check(found: list[dict[str, Any]]) -> None:
+            for number, value in enumerate(found, start=1):
+                try:
+                    key, question, theirs = (
+                        (value["prompt_id"], value["sample"]),
+                        value["prompt"],
+                        {**value["settings"]},
                     )
-            if questions.get(key[0], question) != question:
-                raise ValueError(
-                    f"output {self.path} holds another question of the name {key[0]!r}; choose another file"
-                )
-        if rest and rest[: len(self.BEGINNING)] != self.BEGINNING[: len(rest)]:
-            raise foreign(len(lines) + 1)
-        if rest:
-            logger.warning("%s: line %d is unfinished; cutting it off", self.path, len(lines) + 1)
-            os.truncate(self.path, sum(len(line) + 1 for line in lines))
-        return done
+                    self.done.add(key)
+                except (KeyError, TypeError):
+                    raise ValueError(f"{path}, line {number}: not {what}") from None
+                for name in sorted(ours.keys() | theirs.keys()):
+                    if theirs.get(name) != ours.get(name):
+                        raise ValueError(
+                            f"{path} holds completions with {name} = {theirs.get(name)!r}, this run has "
+                            f"{ours.get(name)!r}; choose another file to keep both"
+                        )
+                if questions.get(key[0], question) != question:
+                    raise ValueError(f"{path} holds another question of the name {key[0]!r}; choose another file")
 
-    def append(self, done: Completion) -> None:
-        self._file.write(json.dumps({**done.to_dict(), "settings": self.settings}).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            super().__init__(path, what, check, b'{"prompt_id": ')
+        except ValueError as error:
+            raise ValueError(f"output {error}") from None
 
-    def close(self) -> None:
-        self._file.close()
+    def add(self, done: Completion) -> None:
+        self.append({**done.to_dict(), "settings": self.settings})

@@ -54,7 +54,7 @@ def check_lengths(rows: list[data.Row], layout: Layout, context: int | None, dat
 
 
 def load_rows(arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> list[data.Row]:
-    return data.load(
+    return data.load_rows(
         arguments.dataset,
         arguments.split,
         arguments.eval_problems,
@@ -67,7 +67,7 @@ def load_rows(arguments: EvaluationArguments | GenerateArguments | AnalysisArgum
 def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> policy.Policy:
     """An adapter in float32 is added into its weights, which is faster, and the same up to rounding."""
     try:
-        loaded = policy.load(model, arguments.dtype, arguments.attn_implementation)
+        loaded = policy.load_policy(model, arguments.dtype, arguments.attn_implementation)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model {model!r} is neither a folder here nor to be had from the hub: {first}") from None

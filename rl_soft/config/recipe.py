@@ -304,11 +304,10 @@ def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:
 
 
 def write_config(recipe: Recipe) -> None:
-    """Store the resolved recipe in its run directory."""
+    """Store the resolved recipe in its run directory, whole or not at all."""
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(
-        recipe.output_dir / "config.yaml", yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True)
-    )
+    content = yaml.safe_dump(recipe.resolved, sort_keys=True, allow_unicode=True)
+    write_atomic(recipe.output_dir / "config.yaml", content)
 
 
 def check_output_dir(recipe: Recipe) -> bool:
@@ -319,8 +318,7 @@ def check_output_dir(recipe: Recipe) -> bool:
     """
     stored = recipe.output_dir / "config.yaml"
     if not stored.exists():
-        unfinished = (".config.yaml.", "config.tmp")  # of a process that was killed while it wrote
-        if recipe.output_dir.exists() and any(not p.name.startswith(unfinished) for p in recipe.output_dir.iterdir()):
+        if recipe.output_dir.exists() and any(p.suffix != ".tmp" for p in recipe.output_dir.iterdir()):
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
         return False
     # A field that did not exist when the run was made had, in effect, its default.

@@ -6,7 +6,7 @@ Which questions are for evaluation is decided by their hash, so no seed of train
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from decimal import Decimal
 from typing import Any
@@ -25,21 +25,6 @@ def tasks() -> tuple[str, ...]:
     from reasoning_gym.factory import DATASETS
 
     return (*OWN_TASKS, *DATASETS)
-
-
-def task_scorer(source: str) -> Callable[[str, Row], float]:
-    """The reasoning-gym task's own scorer, as a function of (answer, row)."""
-    from reasoning_gym import get_score_answer_fn
-
-    if source in UNSCORED:
-        raise ValueError(f"the scorer of {source} cannot be used on its rows")
-    score = get_score_answer_fn(source)
-
-    def score_row(answer: str, row: Row) -> float:
-        metadata = json.loads(row.metadata or "{}")
-        return score(answer, {"question": row.question, "answer": row.answer, "metadata": metadata})
-
-    return score_row
 
 
 def generate(task: str, split: str, size: int | None, seed: int, options: dict[str, Any]) -> list[Row]:

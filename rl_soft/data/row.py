@@ -15,12 +15,12 @@ STEP_FORMS = ("text", "equations")
 class Row:
     id: str  # stable and unique; addresses the randomness of its rollouts
     question: str
-    steps: tuple[str, ...]  # worked solution, one step an entry; () when there is none
+    steps: tuple[str, ...]  # worked solution, one entry per step; () when there is none
     answer: str
     answer_type: str  # one of ANSWER_TYPES
     source: str
     family: str | None  # rows made from one template, or variants of one problem, share a family
-    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata (`task_scorer`); of a
+    # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata; of a
     # function to complete (answer_type code) the `prompt` and the `entry_point`
     metadata: str = field(default="", repr=False)
 

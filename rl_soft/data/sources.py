@@ -23,7 +23,7 @@ from rl_soft.data.row import question_hash as question_hash
 from rl_soft.keys import nearest
 
 
-def load(
+def load_rows(
     source: str,
     split: str,
     size: int | None = None,

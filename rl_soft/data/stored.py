@@ -270,28 +270,16 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return READERS[path.suffix](path)
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [
-        _object(_parse(line, f"{path}, line {i}"), f"{path}, line {i}")
-        for i, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-
-
-def _read_jsonl_gz(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8-sig") as file:
-        return [
-            _object(_parse(line, f"{path}, line {i}"), f"{path}, line {i}")
-            for i, line in enumerate(file, 1)
-            if line.strip()
-        ]
+def _read_jsonl(path: Path, opened: Callable[..., Any] = open) -> list[dict[str, Any]]:
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        lines = [(line, f"{path}, line {i}") for i, line in enumerate(file, 1) if line.strip()]
+    return [_object(_parse(line, where), where) for line, where in lines]
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     records = _parse(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(records, list):
-        raise ValueError(f"{path} must hold a list of objects; for one object a line use .jsonl")
+        raise ValueError(f"{path} must hold a list of objects; for one object per line use .jsonl")
     return [_object(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
 
 
@@ -324,5 +312,5 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
-    ".gz": _read_jsonl_gz,
+    ".gz": partial(_read_jsonl, opened=gzip.open),
 }

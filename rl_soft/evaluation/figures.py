@@ -104,7 +104,7 @@ def curves(report: dict[str, Any]) -> bytes:
     left.set_xticks(ks, [str(k) for k in ks])
     left.xaxis.set_minor_locator(NullLocator())
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    left.set_xlabel("k, samples a problem", fontsize=9)
+    left.set_xlabel("k, samples per problem", fontsize=9)
     left.set_title("Pass@k", loc="left", fontsize=10)
     for y, (_, text, colour, weight) in zip(_apart(labels, 0.055 * (top - bottom), top), labels, strict=True):
         left.annotate(
@@ -159,7 +159,7 @@ def _reward_panel(axes: Any, reward: dict[str, Any]) -> None:
 
 
 def scatter(report: dict[str, Any]) -> bytes:
-    """One point a problem: its share of correct samples in a (x) and in b (y), for every comparison."""
+    """One point per problem: its share of correct samples in a (x) and in b (y), for every comparison."""
     from matplotlib.ticker import PercentFormatter
 
     pairs, by_name = report["comparisons"], {summary["name"]: summary for summary in report["evaluations"]}

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rl_soft.evaluation.records import GREEDY
-from rl_soft.model.policy import context_length, eos_token_ids
+from rl_soft.model.policy import context_length
+from rl_soft.model.think import check_projector
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout, check_texts, tell_template
@@ -110,7 +111,7 @@ def generate(
         raise ValueError(f"prompts must be a list of texts, got one text: [{prompts!r:.80}]")
     names = [str(i) for i in range(len(prompts))] if ids is None else [str(name) for name in ids]
     if len(names) != len(prompts) or len(set(names)) != len(names):
-        raise ValueError(f"ids must be {len(prompts)} different names, one a prompt, got {names}")
+        raise ValueError(f"ids must be {len(prompts)} different names, one per prompt, got {names}")
     if samples < 1 or (greedy and samples > 1):
         raise ValueError(f"samples must be {'1 where greedy is true' if greedy else 'at least 1'}, got {samples}")
     if batch_size < 1:
@@ -135,8 +136,7 @@ def layout_for(model: Any, tokenizer: Any, thinking: Thinking) -> Layout:
             raise ValueError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     thinking.support_size(model.config.get_text_config().vocab_size)
-    if thinking.thought == "hybrid" and getattr(model, "projector", None) is None:
-        raise ValueError("thought hybrid needs a model with a projector; start from a CODI run with hidden or hybrid")
+    check_projector(model, thinking)
     layout = Layout(thinking, tokenizer)
     check_texts(layout)
     return layout
@@ -166,7 +166,6 @@ def complete(
     questions = {task.id: task.question for task in tasks}
     prompts = {name: layout.prompt_ids(question) for name, question in questions.items()}
     check_room(prompts, layout, context_length(model))
-    ends = eos_token_ids(model, layout.tokenizer)
     was_training = model.training
     model.eval()
     try:
@@ -175,7 +174,7 @@ def complete(
             reader = _Reader(layout, batch, seed, each, stream)
             seeds = None if batch[0].sample == GREEDY else torch.tensor(reader.seeds)
             ids = [prompts[task.id] for task in batch]
-            rollout(model, layout, ids, seeds, ends, decoding=decoding, watch=reader.look)
+            rollout(model, layout, ids, seeds, decoding=decoding, watch=reader.look)
     finally:
         model.train(was_training)
 

@@ -57,14 +57,26 @@ def page(
         + _BROWSER
         + f'<script type="application/json" id="data">{data.replace("<", chr(92) + "u003c")}</script>'
     )
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return document(report["title"], body, script=_SCRIPT)
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A whole page of markup, to which its content security policy admits nothing from outside.
+
+    Args:
+        title: text.
+        body, style, script: markup, more CSS, and JavaScript, admitted by its hash.
+    """
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        script = f"<script>{script}</script>"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report['title'])}</title><style>{STYLE}</style></head>"
-        f"<body><main>{body}</main><script>{_SCRIPT}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>"
+        f"<body><main>{body}</main>{script}</body></html>\n"
     )
 
 

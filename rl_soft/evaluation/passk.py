@@ -1,4 +1,4 @@
-"""Pass@k, maj@k and their intervals. Numpy only.
+"""Pass@k, maj@n and their intervals. Numpy only.
 
 Shapes: P problems, n samples of each, F families of problems, R resamples.
 
@@ -6,8 +6,7 @@ Shapes: P problems, n samples of each, F families of problems, R resamples.
 samples of one problem are not independent evidence about the data set (Miller 2024, arXiv 2411.00640). They are
 bias-corrected and accelerated (BCa; Efron 1987, JASA 82): for skewed values plain percentiles cover too little.
 
-Where we differ: binomials are exact integers, so equal rates are equal floats; maj@k is the mean over all subsets of
-size k, where others vote once on the first k samples.
+Where we differ: binomials are exact integers, so equal rates are equal floats.
 """
 
 import math
@@ -88,48 +87,24 @@ def _pass_at_k(n: int, c: int, k: int) -> float:
     return (subsets - math.comb(n - c, k)) / subsets
 
 
-def maj_at_k(num_samples: int, num_correct: int, wrong_votes: Sequence[int], k: int) -> float:
-    """The chance that the plurality of k samples, drawn without replacement from n, is the right answer.
+def maj_at_n(num_samples: int, num_correct: int, wrong_votes: Sequence[int]) -> float:
+    """The chance that the plurality of all n samples is the right answer: 1, or 0, or 1 / (1 + t) at a tie with t.
 
     Ties are broken by a fair draw among the leaders. Samples without an answer, n - c - sum(wrong_votes), abstain; if
-    all k abstain the vote is lost. Exact over all subsets: with j votes for the right answer, the ways in which no
-    other answer has more are a coefficient of a product of truncated binomials, and a tie with t rivals weighs
-    1 / (1 + t) = integral of y^t over [0, 1], which Gauss-Legendre nodes give without error.
+    all abstain the vote is lost.
 
     Args:
-        num_samples: n, at most 1000 (binomials beyond do not fit a float).
+        num_samples: n.
         num_correct: c, samples with the right answer.
         wrong_votes: how many samples gave each distinct wrong answer.
-        k: voters, 1 <= k <= n.
 
     Raises:
-        ValueError: k outside 1..n, n > 1000, or more votes than samples.
+        ValueError: more votes than samples, or an answer without votes.
     """
-    abstained = num_samples - num_correct - sum(wrong_votes)
-    if not 1 <= k <= num_samples <= 1000:
-        raise ValueError(f"maj@k needs 1 <= k <= n <= 1000, not k = {k}, n = {num_samples}")
-    if abstained < 0 or num_correct < 0 or min(wrong_votes, default=1) < 1:
+    if num_correct < 0 or min(wrong_votes, default=1) < 1 or num_correct + sum(wrong_votes) > num_samples:
         raise ValueError(f"{num_correct} right and {list(wrong_votes)} wrong votes do not fit {num_samples} samples")
-    if k == num_samples:  # one subset
-        tied = sum(votes == num_correct for votes in wrong_votes)
-        return 1 / (1 + tied) if num_correct and num_correct >= max(wrong_votes, default=0) else 0.0
-    nodes, weights = np.polynomial.legendre.leggauss(k // 2 + 1)
-    y, weights = (nodes + 1) / 2, weights / 2
-
-    ways = 0.0
-    for j in range(1, min(num_correct, k) + 1):
-        rivals = [votes for votes in wrong_votes if votes >= j]
-        free = num_samples - num_correct - sum(rivals)  # cannot reach j votes, whatever is drawn
-        others = np.zeros((len(y), k - j + 1))  # others[:, m]: ways to fill m of the remaining k - j places
-        others[:] = [math.comb(free, m) for m in range(k - j + 1)]
-        for votes in rivals:
-            drawn = np.zeros_like(others)
-            for i in range(min(j, k - j) + 1):
-                ways_i = math.comb(votes, i) * (y if i == j else np.ones_like(y))
-                drawn[:, i:] += ways_i[:, None] * others[:, : k - j + 1 - i]
-            others = drawn
-        ways += math.comb(num_correct, j) * float(weights @ others[:, -1])
-    return ways / math.comb(num_samples, k)
+    tied = sum(votes == num_correct for votes in wrong_votes)
+    return 1 / (1 + tied) if num_correct and num_correct >= max(wrong_votes, default=0) else 0.0
 
 
 def bootstrap(
@@ -139,7 +114,7 @@ def bootstrap(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """The mean of one value a problem, with its BCa bootstrap interval.
+    """The mean of one value per problem, with its BCa bootstrap interval.
 
     Args:
         values: (P,) one number for each problem, such as `pass_at_k`.
@@ -165,33 +140,19 @@ def paired_bootstrap(
     level: float = 0.95,
     num_resamples: int = 10_000,
     seed: int = 0,
-    *,
-    hashes_a: Sequence[str] | None = None,
-    hashes_b: Sequence[str] | None = None,
 ) -> PairedInterval:
     """The mean of b - a over the same problems in the same order, resampling problems (or families).
 
     Args:
         a, b: (P,) one number for each problem.
-        hashes_a, hashes_b: (P,) question hashes; pairing is refused where they differ.
         families, level, num_resamples, seed: as in `bootstrap`.
 
     Raises:
-        ValueError: different lengths or questions, or what `bootstrap` refuses.
+        ValueError: different lengths, or what `bootstrap` refuses.
     """
     a_P, b_P = _per_problem(a), _per_problem(b)
     if len(a_P) != len(b_P):
         raise ValueError(f"cannot pair {len(a_P)} problems with {len(b_P)}")
-    if (hashes_a is None) != (hashes_b is None):
-        raise ValueError("give the question hashes of both sides, or of neither")
-    if hashes_a is not None and hashes_b is not None:
-        if not len(hashes_a) == len(hashes_b) == len(a_P):
-            raise ValueError(f"{len(hashes_a)} and {len(hashes_b)} question hashes for {len(a_P)} problems")
-        differ = [i for i, (x, y) in enumerate(zip(hashes_a, hashes_b, strict=True)) if x != y]
-        if differ:
-            raise ValueError(
-                f"cannot pair different problems: {len(differ)} questions differ, the first at {differ[0]}"
-            )
     delta_P = b_P - a_P
     means_R, influence_F = _resample(delta_P, families, num_resamples, seed)
     return PairedInterval(

@@ -1,31 +1,25 @@
 """The files of an evaluation: `eval.json`, its header, and `records.jsonl`, a line for each (problem, sample).
 
 `records.jsonl` is append-only and the ground truth: every report is rebuilt from it. A process that is killed can
-leave at most its last line unfinished; `read` cuts that line off, and `Writer` goes on from what is there. There is
-one writer at a time (a lock on the file, which ends with its process). Standard library only.
+leave at most its last line unfinished: `read` leaves it out, and `Writer` goes on from what is there. Standard library
+only.
 """
 
-import fcntl
 import json
-import logging
-import os
-import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import IO, Any, Self
+from typing import Any
 
-from rl_soft.files import write_atomic
-
-logger = logging.getLogger(__name__)
+from rl_soft.files import JsonLines, parse_object, read_lines, write_atomic
 
 Record = dict[str, Any]
 
 SCHEMA = 1
 GREEDY = -1  # the sample number of the greedy answer
 OUTCOMES = ("correct", "wrong", "unparsed")
-LOCK_SECONDS = 5.0  # a reader holds the lock for a moment
+WHAT = "a record of an evaluation (a JSON object)"  # a line
 MAX_THOUGHTS = 64  # of a completion, whose content is recorded and shown
 MAX_TOKENS = 4  # of a thought
 
@@ -60,36 +54,33 @@ _HEADER: dict[str, tuple[type, ...]] = {
 _IDENTITY = ("dataset", "split", "n", "seed", "num_problems")
 
 
-class Writer:
-    """Appends records and knows which are there already; the file's only writer. A context manager.
-
-    `done` holds every (problem_id, sample) in the file, so that a resumed evaluation skips them.
+class Writer(JsonLines):
+    """Appends records and knows which are there already; see `JsonLines`.
 
     Args:
         questions: problem id -> question hash; records of other questions are refused.
 
+    Attributes:
+        done: every (problem_id, sample) in the file, so that a resumed evaluation skips them.
+
     Raises:
-        ValueError: another process writes to the file (perhaps what is left of a launch that was killed), or the
-            file holds what `read` or `questions` refuse.
+        ValueError: what `JsonLines`, `read` or `questions` refuse.
     """
 
     def __init__(self, path: str | Path, questions: Mapping[str, str] | None = None) -> None:
-        self.path = Path(path)
-        self._file = self.path.open("a+b")
-        try:
-            if not _lock(self._file, LOCK_SECONDS):
-                raise ValueError(f"{self.path} is being written by another process; wait for its end, or end it")
-            existing = _read(self.path, cut=True)
+        self.done: set[tuple[str, int]] = set()
+
+        def check(existing: list[Record]) -> None:
+            _check_all(existing, path)
             for record in existing:
                 if questions is not None and questions.get(record["problem_id"]) != record["question_hash"]:
                     raise ValueError(
-                        f"{self.path} holds problem {record['problem_id']}, which is not in this data set or asks "
-                        "another question there; choose another directory to keep both"
+                        f"{path} holds problem {record['problem_id']}, which is not in this data set or asks another "
+                        "question there; choose another directory to keep both"
                     )
-        except ValueError:
-            self._file.close()
-            raise
-        self.done: set[tuple[str, int]] = {(record["problem_id"], record["sample"]) for record in existing}
+            self.done.update((record["problem_id"], record["sample"]) for record in existing)
+
+        super().__init__(path, WHAT, check)
 
     def append(self, *records: Record) -> None:
         """Append records and return when they are on the disk; a batch costs one fsync.
@@ -103,75 +94,28 @@ class Writer:
         again = [key for key, count in Counter(keys).items() if count > 1 or key in self.done]
         if again:
             raise ValueError(f"{self.path} holds {_name(again)} already")
-        self._file.write(b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        super().append(*records)
         self.done.update(keys)  # type: ignore[arg-type]  # _check has seen to the types
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read(path: str | Path) -> list[Record]:
-    """All records of a file, in its order.
-
-    A last line that is not JSON is cut off the file, with a warning: its writer was interrupted. While the file is
-    being written such a line is left out and nothing is cut.
+    """All records of a file, in its order. A last line that is unfinished is left out, with a warning.
 
     Raises:
         ValueError: any other line that is not a valid record (names the line), or a (problem, sample) found twice.
     """
-    with Path(path).open("rb") as file:
-        return _read(Path(path), cut=_lock(file))
+    found, _ = read_lines(Path(path), WHAT)
+    _check_all(found, path)
+    return found
 
 
-def _lock(file: IO[bytes], seconds: float = 0.0) -> bool:
-    """Whether this process is the only one that has the file locked, until it closes it; waits for that a while."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return True
-        else:
-            return True
-
-
-def _read(path: Path, cut: bool) -> list[Record]:
-    data = path.read_bytes()
-    lines = data.split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    elif cut and _parse(lines[-1]) is not None:
-        with path.open("ab") as file:  # only the line end is missing
-            file.write(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is None and number == len(lines):
-            if cut:
-                logger.warning("%s: line %d is unfinished; cutting it off", path, number)
-                os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
-            break
-        if record is None:
-            raise ValueError(f"{path}, line {number}: not a JSON object")
+def _check_all(found: list[Record], path: str | Path) -> None:
+    for number, record in enumerate(found, start=1):
         _check(record, _fields(record), f"{path}, line {number}")
-        records.append(record)
-    counts = Counter((record["problem_id"], record["sample"]) for record in records)
+    counts = Counter((record["problem_id"], record["sample"]) for record in found)
     again = [key for key, count in counts.items() if count > 1]
     if again:
         raise ValueError(f"{path} holds {_name(again)} more than once")
-    return records
 
 
 def read_header(eval_dir: str | Path) -> dict[str, Any]:
@@ -184,7 +128,7 @@ def read_header(eval_dir: str | Path) -> dict[str, Any]:
     path = Path(eval_dir) / "eval.json"
     if not path.is_file():
         raise FileNotFoundError(f"{eval_dir} is not an evaluation: it has no eval.json")
-    header = _parse(path.read_bytes())
+    header = parse_object(path.read_bytes())
     if header is None:
         raise ValueError(f"{path}: not a JSON object")
     if header.get("schema") != SCHEMA:
@@ -227,15 +171,6 @@ def check_header(eval_dir: str | Path, header: dict[str, Any], free: Collection[
                     "choose another directory to keep both"
                 )
     return True
-
-
-def _parse(line: bytes) -> Record | None:
-    """The JSON object in a line, or None."""
-    try:
-        value = json.loads(line.decode())  # of bytes it would look for the encoding first
-    except ValueError:  # JSON and Unicode errors alike
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _fields(record: Record) -> dict[str, tuple[type, ...]]:

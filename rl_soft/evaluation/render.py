@@ -49,13 +49,13 @@ def markdown(report: dict[str, Any]) -> str:
         shares = ", ".join(f"{outcome} {percent(share, 1)}" for outcome, share in summary["outcomes"].items())
         lines.append(
             f"- {summary['name']}: {shares}; truncated {percent(summary['truncated'], 1)}; "
-            f"{summary['distinct_answers']:.1f} distinct answers a problem, {summary['mean_thoughts']:.1f} thoughts "
-            f"and {summary['mean_answer_tokens']:.1f} answer tokens a sample."
+            f"{summary['distinct_answers']:.1f} distinct answers per problem, {summary['mean_thoughts']:.1f} thoughts "
+            f"and {summary['mean_answer_tokens']:.1f} answer tokens per sample."
         )
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {note}" for note in report["warnings"])]
     if pairs:
-        lines += ["", "## Problems gained and lost", "", "![One point a problem](problems.png)"]
+        lines += ["", "## Problems gained and lost", "", "![One point per problem](problems.png)"]
     for pair in pairs:
         for verb, by, but in (("gained", pair["b"], pair["a"]), ("lost", pair["a"], pair["b"])):
             ids = ", ".join(f"`{problem}`" for problem in pair[verb][:20]) or "none"
@@ -218,6 +218,3 @@ def model_card(run_dir: str | Path, report: Mapping[str, Any], config: Mapping[s
     settings = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in shown.items())
     lines += ["", "## Configuration", "", f"```yaml\n{settings}\n```"] if shown else []
     return "\n".join(lines) + "\n"
-
-
-# The files.

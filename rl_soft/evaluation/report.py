@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from rl_soft.evaluation import figures, html, records, render
-from rl_soft.evaluation.passk import Floats, bootstrap, maj_at_k, paired_bootstrap, pass_at_k
+from rl_soft.evaluation.passk import Floats, bootstrap, maj_at_n, paired_bootstrap, pass_at_k
 from rl_soft.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Problem:
     def majority(self) -> float:
         """maj@n: the share of the plurality vote that goes to the right answer."""
         wrong = Counter(record["prediction"] for record in self.samples if record["outcome"] == "wrong")
-        return maj_at_k(len(self.samples), self.num_correct, list(wrong.values()), len(self.samples))
+        return maj_at_n(len(self.samples), self.num_correct, list(wrong.values()))
 
 
 @dataclass
@@ -331,10 +331,8 @@ def _examples(problems: Iterable[Problem]) -> dict[str, Any]:
 
 
 def _comparison(a: Evaluation, b: Evaluation, ks: list[int]) -> dict[str, Any]:
-    hashes_a, hashes_b = ([problem.question_hash for problem in e.problems] for e in (a, b))
-
     def paired(values_a: Floats, values_b: Floats) -> dict[str, Any]:
-        return asdict(paired_bootstrap(values_a, values_b, a.families, hashes_a=hashes_a, hashes_b=hashes_b))
+        return asdict(paired_bootstrap(values_a, values_b, a.families))
 
     greedy = None if a.greedy_P is None or b.greedy_P is None else paired(a.greedy_P, b.greedy_P)
     solved = [(x.num_correct > 0, y.num_correct > 0, x.id) for x, y in zip(a.problems, b.problems, strict=True)]

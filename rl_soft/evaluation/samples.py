@@ -1,4 +1,4 @@
-"""n sampled completions and a greedy one a problem -> records.jsonl; stops and resumes without repeating a sample.
+"""n sampled completions and a greedy one per problem -> records.jsonl; stops and resumes without repeating a sample.
 
 Problems are shared out over the processes in fixed order; rank 0 gathers and appends each chunk, so that several
 processes write the same records as one, in the same order. The noise of a sample is addressed by (seed, problem,
@@ -22,7 +22,6 @@ from rl_soft.data.sources import Row, question_hash
 from rl_soft.evaluation.judging import judge_rows
 from rl_soft.evaluation.provenance import git_commit, versions
 from rl_soft.evaluation.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
-from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout
@@ -30,14 +29,6 @@ from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
 
 FREE_KEYS = ("output_dir", "eval_batch_size", "eval_k", "confirm_run_unsafe_code")  # they change no record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Judging
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
 
 
 def completion_text(layout: Layout, out: Rollout, i: int) -> str:
@@ -51,7 +42,7 @@ def thought_tokens(layout: Layout, out: Rollout) -> list[list[list[list[Any]]]] 
 
     None where the thoughts are tokens that the text of the completion shows already.
     """
-    if layout.thinking.thought == "token" and layout.thinking.phase == "explicit":
+    if not layout.thinking.kind.mixes and layout.thinking.phase == "explicit":
         return None
     K = min(MAX_TOKENS, out.support.shape[-1])
     weights = out.log_weights.exp().topk(K, dim=-1)  # (B, T, K)
@@ -97,8 +88,7 @@ def complete(
     greedy = tasks[0][1] == GREEDY
     seeds = None if greedy else torch.tensor([address(seed, row.id, sample) for row, sample in tasks])
     prompts = [layout.prompt_ids(row.question) for row, _ in tasks]
-    eos_ids = eos_token_ids(model, layout.tokenizer)
-    return rollout(model, layout, prompts, seeds, eos_ids, control=control, decoding=decoding)
+    return rollout(model, layout, prompts, seeds, control=control, decoding=decoding)
 
 
 def judge(
@@ -138,7 +128,7 @@ def judge(
 def accuracy(
     model: PreTrainedModel, layout: Layout, rows: Sequence[Row], seed: int, batch_size: int, greedy: bool = False
 ) -> float:
-    """Share of correct answers, one completion a row, over all processes."""
+    """Share of correct answers, one completion per row, over all processes."""
     state = PartialState()
     tasks = [(row, GREEDY if greedy else 0) for row in rows][state.process_index :: state.num_processes]
     correct = 0
@@ -155,35 +145,51 @@ def evaluate(
     model: PreTrainedModel,
     layout: Layout,
     rows: Sequence[Row],
-    out_dir: Path,
+    out_dir: str | Path,
     *,
-    name: str,
-    model_name: str,
-    dataset: str,
-    samples: int,
-    seed: int,
-    batch_size: int,
+    samples: int = 32,
+    seed: int = 7,
+    batch_size: int = 64,
+    name: str | None = None,
+    model_name: str | None = None,
+    dataset: str | None = None,
     split: str = "evaluation",
     config: dict[str, Any] | None = None,
     run_code: bool = False,
     control: str = "none",
     decoding: Decoding | None = None,
 ) -> None:
-    """Write eval.json and records.jsonl; samples already there are not drawn again.
+    """Write eval.json and records.jsonl; samples already there are not drawn again. `report.build` reports on them.
 
     Args:
-        samples: n, sampled completions a problem; a greedy one is added.
-        batch_size: completions decoded together on a process.
+        model: the causal LM on its device, possibly in a PEFT wrapper; decoded in evaluation mode, left as it was.
+        layout: the tokenizer, and what a thought is.
+        rows: P problems of different ids, such as `load_rows` gives.
+        out_dir: of the files; made if it is missing.
+        samples: n >= 1, sampled completions per problem; a greedy one is added.
+        seed: of the noise, with the problem's id and the number of the sample (`noise.address`).
+        batch_size: completions decoded together on a process; changes no record.
+        name: of the evaluation in reports; by default that of out_dir.
+        model_name: written down; by default what the model was loaded from.
+        dataset: written down; by default the source of the rows.
+        split: written down.
         config: flat; with what else the evaluation is identified by. The same in every process.
         run_code: run the programs that answer rows of type `code`.
-        control: what is done to the thoughts that are fed.
+        control: what is done to the thoughts that are fed, see `think.disturb`.
         decoding: how distributions are cut before positions are drawn; part of the header.
 
     Raises:
-        ValueError: the directory holds another evaluation, or records of other problems; control `shuffle` and
-            batches of which one has a single completion.
+        ValueError: no rows, or fewer than one sample; the directory holds another evaluation, or records of other
+            problems; control `shuffle` and batches of which one has a single completion.
     """
-    state = PartialState()
+    if not rows or samples < 1 or batch_size < 1:
+        raise ValueError(
+            f"rows, samples and batch_size must be at least 1, got {len(rows)} rows, samples {samples}, batch_size "
+            f"{batch_size}"
+        )
+    state, out_dir = PartialState(), Path(out_dir)
+    name, dataset = name or out_dir.resolve().name, dataset or rows[0].source
+    model_name = model_name or getattr(model.config, "name_or_path", "") or type(model).__name__
     together = [_shares(n, batch_size, state.num_processes) for n in (len(rows), len(rows) * samples)]
     if control == "shuffle" and any(1 in shares for shares in together):
         raise ValueError(

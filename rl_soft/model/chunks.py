@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | No
 def chunk_plan(
     hidden: Tensor, support: Tensor, temperature: float | Tensor, chunk_size: int | None, vocab_size: int | None
 ) -> tuple[Tensor, int]:
-    """The temperature as (N, 1), and the rows a chunk; raises ValueError for what does not fit together."""
+    """The temperature as (N, 1), and the rows per chunk; raises ValueError for what does not fit together."""
     n, device = len(hidden), hidden.device
     if hidden.dim() != 2 or support.dim() != 2 or len(support) != n:
         raise ValueError(
@@ -79,6 +79,39 @@ def most_calls(lm_head: nn.Module, calls: int, device: torch.device) -> int:
     most = torch.tensor(calls, device=device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return int(most)
+
+
+class HeadGradients:
+    """The gradients to a plain head's inputs: hidden (N, H), weight (V, H) and bias (V,), summed chunk by chunk.
+
+    Args:
+        hidden, weight, bias: what went in.
+        wanted: whether a gradient is wanted of each.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._of_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # sums over many chunks, so float32 whatever the dtype of the weight
+        self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        self._of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        """`grad` (C, V) is the gradient to the head's output on these rows."""
+        if self._of_bias is not None:
+            self._of_bias += grad.sum(0, dtype=torch.float32)
+        grad = grad.to(self._weight.dtype)
+        if self._of_hidden is not None:
+            torch.mm(grad, self._weight, out=self._of_hidden[rows])
+        if self._of_weight is not None and self._weight.dtype == torch.float32:
+            self._of_weight.addmm_(grad.T, self._hidden[rows])
+        elif self._of_weight is not None:
+            self._of_weight += grad.T @ self._hidden[rows]
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        """Of hidden, weight and bias; None where it was not wanted."""
+        cast = (None if g is None else g.to(self._weight.dtype) for g in (self._of_weight, self._of_bias))
+        return self._of_hidden, *cast
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import Tensor, nn
-
-from rl_soft.model.projector import Projector as Projector
-from rl_soft.model.projector import add_projector as add_projector
-
-logger = logging.getLogger("rl_soft")
 
 
 def float64_attention(

@@ -27,8 +27,8 @@ Shapes: N positions, H hidden size, V vocabulary, K slots, C rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,20 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rl_soft.model import head_triton as kernels
-from rl_soft.model.chunks import cast_like, chunk_plan, grad_raw, most_calls, plain_head, slices, tempered
+from rl_soft.model.chunks import (
+    HeadGradients,
+    cast_like,
+    chunk_plan,
+    grad_raw,
+    most_calls,
+    plain_head,
+    slices,
+    tempered,
+)
 from rl_soft.thoughts import densities
 
-LogProb = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (log_probs, log_outside, log_weights, tau) -> (...)
+# (support_log_probs, log_outside, log_weights, parameter) -> (...); the parameter is tau, or gamma of a Dirichlet
+LogProb = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def soft_log_prob(
@@ -48,7 +58,7 @@ def soft_log_prob(
     lm_head: nn.Module | Tensor,
     support: Tensor,
     log_weights: Tensor,
-    tau: float,
+    parameter: float,
     temperature: float | Tensor = 1.0,
     *,
     density: LogProb = densities.gumbel_topk_log_prob,
@@ -56,66 +66,52 @@ def soft_log_prob(
     chunk_size: int | None = None,
     softcap: float | None = None,
     entropy_grad: bool = True,
-    return_log_probs: bool = False,
-    validate_args: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """Log-densities and entropies of thoughts and tokens.
 
     Args:
         hidden: (N, H) final hidden states, any float dtype; row i is the state that predicts position i.
         lm_head: the head's module, or its plain weight (V, H).
         support: (N, K) int64.
-        log_weights: (N, K) float32; -inf marks an absent slot. A token is [id, ...], [0, -inf, ...].
-        tau: the density's parameter: Gumbel-Softmax tau, or gamma of a Dirichlet.
+        log_weights: (N, K) float32; -inf at absent slots. A token is [id, ...], [0, -inf, ...].
+        parameter: of the density: Gumbel-Softmax tau, or gamma of a Dirichlet.
         temperature: T > 0, a float or (N,); divides the (soft-capped) logits. A model's own logit scale s goes in as T
             / s.
         density: a function of gathered statistics from `densities`.
-        thought_mask: (N,) bool; off it the result is the token log-probability of slot 0. Needed by the densities that
-            are conditional on the kept set; `gumbel_topk_log_prob` gives a one-slot position its token log-probability
-            by itself.
-        chunk_size: rows a chunk; None takes what keeps a chunk's logits at 32 MiB on a CPU and at 512 MiB elsewhere.
+        thought_mask: (N,) bool; off it the result is the token log-probability of slot 0. Needed by
+            `dirichlet_log_prob`; `gumbel_topk_log_prob` gives a one-slot position its token log-probability by itself.
+        chunk_size: rows per chunk; None takes what keeps a chunk's logits at 32 MiB on a CPU and at 512 MiB elsewhere.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma), before the temperature.
         entropy_grad: False returns the entropy detached, which saves a frozen head one product.
-        return_log_probs: also return phi on the support and the log outside mass, detached, for metrics.
-        validate_args: check support and log_weights (`densities.check_thought`) at a device synchronisation.
 
     Returns:
-        log_prob (N,) and entropy (N,), float32; with `return_log_probs` also log_probs (N, K) and log_outside (N,).
+        log_prob (N,) and entropy (N,) in nats, float32.
 
     Raises:
         ValueError: for shapes, dtypes or numbers out of range.
     """
-    densities.check_positive("tau", tau)
+    densities.check_positive("parameter", parameter)
     if softcap is not None:
         densities.check_positive("softcap", softcap)
     if log_weights.shape != support.shape:
         raise ValueError(
             f"log_weights: expected the shape of support {tuple(support.shape)}, got {tuple(log_weights.shape)}"
         )
-    plain = plain_head(lm_head)
-    if validate_args:
-        vocab_size = len(plain[0]) if plain else getattr(lm_head, "out_features", torch.iinfo(torch.int64).max)
-        densities.check_thought(support, log_weights, vocab_size)
-    support = support.masked_fill(log_weights == -torch.inf, -1)
+    plain, present = plain_head(lm_head), densities.is_present(log_weights)
 
-    def log_prob_of(log_probs: Tensor, log_outside: Tensor, rows: slice = slice(None)) -> Tensor:
-        log_prob = density(log_probs, log_outside, log_weights[rows], tau)
-        return log_prob if thought_mask is None else torch.where(thought_mask[rows], log_prob, log_probs[:, 0])
+    def log_prob_of(support_log_probs: Tensor, log_outside: Tensor, rows: slice = slice(None)) -> Tensor:
+        log_prob = density(support_log_probs, log_outside, log_weights[rows], parameter)
+        return log_prob if thought_mask is None else torch.where(thought_mask[rows], log_prob, support_log_probs[:, 0])
 
     if plain is None or not torch.is_grad_enabled() or any(t is not None and t.requires_grad for t in plain):
-        log_probs, log_outside, entropy = support_statistics(
-            hidden, lm_head, support, temperature, chunk_size=chunk_size, softcap=softcap
+        support_log_probs, log_outside, entropy = support_statistics(
+            hidden, lm_head, support, temperature, present=present, chunk_size=chunk_size, softcap=softcap
         )
-        log_prob = log_prob_of(log_probs, log_outside)
-        entropy = entropy if entropy_grad else entropy.detach()
-    else:
-        chunking = chunk_plan(hidden, support, temperature, chunk_size, len(plain[0]))
-        log_prob, entropy, log_probs, log_outside = _FrozenHead.apply(
-            *cast_like(hidden, *plain), support, *chunking, softcap, log_prob_of, entropy_grad
-        )
-    if return_log_probs:
-        return log_prob, entropy, log_probs.detach(), log_outside.detach()
-    return log_prob, entropy
+        return log_prob_of(support_log_probs, log_outside), entropy if entropy_grad else entropy.detach()
+    chunking = chunk_plan(hidden, support, temperature, chunk_size, len(plain[0]))
+    return _FrozenHead.apply(
+        *cast_like(hidden, *plain), support, present, *chunking, softcap, log_prob_of, entropy_grad
+    )
 
 
 def support_statistics(
@@ -124,32 +120,34 @@ def support_statistics(
     support: Tensor,
     temperature: float | Tensor = 1.0,
     *,
+    present: Tensor | None = None,
     chunk_size: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a log-density needs to know of the logits, phi = log_softmax(logits / T), and the entropy.
 
     Args:
-        support: (N, K) int64; -1 marks an absent slot, which takes nothing from the outside mass. A row of -1 alone
-            (padding) is read as [0, -1, ...].
+        support: (N, K) int64.
+        present: (N, K) bool, see `densities.is_present`; None: all slots. A row without any (padding) is read as the
+            single id 0.
         others: as in `soft_log_prob`.
 
     Returns:
-        log_probs (N, K) phi on the support, -inf at absent slots; log_outside (N,) log of the mass outside; entropy
-        (N,) in nats. float32, all differentiable.
+        support_log_probs (N, K) phi on the support, -inf at absent slots; log_outside (N,) log of the mass outside;
+        entropy (N,) in nats. float32, all differentiable.
     """
     plain = plain_head(lm_head)
+    present = torch.ones_like(support, dtype=torch.bool) if present is None else present
     if plain is not None:
         chunking = chunk_plan(hidden, support, temperature, chunk_size, len(plain[0]))
-        return _TrainedHead.apply(*cast_like(hidden, *plain), support, *chunking, softcap)
+        return _TrainedHead.apply(*cast_like(hidden, *plain), support, present, *chunking, softcap)
 
     assert isinstance(lm_head, nn.Module)
 
-    def chunk(hidden: Tensor, support: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def chunk(hidden: Tensor, support: Tensor, present: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = lm_head(hidden).float()  # (C, V)
         logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
-        log_probs, log_outside = densities.gather_statistics(logits, support)
-        return log_probs, log_outside, densities.entropy(logits)
+        return *densities.gather_statistics(logits, support, present), densities.entropy(logits)
 
     vocab_size = getattr(lm_head, "out_features", None)
     temperature, chunk_size = chunk_plan(hidden, support, temperature, chunk_size, vocab_size)
@@ -157,54 +155,40 @@ def support_statistics(
     spare = [slice(0, 1)] * (most_calls(lm_head, len(own), hidden.device) - len(own))
     parts = []
     for r in own + spare:
-        args = (hidden[r], support[r], temperature[r])
+        args = (hidden[r], support[r], present[r], temperature[r])
         parts.append(checkpoint(chunk, *args, use_reentrant=False) if torch.is_grad_enabled() else chunk(*args))
-    log_probs, log_outside, entropy = (torch.cat(part) for part in zip(*parts[: len(own)], strict=True))
+    support_log_probs, log_outside, entropy = (torch.cat(part) for part in zip(*parts[: len(own)], strict=True))
     for _, _, unused in parts[len(own) :]:
-        log_probs = log_probs + 0 * unused.sum()  # so that backward calls the module as often, too
-    return log_probs, log_outside, entropy
+        support_log_probs = support_log_probs + 0 * unused.sum()  # so that backward calls the module as often, too
+    return support_log_probs, log_outside, entropy
 
 
 class _TrainedHead(torch.autograd.Function):
     """Statistics of a plain head; backward recomputes each chunk's logits from (hidden, weight)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, support, temperature, chunk_size, softcap):
+    def forward(ctx: Any, hidden, weight, bias, support, present, temperature, chunk_size, softcap):
         parts = []
         for r in slices(len(hidden), chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
-            parts.append(_statistics(logits, *densities.slots(support[r]), temperature[r], softcap))
-        log_probs, log_outside, entropy, log_z = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, support, temperature, log_probs, log_outside, entropy, log_z)
+            parts.append(_statistics(logits, *densities.fill_absent(support[r], present[r]), temperature[r], softcap))
+        stats = [torch.cat(part) for part in zip(*parts, strict=True)]
+        ctx.save_for_backward(hidden, weight, bias, support, present, temperature, *stats)
         ctx.chunk_size, ctx.softcap = chunk_size, softcap
         ctx.set_materialize_grads(False)
-        return log_probs, log_outside, entropy
+        return tuple(stats[:3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        hidden, weight, bias, support, temperature, *stats = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # sums over many chunks, so float32 whatever the dtype of the weight
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        hidden, weight, bias, support, present, temperature, *stats = ctx.saved_tensors
+        total = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         for r in slices(len(hidden), ctx.chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], ctx.softcap)
-            chunk_stats, chunk_grads = [s[r] for s in stats], [None if g is None else g[r] for g in grads]
-            slots = densities.slots(support[r])
-            d = _grad_logits(logits, *slots, temperature[r], ctx.softcap, *chunk_stats, *chunk_grads)  # (C, V)
-            if grad_bias is not None:
-                grad_bias += d.sum(0, dtype=torch.float32)
-            d = d.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(d, weight, out=grad_hidden[r])
-            if grad_weight is not None and weight.dtype == torch.float32:
-                grad_weight.addmm_(d.T, hidden[r])
-            elif grad_weight is not None:
-                grad_weight += d.T @ hidden[r]
-        cast = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
-        return grad_hidden, *cast, None, None, None, None
+            chunk_stats, chunk_grads = Stats(*(s[r] for s in stats)), [None if g is None else g[r] for g in grads]
+            slots = densities.fill_absent(support[r], present[r])
+            total.add(r, _grad_logits(logits, *slots, temperature[r], ctx.softcap, chunk_stats, chunk_grads))
+        return *total.result(), *[None] * 5
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -212,41 +196,43 @@ class _FrozenHead(torch.autograd.Function):
     formed at once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, support, temperature, chunk_size, softcap, log_prob_of, entropy_grad):
+    def forward(
+        ctx: Any, hidden, weight, bias, support, present, temperature, chunk_size, softcap, log_prob_of, entropy_grad
+    ):
         parts, saved = [], []
         for r in slices(len(hidden), chunk_size):
             logits = _logits(hidden[r], weight, bias, temperature[r], softcap)
-            ids, present = densities.slots(support[r])
-            log_probs, log_outside, entropy, log_z = _statistics(logits, ids, present, temperature[r], softcap)
+            slots = densities.fill_absent(support[r], present[r])
+            stats = _statistics(logits, *slots, temperature[r], softcap)
             with torch.enable_grad():
-                inputs = log_probs.requires_grad_(), log_outside.requires_grad_()
+                inputs = stats.support_log_probs.requires_grad_(), stats.log_outside.requires_grad_()
                 log_prob = log_prob_of(*inputs, r)
                 grads = torch.autograd.grad(log_prob.sum(), inputs, materialize_grads=True)  # rows are independent
-            stats = log_probs.detach(), log_outside.detach(), entropy, log_z
-            parts.append((log_prob.detach(), entropy, *stats[:2]))
+            stats = Stats(*(s.detach() for s in stats))
+            parts.append((log_prob.detach(), stats.entropy))
             if ctx.needs_input_grad[0]:
-                ones = torch.ones_like(entropy)
+                ones = torch.ones_like(stats.entropy)
                 wanted = [(*grads, None), (None, None, ones)] if entropy_grad else [(*grads, None)]
-                args = (logits, ids, present, temperature[r], softcap, *stats)
-                d = (_grad_logits(*args, *g, keep_logits=g is not wanted[-1]) for g in wanted)
+                args = (logits, *slots, temperature[r], softcap, stats)
+                d = (_grad_logits(*args, g, keep_logits=g is not wanted[-1]) for g in wanted)
                 saved.append([x.to(weight.dtype) @ weight for x in d])
         ctx.save_for_backward(*(torch.cat(part) for part in zip(*saved, strict=True)))
-        log_prob, entropy, log_probs, log_outside = (torch.cat(part) for part in zip(*parts, strict=True))
-        detached = (log_probs, log_outside) if entropy_grad else (entropy, log_probs, log_outside)
-        ctx.mark_non_differentiable(*detached)
+        log_prob, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
-        return log_prob, entropy, log_probs, log_outside
+        return log_prob, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_prob, grad_entropy, *_):
+    def backward(ctx: Any, grad_log_prob, grad_entropy):
         total = None
         for grad, jacobian in zip((grad_log_prob, grad_entropy), ctx.saved_tensors, strict=False):
             if grad is not None:
                 term = grad.unsqueeze(-1) * jacobian
                 total = term if total is None else total + term
         dtype = ctx.saved_tensors[0].dtype
-        return (None if total is None else total.to(dtype), *[None] * 8)
+        return (None if total is None else total.to(dtype), *[None] * 9)
 
 
 # ---------------------------------------------------------------- one chunk
@@ -258,10 +244,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Te
     return logits if kernels.usable(logits) else tempered(logits.float(), temperature, softcap)
 
 
-def _statistics(
-    logits: Tensor, ids: Tensor, present: Tensor, temperature: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_probs (C, K), log_outside (C,), entropy (C,) and the normaliser log_z (C,) from `_logits`."""
+class Stats(NamedTuple):
+    """Of a chunk, float32."""
+
+    support_log_probs: Tensor  # (C, K), -inf at absent slots
+    log_outside: Tensor  # (C,)
+    entropy: Tensor  # (C,), nats
+    log_z: Tensor  # (C,), the normaliser
+
+
+def _statistics(logits: Tensor, ids: Tensor, present: Tensor, temperature: Tensor, softcap: float | None) -> Stats:
+    """From `_logits`."""
     chosen = logits.gather(-1, ids)
     if kernels.usable(logits):
         outside, mean = kernels.complement(logits, ids, temperature, softcap)
@@ -270,13 +263,14 @@ def _statistics(
         outside, mean = _complement(logits, ids, chosen)
     chosen = chosen.masked_fill_(~present, -torch.inf)
     log_z = torch.cat([chosen, outside.unsqueeze(-1)], -1).logsumexp(-1)
-    log_probs, log_outside = chosen - log_z.unsqueeze(-1), outside - log_z
-    entropy = densities.partial_entropy(log_probs).sum(-1) + log_outside.exp() * (log_z - mean)
-    return log_probs, log_outside, entropy, log_z
+    support_log_probs, log_outside = chosen - log_z.unsqueeze(-1), outside - log_z
+    entropy = densities.partial_entropy(support_log_probs).sum(-1) + log_outside.exp() * (log_z - mean)
+    return Stats(support_log_probs, log_outside, entropy, log_z)
 
 
 def _complement(logits: Tensor, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Logsumexp (C,) of the logits off the support, and their mean (C,) by the law within; one exponential a logit."""
+    """Logsumexp (C,) of the logits off the support, and their mean (C,) by the law within; one exponential per
+    logit."""
     logits.scatter_(-1, ids, torch.finfo(logits.dtype).min)
     peak = logits.amax(-1, keepdim=True)
     p = (logits - peak).exp_()
@@ -294,13 +288,8 @@ def _grad_logits(
     present: Tensor,
     temperature: Tensor,
     softcap: float | None,
-    log_probs: Tensor,
-    log_outside: Tensor,
-    entropy: Tensor,
-    log_z: Tensor,
-    g_log_probs: Tensor | None,
-    g_outside: Tensor | None,
-    g_entropy: Tensor | None,
+    stats: Stats,
+    grads: Sequence[Tensor | None],
     *,
     keep_logits: bool = False,
 ) -> Tensor:
@@ -308,10 +297,11 @@ def _grad_logits(
 
     The kernel writes it over the logits, unless `keep_logits`.
     """
+    (support_log_probs, log_outside, entropy, log_z), (g_support, g_outside, g_entropy) = stats, grads
     zero = torch.zeros_like(log_z)
-    g_log_probs = torch.zeros_like(log_probs) if g_log_probs is None else g_log_probs.masked_fill(~present, 0)
+    g_support = torch.zeros_like(support_log_probs) if g_support is None else g_support.masked_fill(~present, 0)
     g_outside = zero if g_outside is None else g_outside
-    common = g_log_probs.sum(-1) + g_outside  # (C,)
+    common = g_support.sum(-1) + g_outside  # (C,)
     at_support = common.unsqueeze(-1)  # (C, 1)
     outside = log_outside + log_z
     mass = log_outside.exp()
@@ -320,9 +310,9 @@ def _grad_logits(
     if g_entropy is not None:
         slope = mass * g_entropy
         level = level + slope * (entropy - log_z)
-        phi = log_probs.masked_fill(~present, 0)
+        phi = support_log_probs.masked_fill(~present, 0)
         at_support = at_support + g_entropy.unsqueeze(-1) * (phi + entropy.unsqueeze(-1))
-    at_support = g_log_probs - log_probs.exp() * at_support  # (C, K), 0 at absent slots
+    at_support = g_support - support_log_probs.exp() * at_support  # (C, K), 0 at absent slots
     if kernels.usable(logits):
         chosen = tempered(logits.gather(-1, ids).float(), temperature, softcap)
         at_support = grad_raw(at_support, chosen, temperature, softcap)
@@ -335,6 +325,3 @@ def _grad_logits(
         q.mul_(torch.addcmul(level.unsqueeze(-1), logits, slope.unsqueeze(-1)).neg_())
     q.scatter_(-1, ids, 0.0).scatter_add_(-1, ids, at_support)
     return grad_raw(q, logits, temperature, softcap)
-
-
-# ---------------------------------------------------------------- arguments

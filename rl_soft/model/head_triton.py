@@ -7,9 +7,9 @@ The logits are read as the product left them. A bfloat16 product has been rounde
 passes; from there on everything is float32, in registers, so no float32 copy of a chunk is ever made. The gradient is
 rounded once more, to the logits' dtype, in which the product back takes it.
 
-The kernels do not know the support. Its K logits a row are gathered, -inf while the statistics are formed, and put
+The kernels do not know the support. Its K logits per row are gathered, -inf while the statistics are formed, and put
 back; its gradient is scattered over what the kernel has left there. That is exact, since q, the law within the
-complement, comes from a logsumexp over the complement alone, and it costs K values a row, whereas comparing every id
+complement, comes from a logsumexp over the complement alone, and it costs K values per row, whereas comparing every id
 with 64 others would be bound by arithmetic.
 
 Shapes: C rows of a chunk, V vocabulary, K slots.
@@ -28,11 +28,11 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # builds of torch without a GPU come without it
-    triton = None
+    triton = tl = None
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 4096  # logits a program holds in registers: 16 a thread at 8 warps
+_BLOCK = 4096  # logits that a program holds in registers: 16 per thread at 8 warps
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
 
@@ -137,7 +137,7 @@ def gradient(
 
 @jit
 def tempered(raw, inverse, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Capped logits by 1 / T, since a division a logit would cost as much as its exponential; -inf stays -inf."""
+    """Capped logits by 1 / T, since a division per logit would cost as much as its exponential; -inf stays -inf."""
     if HAS_SOFTCAP:
         tanh = 1 - 2 / (tl.exp(raw * (2 / softcap)) + 1)  # finite for all raw; Triton has no tanh of its own
         raw = tl.where(raw > float("-inf"), softcap * tanh, raw)
@@ -156,7 +156,7 @@ def _complement_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row; the support's logits are -inf."""
+    """One program per row; the support's logits are -inf."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     inverse = 1 / tl.load(temperatures + row)
     peak = float("-inf")
@@ -192,7 +192,7 @@ def _gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row and block. What it writes on the support means nothing and is overwritten."""
+    """One program per row and block. What it writes on the support means nothing and is overwritten."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rl_soft.model.chunks import cast_like, chunk_plan, grad_raw, most_calls, plain_head, slices, tempered
+from rl_soft.model.chunks import (
+    HeadGradients,
+    cast_like,
+    chunk_plan,
+    grad_raw,
+    most_calls,
+    plain_head,
+    slices,
+    tempered,
+)
 from rl_soft.thoughts import densities
 
 
@@ -39,7 +48,7 @@ def categorical_kl(
     chunk_size: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """KL(pi || rho) a position; never negative, and 0 where the logits are equal.
+    """KL(pi || rho) per position; never negative, and 0 where the logits are equal.
 
     Args:
         hidden: (N, H) final hidden states of the policy, any float dtype.
@@ -47,7 +56,7 @@ def categorical_kl(
         ref_hidden: (N, H') final hidden states of the reference; no gradient goes there, nor to its head.
         ref_lm_head: the reference's head.
         temperature: T > 0, a float or (N,), of both; divides the (soft-capped) logits.
-        chunk_size: rows a chunk, whose logits are alive twice; None takes half of what `head.soft_log_prob` takes.
+        chunk_size: rows per chunk, whose logits are alive twice; None takes half of what `head.soft_log_prob` takes.
         softcap: of both, as in `head.soft_log_prob`.
 
     Returns:
@@ -126,26 +135,12 @@ class _PlainHead(torch.autograd.Function):
             (jacobian,) = ctx.saved_tensors
             return (grad_kl.unsqueeze(-1) * jacobian).to(jacobian.dtype), None, None, *nothing
         hidden, weight, bias, divisor = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # sums over many chunks, so float32 whatever the dtype of the weight
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        total = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         for r in slices(len(hidden), ctx.rows):
             logits = tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], ctx.softcap)
             grad = _gradient(*_log_ratio(logits, ctx.ref_logits(r))).mul_(grad_kl[r].unsqueeze(-1))
-            grad = grad_raw(grad, logits, divisor[r], ctx.softcap)  # (C, V)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[r])
-            if grad_weight is not None and weight.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[r])
-            elif grad_weight is not None:
-                grad_weight += grad.T @ hidden[r]
-        cast = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
-        return grad_hidden, *cast, *nothing
+            total.add(r, grad_raw(grad, logits, divisor[r], ctx.softcap))
+        return *total.result(), *nothing
 
 
 class _Logits(torch.autograd.Function):

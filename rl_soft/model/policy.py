@@ -1,12 +1,11 @@
-"""The policy: a causal LM, its tokenizer and its `Thinking`; one think step; load and save.
+"""The policy: a causal LM, its tokenizer and its `Thinking`; make, load and save.
 
-The model stays a plain transformers model, apart from one more keyword of its forward (`scored.py`).
+The model stays a plain transformers model, apart from one more keyword of its forward (`scored_forward`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -27,44 +26,31 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from rl_soft.files import write_atomic
 from rl_soft.model.float64_attention import float64_attention
 from rl_soft.model.projector import PROJECTOR, load_projector
-from rl_soft.model.projector import Projector as Projector
-from rl_soft.model.projector import add_projector as add_projector
 from rl_soft.model.side_modules import language_model, module_file
 from rl_soft.thoughts.layout import BOT, EOT, PAD
 from rl_soft.thoughts.thinking import Thinking
-
-logger = logging.getLogger("rl_soft")
 
 SIDE_FILE = "rl_soft.json"
 
 
 @dataclass
 class Policy:
+    """A model that thinks, and what it takes to use it."""
+
     model: Any  # a transformers causal LM, possibly in a PEFT wrapper
     tokenizer: Any
     thinking: Thinking | None  # None: a plain language model, not trained to think by this package
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One think step
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention that does not depend on how many keys are masked
 
 
 AttentionInterface.register("float64", float64_attention)
 AttentionMaskInterface.register("float64", eager_mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Load, make, save
-
-
 def character_tokenizer(vocabulary: str) -> PreTrainedTokenizerFast:
-    """One token a character, with <pad>, <eos>, <bot> and <eot> in the vocabulary from the start."""
+    """One token per character, with <pad>, <eos>, <bot> and <eot> in the vocabulary from the start."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     characters = list(dict.fromkeys(vocabulary))
@@ -109,16 +95,24 @@ def make(
     return Policy(model, tokenizer, None)
 
 
-def load(
+def load_policy(
     name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None, trainable: bool = False
 ) -> Policy:
     """A policy from a folder of ours, a plain transformers folder, a PEFT adapter folder, or a hub id.
 
     Args:
+        name_or_path: the folder or the id.
+        dtype: of the weights: float32, bfloat16 or float16.
+        attn_implementation: as transformers names it, or `float64` (small models); None: transformers' choice.
         trainable: whether the weights of an adapter take gradients.
+
+    Returns:
+        The policy on the CPU, its projector loaded where the folder has one; `thinking` is None for a model that is
+        not ours. A tokenizer without a padding token takes its end of text for it.
 
     Raises:
         ValueError: the path looks like a folder and does not exist.
+        OSError: transformers', for a name that is neither a folder nor to be had from the hub.
     """
     path = Path(name_or_path)
     looks_local = path.is_absolute() or name_or_path.startswith((".", "models/", "runs/"))
@@ -182,12 +176,6 @@ def add_thought_tokens(policy: Policy) -> None:
         weight[policy.tokenizer.convert_tokens_to_ids(token)] = row + 0.5 * jitter.to(row)
 
 
-def write_side_file(folder: Path, thinking: Thinking) -> None:
-    temporary = folder / (SIDE_FILE + ".tmp")
-    temporary.write_text(json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n")
-    temporary.replace(folder / SIDE_FILE)
-
-
 def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thinking: Thinking, main: bool) -> None:
     """Write a complete model folder under a temporary name, then rename it, so that a folder is whole or absent.
 
@@ -202,7 +190,8 @@ def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thin
     if main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         tokenizer.save_pretrained(temporary)
-        write_side_file(temporary, thinking)
+        side = json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n"
+        write_atomic(temporary / SIDE_FILE, side)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)

@@ -4,7 +4,7 @@
 ids and returns log-densities instead of logits. It is a method on the model itself (under any LoRA adapter), so that
 DDP, DeepSpeed and gradient-checkpointing hooks see an ordinary forward call.
 
-Four ways to the hidden states. By the ratio that is wanted (rl.py): one teacher-forced pass over the recorded
+Four ways to the hidden states. By the ratio that is wanted (`kinds.RATIOS`): one teacher-forced pass over the recorded
 thoughts; or the thoughts one after another, made again from their noise (pathwise) or from their noise given their
 ids (conditional), with gradients from each position to the thoughts before it. And for thought hybrid the recorded
 thoughts one after another, since each is fed together with the projected state before it.
@@ -29,6 +29,7 @@ from rl_soft.model.head import soft_log_prob, support_statistics
 from rl_soft.model.kl import categorical_kl
 from rl_soft.model.think import density_of, mix_embeddings, position_ids, think, thought_input
 from rl_soft.model.value_head import state_values
+from rl_soft.thoughts.kinds import RATIOS
 from rl_soft.thoughts.thinking import Thinking
 
 
@@ -42,9 +43,9 @@ class SoftInputs:
     action_mask: Tensor  # (B, C) bool: positions that were sampled, and so have a density
     thought_mask: Tensor  # (B, C) bool: of those, the thoughts
     thinking: Thinking
-    ratio: str = "joint"  # see rl.py
-    seeds: Tensor | None = None  # (B,) int64, of the rollout's noise; read by ratio pathwise
-    support_log_probs: Tensor | None = None  # (B, C, K) float32, ln pi at the rollout; read by ratio conditional
+    ratio: str = "joint"  # a name of `kinds.RATIOS`
+    seeds: Tensor | None = None  # (B,) int64, of the rollout's noise; read by pathwise
+    support_log_probs: Tensor | None = None  # (B, C, K) float32, ln pi at the rollout; read by conditional
     entropy_grad: bool = False
     states_only: bool = False  # return the states that the head reads, and nothing else
     ref_states: Tensor | None = None  # (B, C, H) the reference's, from such a pass; then its KL is returned
@@ -56,14 +57,16 @@ class SoftOutput(ModelOutput):
     log_probs: Tensor | None = None  # (B, C) float32, 0 where action_mask is off
     entropy: Tensor | None = None  # (B, C) float32, nats, of the categorical at temperature T
     value_preds: Tensor | None = None  # (B, C) float32, V of each state, where the model has a value head
-    rest: Tensor | None = None  # (B, C) float32, ratio factored: log p(rest | strongest id) at thoughts, else 0
+    rest: Tensor | None = None  # (B, C) float32, second factor of a ratio: log p(rest | strongest id), 0 off thoughts
     kl: Tensor | None = None  # (B, C) float32, nats, KL to the reference's categorical, 0 where nothing is scored
     states: Tensor | None = None  # (B, C, H) float dtype of the model; states_only
 
 
-def strongest_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
+def strongest_log_prob(
+    support_log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, parameter: float
+) -> Tensor:
     """ln pi of the strongest id, the marginal of the joint density, as a function of gathered statistics."""
-    return log_probs[..., 0]
+    return support_log_probs[..., 0]
 
 
 def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> None:
@@ -83,7 +86,8 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
         hidden = _states(soft)(self, inner, soft, kwargs["attention_mask"])  # (B, C, H)
         if soft.states_only:
             return SoftOutput(states=hidden)
-        on = soft.action_mask & ~soft.thought_mask if soft.ratio == "pathwise" else soft.action_mask
+        ratio = RATIOS[soft.ratio]
+        on = soft.action_mask if ratio.scores else soft.action_mask & ~soft.thought_mask
         thinking, thoughts = soft.thinking, soft.thought_mask
         joint, parameter = density_of(thinking)
 
@@ -111,10 +115,9 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
             )
             return spread(where, log_probs), spread(where, entropy)
 
-        top_only = soft.ratio in ("top1", "factored", "conditional")
-        log_probs, entropy = score(on, strongest_log_prob if top_only else joint)
+        log_probs, entropy = score(on, strongest_log_prob if ratio.scores_strongest else joint)
         rest = None
-        if soft.ratio == "factored":
+        if ratio.second_factor:
             rest = score(on & thoughts, joint)[0] - log_probs * (on & thoughts)
         kl = None
         if soft.ref_states is not None:
@@ -128,11 +131,12 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
 
 def _states(soft: SoftInputs) -> Any:
     """What computes the states (B, C, H) that predict each position of the completion."""
-    if soft.thinking.thought == "hybrid":
+    if soft.thinking.kind.reads_hidden:
         return _hybrid_states
-    if soft.ratio == "conditional":
+    remade = RATIOS[soft.ratio].remade
+    if remade == "given id":
         return _recorded_states if soft.states_only else _conditional_states  # the reference takes what was fed
-    return _pathwise_states if soft.ratio == "pathwise" else _recorded_states
+    return _pathwise_states if remade else _recorded_states
 
 
 def _recorded_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ def _answer_states(
     return states[:, :-1]
 
 
-def conditional_weights(log_weights: Tensor, change: Tensor, tau: float) -> Tensor:
+def conditional_log_weights(log_weights: Tensor, change: Tensor, tau: float) -> Tensor:
     """Log-weights (..., K) of the same gumbel thought after its log-probabilities changed by `change` (..., K), given
     its strongest id.
 
@@ -210,13 +214,13 @@ def _conditional_states(model: Any, inner: Any, soft: SoftInputs, attention_mask
     head, thinking = model.get_output_embeddings(), soft.thinking
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     assert soft.support_log_probs is not None
-    log_probs = soft.support_log_probs
+    before = soft.support_log_probs
 
     def fed(t: int, state: Tensor) -> Tensor:
         support = soft.support[:, t]  # (B, K)
         now = support_statistics(state, head, support, thinking.thought_temperature, softcap=softcap)[0]
-        weights = conditional_weights(soft.log_weights[:, t], now - log_probs[:, t], thinking.thought_tau)
-        return mix_embeddings(model.get_input_embeddings(), support, weights)
+        log_weights = conditional_log_weights(soft.log_weights[:, t], now - before[:, t], thinking.thought_tau)
+        return mix_embeddings(model.get_input_embeddings(), support, log_weights)
 
     return _one_after_another(model, soft, attention_mask, fed)
 

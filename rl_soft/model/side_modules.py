@@ -6,7 +6,6 @@ see it; on disk it is NAME.safetensors beside the weights, so that these open as
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rl_soft.files import replacing
 
 
 def language_model(model: Any) -> Any:
@@ -39,10 +40,8 @@ def split_module(state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor]
 
 
 def save_module(folder: Path, name: str, state: dict[str, Tensor]) -> None:
-    file = module_file(folder, name)
-    temporary = file.with_name(file.name + ".tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
-    os.replace(temporary, file)
+    with replacing(module_file(folder, name)) as temporary:
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
 
 
 @contextmanager

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rl_soft.model.head import LogProb
-from rl_soft.model.projector import Projector as Projector
-from rl_soft.model.projector import add_projector as add_projector
 from rl_soft.thoughts.densities import Dirichlet, SoftToken, dirichlet_log_prob, gumbel_topk_log_prob
 from rl_soft.thoughts.noise import gumbel
 from rl_soft.thoughts.thinking import CONTROLS, Thinking
 
-logger = logging.getLogger("rl_soft")
 
-
-def next_thought(logits: Tensor, thinking: Thinking, seeds: Tensor | None = None, step: int = 0) -> SoftToken:
+def next_thought(logits: Tensor, thinking: Thinking, seeds: Tensor | None = None, position: Any = 0) -> SoftToken:
     """The thought that follows `logits` (B, V); differentiable with respect to them, a drawn dirichlet one apart.
 
     Args:
         logits: raw logits, any float dtype.
         seeds: (B,) int64 row seeds of the noise; None draws no noise (greedy decoding).
-        step: position in the completion, the second coordinate of the noise.
+        position: index in the completion, the second coordinate of the noise; an int or (B,) int64.
 
     Returns:
         SoftToken of support (B, K) int64 and log-weights (B, K) float32, the strongest weight first. Without noise, a
@@ -33,15 +28,15 @@ def next_thought(logits: Tensor, thinking: Thinking, seeds: Tensor | None = None
         the strongest id, for the record alone, and draws no noise.
     """
     k = thinking.support_size(logits.shape[-1])
-    if seeds is not None and thinking.thought == "dirichlet":
+    kind = thinking.kind
+    if seeds is not None and kind.has_dirichlet_noise:
         d = Dirichlet(logits, k, thinking.thought_gamma, thinking.thought_temperature)
-        return d.sample(seeds=seeds.to(logits.device), step=step)
+        return d.sample(seeds=seeds.to(logits.device), position=position)
     z = torch.log_softmax(logits.float() / thinking.thought_temperature, dim=-1)  # (B, V)
-    if seeds is not None and thinking.thought not in ("soft", "hidden"):
-        z = z + gumbel(seeds.to(z.device), step, z.shape[-1])
+    if seeds is not None and kind.has_gumbel_noise:
+        z = z + gumbel(seeds.to(z.device), position, z.shape[-1])
     values, support = z.topk(k, dim=-1)  # (B, K)
-    tau = thinking.thought_tau if thinking.thought in ("gumbel", "hybrid") else 1.0
-    return SoftToken(support, torch.log_softmax(values / tau, dim=-1))
+    return SoftToken(support, torch.log_softmax(values / thinking.mixing_tau, dim=-1))
 
 
 def density_of(thinking: Thinking) -> tuple[LogProb, float]:
@@ -49,13 +44,13 @@ def density_of(thinking: Thinking) -> tuple[LogProb, float]:
 
     Positions of tokens are the caller's: only for `gumbel_topk_log_prob` is a one-slot thought a token.
     """
-    if thinking.thought == "dirichlet":
+    if thinking.kind.has_dirichlet_noise:
         return dirichlet_log_prob, thinking.thought_gamma
     return gumbel_topk_log_prob, thinking.thought_tau
 
 
 def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -> Tensor:
-    """Weighted sum of K embeddings a position: (..., K), (..., K) -> (..., H).
+    """Weighted sum of K embeddings per position: (..., K), (..., K) -> (..., H).
 
     The ids go through the embedding *module*, one slot at a time: its hooks (ZeRO-3 gathering, PEFT's input-gradient
     hook, Gemma's scaling) fire, and backward keeps indices rather than K copies of (..., H).
@@ -70,17 +65,14 @@ def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -
     return mixture
 
 
-def reads_hidden(thinking: Thinking) -> bool:
-    """Whether what is fed as a thought depends on the last hidden state itself, and not only on its logits."""
-    return thinking.thought in ("hidden", "hybrid")
-
-
-def thought_input(model: Any, thinking: Thinking, slots: Tensor, log_weights: Tensor, hidden: Tensor | None) -> Tensor:
+def thought_input(
+    model: Any, thinking: Thinking, support: Tensor, log_weights: Tensor, hidden: Tensor | None
+) -> Tensor:
     """What is fed for a thought; gradients flow to all that it is made of.
 
     Args:
         model: the causal LM, possibly in a PEFT wrapper.
-        slots, log_weights: (..., K) int64 and float32, the thought.
+        support, log_weights: (..., K) int64 and float32, the thought.
         hidden: (..., H), what the LM head read at the position before (after the final norm); read by kinds hidden
             and hybrid.
 
@@ -91,22 +83,30 @@ def thought_input(model: Any, thinking: Thinking, slots: Tensor, log_weights: Te
     Raises:
         ValueError: a hybrid thought and no projector.
     """
-    if not reads_hidden(thinking):
-        return mix_embeddings(model.get_input_embeddings(), slots, log_weights)
+    if not thinking.kind.reads_hidden:
+        return mix_embeddings(model.get_input_embeddings(), support, log_weights)
     assert hidden is not None
+    check_projector(model, thinking)
     projector = getattr(model, "projector", None)
-    if thinking.thought == "hidden":
-        return hidden if projector is None else projector(hidden)
     if projector is None:
-        raise ValueError("thought hybrid needs a model with a projector; start from a CODI run with hidden or hybrid")
-    return projector(hidden, mix_embeddings(model.get_input_embeddings(), slots, log_weights))
+        return hidden
+    mixture = mix_embeddings(model.get_input_embeddings(), support, log_weights) if thinking.kind.mixes else None
+    return projector(hidden, mixture)
+
+
+def check_projector(model: Any, thinking: Thinking) -> None:
+    """Raises ValueError for a hybrid thought and a model without a projector."""
+    if thinking.kind.needs_projector and getattr(model, "projector", None) is None:
+        raise ValueError(
+            f"thought {thinking.thought} needs a model with a projector; start from a CODI run with hidden or hybrid"
+        )
 
 
 def disturb(fed: Tensor, control: str, first: Tensor) -> Tensor:
     """Controls of an analysis: what is fed for a thought, with its content taken away.
 
     Args:
-        fed: (B, H), what would be fed at this step to rows that all have a thought here.
+        fed: (B, H), what would be fed at this position to rows that all have a thought here.
         control: none; zero: a vector of zeros; shuffle: the thought of the row before (the last row's for the first),
             so rows must be different problems; repeat: the row's first thought again.
         first: (B, H), what was fed for the rows' first thoughts; `fed` itself at the first.
@@ -143,7 +143,7 @@ def think(
     mask: Tensor,
     thinking: Thinking,
     seeds: Tensor | None,
-    step: int = 0,
+    first_position: int = 0,
     control: str = "none",
     keep_logits: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -154,7 +154,7 @@ def think(
         model: whose embeddings and projector make what is fed.
         logits, hidden: (B, V) and (B, H) after the prompt, from which the first thought is made; see `last_state`.
         mask: (B, P) attention mask of what the cache holds.
-        seeds, step: address of the noise, see `next_thought`.
+        seeds, first_position: address of the first thought's noise, see `next_thought`.
         control: what is done to the thoughts fed, see `disturb`.
         keep_logits: whether the logits are wanted. In training they would be held for nothing.
 
@@ -166,7 +166,7 @@ def think(
     seen = [logits] if keep_logits else []
     first: Tensor | None = None
     for t in range(thinking.num_thoughts):
-        thought = next_thought(logits, thinking, seeds, step + t)  # (B, K)
+        thought = next_thought(logits, thinking, seeds, first_position + t)  # (B, K)
         fed = thought_input(model, thinking, thought.support, thought.log_weights, hidden)  # (B, H)
         first = fed if first is None else first
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -176,7 +176,7 @@ def think(
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=reads_hidden(thinking),
+            output_hidden_states=thinking.kind.reads_hidden,
         )
         logits, hidden = out.logits[:, -1], last_state(out)
         if keep_logits:

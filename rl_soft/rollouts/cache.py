@@ -1,7 +1,7 @@
 """The key-value cache of a rollout: preallocated, written in place, for rows that come and go.
 
 Rows are aligned at their newest input. What is fed at one step goes to one common *column*, `end`, whatever the row's
-length is, so a step is one strided write a layer, and a row that enters has its prompt put just left of `end`:
+length is, so a step is one strided write per layer, and a row that enters has its prompt put just left of `end`:
 
     columns     0 1 2 3 4 5 6 7 8      row 0: a prompt of 4, three inputs since
     row 0       . . p p p p x x x      row 1: entered one step ago with a prompt of 2
@@ -134,7 +134,7 @@ class RowCache(Cache):
     Args:
         windows: sliding window of each layer, None for full attention; see `attention_windows`.
         places: S, rows at a time.
-        grain: shapes are rounded up to so many columns; 1 is exact. Above 1 no step reads a number from the host.
+        grain: shapes are rounded up to so many columns; 1 is exact. Above 1 the CPU reads no number at a step.
         chunk: columns that a buffer grows by.
     """
 

@@ -15,14 +15,14 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-LOOKS = 3  # steps that may make the host wait; the first may have to, for what is made once and kept
+LOOKS = 3  # steps that may make the CPU wait; the first may have to, for what is made once and kept
 
 
 class Replay:
     """Runs a step; on a GPU, from the second time that a key is met, as a graph.
 
     A recording that fails halfway leaves streams and allocator in a bad state, so a step is not recorded on trial: it
-    runs under torch's watch for host synchronisations first, and those are what a recording fails at.
+    runs under torch's watch for synchronisations first, and those are what a recording fails at.
 
     Args:
         device: of the step's tensors; anything but the current CUDA device, which is where torch records, switches
@@ -40,7 +40,7 @@ class Replay:
 
         Args:
             key: of all that the step depends on besides the contents of its tensors: shapes and addresses.
-            step: reads and writes tensors in place; no host synchronisation, nothing else that it changes.
+            step: reads and writes tensors in place; the CPU never waits, nothing else that it changes.
         """
         graph = None
         if self.on and key in self._graphs:
@@ -53,7 +53,7 @@ class Replay:
             step()
 
     def _watch(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Run a step as it is; it may be recorded the next time, if the host did not have to wait for the device."""
+        """Run a step as it is; it may be recorded the next time, if the CPU did not have to wait for the device."""
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -69,7 +69,7 @@ class Replay:
         if any("called a synchronizing" in str(w.message) for w in looks):
             self._looks += 1
             if self._looks == LOOKS:
-                self._stop(f"it makes the host wait, at {looks[-1].filename}:{looks[-1].lineno}")
+                self._stop(f"it makes the CPU wait, at {looks[-1].filename}:{looks[-1].lineno}")
         else:
             self._graphs[key] = None
 

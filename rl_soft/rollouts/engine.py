@@ -13,17 +13,16 @@ Shapes: B rows in all, S places, n rows that are live, m rows that enter, U dist
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rl_soft.model.think import disturb, mix_embeddings, position_ids, reads_hidden, thought_input
+from rl_soft.model.policy import eos_token_ids
+from rl_soft.model.think import disturb, mix_embeddings, position_ids, thought_input
 from rl_soft.rollouts.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 # Of distinct prompts, padding included, that go through the model at once. A CPU's caches hold no more.
 PREFILL_TOKENS = {"cuda": 4096, "cpu": 512}
 MEMORY_SHARE = 0.6  # of the free memory, that the cache may take where no budget is given
-LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between looks at which rows are done; a look makes the host wait
+LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between looks at which rows are done; a look makes the CPU wait
 IDLE = {"cuda": 0.5, "cpu": 0.0}  # share of the rows that may be done before others move up: a new shape, a new graph
 GRAIN = {"cuda": 256, "cpu": 1}  # columns that shapes are rounded up to, so that a graph serves many steps
 CHUNK = {"cuda": 1024, "cpu": 64}  # columns that the cache grows by
@@ -52,8 +51,8 @@ def rollout(
     model: Any,
     layout: Layout,
     prompt_ids: Sequence[Sequence[int]],
-    seeds: Tensor | None,
-    eos_ids: Sequence[int],
+    seeds: Tensor | None = None,
+    eos_ids: Sequence[int] | None = None,
     token_budget: int | None = None,
     control: str = "none",
     decoding: Decoding | None = None,
@@ -62,18 +61,20 @@ def rollout(
     """One completion for each prompt.
 
     Args:
-        model: the causal LM (with its adapter, if any), in eval-like state; called with `inputs_embeds`.
-        prompt_ids: B prompts; equal ones share a prefill.
+        model: the causal LM on its device (with its adapter, if any), in evaluation mode; called with
+            `inputs_embeds`.
+        layout: the tokenizer, and what a thought is; a model without a projector cannot make hybrid thoughts.
+        prompt_ids: B prompts, such as `layout.prompt_ids(question)`; equal ones share a prefill.
         seeds: (B,) int64, see `noise.address`; None decodes greedily (no noise at all).
-        eos_ids: ids that end a completion.
+        eos_ids: ids that end a completion; None: those of tokenizer and generation config.
         token_budget: positions that the cache may hold, live rows times the longest that a row can get; other rows
             wait for a place. None: what MEMORY_SHARE of the free memory holds.
         control: what is done to the thoughts fed, see `think.disturb`; `shuffle` needs all rows to be live at once.
         decoding: how distributions are cut before positions are drawn, and the cold stop; None does neither.
-        watch: called every few steps, and at the end; changes nothing.
+        watch: called every few steps, and at the end, with the records so far; changes nothing.
 
     Returns:
-        `Rollout`; log-densities are of the policy at the temperatures in `layout.thinking`.
+        `Rollout` on the model's device; log-densities are of the policy at the temperatures in `layout.thinking`.
 
     Raises:
         ValueError: a model that is no decoder-only language model, or one with layers that the cache does not know;
@@ -120,10 +121,10 @@ class Engine:
         model: Any,
         layout: Layout,
         prompt_ids: Sequence[Sequence[int]],
-        seeds: Tensor | None,
-        eos_ids: Sequence[int],
-        token_budget: int | None,
-        control: str,
+        seeds: Tensor | None = None,
+        eos_ids: Sequence[int] | None = None,
+        token_budget: int | None = None,
+        control: str = "none",
         decoding: Decoding | None = None,
         watch: Watch | None = None,
     ) -> None:
@@ -131,6 +132,7 @@ class Engine:
         self.embedding = model.get_input_embeddings()
         self.device = self.embedding.weight.device
         self.prompts = [tuple(p) for p in prompt_ids]
+        eos_ids = eos_token_ids(model, layout.tokenizer) if eos_ids is None else eos_ids
         B, V = len(self.prompts), model.config.get_text_config().vocab_size
         self.walk = Walk(layout, V, B, seeds, eos_ids, self.device, decoding)
         self.token_budget, self.control, self.watch = token_budget, control, watch
@@ -157,7 +159,7 @@ class Engine:
 
     def _run(self) -> None:
         looks, hook = LOOK_EVERY.get(self.device.type, 1), None
-        if reads_hidden(self.thinking):
+        if self.thinking.kind.reads_hidden:
             head = self.model.get_output_embeddings()
             hook = head.register_forward_pre_hook(lambda _, args: setattr(self, "read", args[0]))
         try:
@@ -267,15 +269,15 @@ class Engine:
         self.walk.sample(live, out.logits[:, -1], None if self.read is None else self.read[:, -1])
         # Last, so that a step that runs out of memory can be taken again; rows that are done and still in their places
         # stay at their position, beyond which a model may have none.
-        live.position += live.phase != DONE
+        live.position += live.stage != DONE
         self.cache.at += 1
 
     def next_input(self, live: Live) -> Tensor:
         """(n, H): embeddings of tokens and of what is forced; of a thought, what its kind makes of it."""
-        token = mix_embeddings(self.embedding, live.slots, live.weights)
-        if not reads_hidden(self.thinking) and self.control == "none":
+        token = mix_embeddings(self.embedding, live.support, live.log_weights)
+        if not self.thinking.kind.reads_hidden and self.control == "none":
             return token  # a mixture, if it is a thought
-        thought = thought_input(self.model, self.thinking, live.slots, live.weights, live.hidden)
+        thought = thought_input(self.model, self.thinking, live.support, live.log_weights, live.hidden)
         if self.control == "shuffle":  # among those that think
             now = live.is_thought.nonzero()[:, 0]
             thought[now] = disturb(thought[now], self.control, thought[now])
@@ -290,7 +292,7 @@ class Engine:
 
     def leave(self) -> None:
         """Rows that are done leave, and those in the last places move into the gaps. The one look at the device."""
-        on = self.live.phase[: self.n] != DONE
+        on = self.live.stage[: self.n] != DONE
         keep = on.nonzero()[:, 0]
         n, idle = len(keep), IDLE.get(self.device.type, 0.0) * (0.5 if self.waiting else 1.0)
         if n == self.n or n > (1 - idle) * self.n:
@@ -306,7 +308,7 @@ class Engine:
         """(B,) bool: the rows that take no further step."""
         done = torch.ones(len(self.prompts), dtype=torch.bool, device=self.device)
         done[self.waiting] = False
-        done[self.live.row[: self.n]] = self.live.phase[: self.n] == DONE
+        done[self.live.row[: self.n]] = self.live.stage[: self.n] == DONE
         return done
 
     def _wanted(self) -> int:
@@ -327,29 +329,3 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning("rollout: out of memory; it goes on with %d rows at a time", self.limit)
-
-
-@contextmanager
-def merged_adapter(model: Any) -> Iterator[None]:
-    """A LoRA adapter added into the weights for a rollout, which then come back bit by bit, from copies.
-
-    A step has fewer and larger products then. The merged weights are rounded once more, so log-densities differ from
-    the training pass's by that: about 1e-6 in float32, and too much in bfloat16.
-
-    Raises:
-        ValueError: the model has no adapter, or its weights are not float32.
-    """
-    layers: list[Any] = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not layers:
-        raise ValueError("merged_adapter: the model has no adapter")
-    if (dtype := next(layer.weight.dtype for layer in layers)) != torch.float32:
-        raise ValueError(f"merged_adapter: weights in {dtype} would lose part of the adapter; leave it unmerged")
-    copies = [layer.weight.detach().clone() for layer in layers]
-    model.merge_adapter()
-    try:
-        yield
-    finally:
-        model.unmerge_adapter()
-        with torch.no_grad():
-            for layer, weight in zip(layers, copies, strict=True):
-                layer.weight.copy_(weight)

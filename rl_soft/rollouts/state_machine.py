@@ -1,14 +1,15 @@
 """What a row does in a rollout: sample a position, write it down, find out what comes next.
 
-Each row walks through the phases THINK -> FORCED -> ANSWER -> DONE. A gumbel thought is a Gumbel top-K sample of the
+Each row walks through the stages THINK -> FORCED -> ANSWER -> DONE. A gumbel thought is a Gumbel top-K sample of the
 next-token distribution; an answer token is the strongest id of the same sample (the Gumbel-max trick), so one draw
 of noise and one top-K serve both. Other kinds draw their answer tokens apart. FORCED positions (<eot>, the answer
 prompt) are fed, not sampled: they have no density and stay out of the loss.
 
-Everything is on the device, and nothing here looks at it: rows in different phases, at different positions, take the
-same step (`rollout` moves them). The noise of a row depends on its seed and position only.
+Everything stays on the device, and the CPU reads no number of it: rows in different stages, at different positions,
+are sampled together (`engine` moves them). The noise of a row depends on its seed and position only.
 
-Shapes: B rows in all, S places for live rows, m rows of one step, T positions, K slots, V vocabulary, H hidden.
+Shapes: B rows in all, S places for live rows, m rows that are sampled together, T positions, K slots, V vocabulary, H
+hidden.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ from torch import Tensor
 from rl_soft.model.think import density_of, next_thought
 from rl_soft.rollouts.kernels import sampling
 from rl_soft.thoughts.decoding import Decoding
-from rl_soft.thoughts.densities import GumbelTopK, SoftToken
+from rl_soft.thoughts.densities import GumbelTopK, SoftToken, fill_absent, is_present
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import gumbel
 from rl_soft.thoughts.thinking import Thinking
 
 THINK, FORCED, ANSWER, DONE = 0, 1, 2, 3
-NOISY = ("token", "gumbel", "hybrid")  # kinds of thoughts that one Gumbel top-K sample serves
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ class Live:
     row: Tensor  # (S,) int64, its number in the rollout
     seed: Tensor  # (S,) int64
     t: Tensor  # (S,) int64, the position in the completion that is sampled next; T once the row is done
-    phase: Tensor  # (S,) int64, of that position
+    stage: Tensor  # (S,) int64, of that position: THINK, FORCED, ANSWER or DONE
     position: Tensor  # (S,) int64, of the next input, in the sequence
-    thoughts: Tensor  # (S,) int64, positions of phase THINK so far
-    fed: Tensor  # (S,) int64, of phase FORCED
-    answered: Tensor  # (S,) int64, of phase ANSWER
+    thoughts: Tensor  # (S,) int64, positions in stage THINK so far
+    fed: Tensor  # (S,) int64, in stage FORCED
+    answered: Tensor  # (S,) int64, in stage ANSWER
     capped: Tensor  # (S,) int64, how the thoughts end: 0 on their own, 1 at the cap
     recent: Tensor  # (S, E) int64, the last strongest ids of the thoughts, as many as the end text has
     is_thought: Tensor  # (S,) bool, whether the next input is a thought
-    slots: Tensor  # (S, K) int64, the next input
-    weights: Tensor  # (S, K) float32, its log-weights
+    support: Tensor  # (S, K) int64, the next input
+    log_weights: Tensor  # (S, K) float32, its log-weights
     hidden: Tensor | None = None  # (S, H), what the LM head has read; kept where a thought is made of it
     first: Tensor | None = None  # (S, H), the first thought; kept for control `repeat`
     cold: Tensor | None = None  # (S,) int64, the last thoughts in a row that were cold; kept for the cold stop
@@ -140,7 +140,7 @@ class Walk:
             action_mask=zeros(T + 1, dtype=torch.bool),
             thought_mask=zeros(T + 1, dtype=torch.bool),
             support=torch.full((B, T + 1, K), pad_id, device=device),
-            log_weights=_token_weights(zeros(T + 1, K)),
+            log_weights=_token_log_weights(zeros(T + 1, K)),
             log_probs=zeros(T + 1),
             support_log_probs=zeros(T + 1, K),
             entropy=zeros(T + 1),
@@ -152,14 +152,14 @@ class Walk:
 
     def places(self, S: int, hidden: Tensor | None, first: Tensor | None) -> Live:
         """S free places; `hidden` and `first` (., H) are examples of what is to be kept."""
-        counters = ("row", "seed", "t", "phase", "position", "thoughts", "fed", "answered", "capped")
+        counters = ("row", "seed", "t", "stage", "position", "thoughts", "fed", "answered", "capped")
         zeros = {name: torch.zeros(S, dtype=torch.int64, device=self.device) for name in counters}
         return Live(
             **zeros,
             recent=torch.zeros(S, max(1, len(self.end)), dtype=torch.int64, device=self.device),
             is_thought=torch.zeros(S, dtype=torch.bool, device=self.device),
-            slots=torch.zeros(S, self.K, dtype=torch.int64, device=self.device),
-            weights=torch.zeros(S, self.K, device=self.device),
+            support=torch.zeros(S, self.K, dtype=torch.int64, device=self.device),
+            log_weights=torch.zeros(S, self.K, device=self.device),
             hidden=None if hidden is None else hidden.new_zeros(S, hidden.shape[-1]),
             first=None if first is None else first.new_zeros(S, first.shape[-1]),
             cold=torch.zeros(S, dtype=torch.int64, device=self.device) if self.decoding.cold_stop_entropy else None,
@@ -167,8 +167,8 @@ class Walk:
 
     def start(self, live: Live, row: Tensor, position: Tensor) -> None:
         """Put rows (m,), which stand at `position` (m,), in the places of `live`."""
-        phase = THINK if self.thinking.num_thoughts else FORCED
-        live.write(row=row, seed=self.out.seeds[row], t=0, phase=phase, position=position)
+        stage = THINK if self.thinking.num_thoughts else FORCED
+        live.write(row=row, seed=self.out.seeds[row], t=0, stage=stage, position=position)
         live.write(thoughts=0, fed=0, answered=0, capped=1, recent=-1)
         if live.cold is not None:
             live.write(cold=0)
@@ -193,15 +193,14 @@ class Walk:
             logits: (m, V), any float dtype; hidden: (m, H), what they were made from, where it is kept.
         """
         thinking, out = self.thinking, self.out
-        is_thought, is_forced, is_answer = live.phase == THINK, live.phase == FORCED, live.phase == ANSWER
-        exists = live.phase != DONE
+        is_thought, is_forced, is_answer = live.stage == THINK, live.stage == FORCED, live.stage == ANSWER
+        exists = live.stage != DONE
         temperature = torch.where(is_thought, thinking.thought_temperature, thinking.temperature)
-        seeds, noisy = None if self.greedy else live.seed, thinking.thought in NOISY
-        fused = None
-        if seeds is not None and noisy and not self.decoding.cuts:
+        seeds, fused = None if self.greedy else live.seed, None
+        if seeds is not None and thinking.kind.has_gumbel_noise and not self.decoding.cuts:
             fused = sampling.draw(logits, temperature, self.K, seeds, live.t)
         if fused is not None:
-            action = SoftToken(fused.support, torch.log_softmax(fused.values / tau_of(thinking), dim=-1))
+            action = SoftToken(fused.support, torch.log_softmax(fused.values / thinking.mixing_tau, dim=-1))
         else:
             scaled = logits.float() / temperature[:, None]  # (m, V)
             phi = torch.log_softmax(scaled, dim=-1)
@@ -213,43 +212,45 @@ class Walk:
 
         forced = self.forced_ids[live.capped, live.fed.clamp(max=self.forced_ids.shape[1] - 1)]
         ids = torch.where(is_forced, forced, top)
-        slots = torch.where(is_thought[:, None], action.support, self.pad_id)  # (m, K)
-        slots[:, 0] = ids
-        weights = torch.where(is_thought[:, None], action.log_weights, _token_weights(action.log_weights))
+        support = torch.where(is_thought[:, None], action.support, self.pad_id)  # (m, K)
+        support[:, 0] = ids
+        log_weights = torch.where(is_thought[:, None], action.log_weights, _token_log_weights(action.log_weights))
 
-        present = torch.where(weights.isneginf(), slots[:, :1], slots)
+        inside, _ = fill_absent(support, is_present(log_weights))
         if fused is not None:
-            phi_support, entropy, log_outside = fused.log_probs(slots), fused.entropy, fused.log_outside(present)
+            support_log_probs, entropy = fused.support_log_probs(support), fused.entropy
+            log_outside = fused.log_outside(inside)
         else:
-            phi_support = phi.gather(-1, slots)  # (m, K)
+            support_log_probs = phi.gather(-1, support)  # (m, K)
             phi.clamp_(min=-1e4)  # p ln p is 0 at p = 0
             p = phi.exp()
             entropy = -torch.linalg.vecdot(p, phi)
-            log_outside = _log_outside(p, phi, present)
+            log_outside = _log_outside(p, phi, inside)
         log_prob, parameter = density_of(thinking)
-        density = torch.where(is_thought, log_prob(phi_support, log_outside, weights, parameter), phi_support[:, 0])
+        density = log_prob(support_log_probs, log_outside, log_weights, parameter)
+        density = torch.where(is_thought, density, support_log_probs[:, 0])
 
         # A row whose logits are not finite stops here; the position stays, without an action.
         bad = exists & ~entropy.isfinite()
         sampled, thought = (is_thought | is_answer) & ~bad, is_thought & ~bad
         ids = torch.where(bad, self.pad_id, ids)
-        slots = torch.where(bad[:, None], self.pad_id, slots)
-        weights = torch.where(bad[:, None], _token_weights(weights), weights)
+        support = torch.where(bad[:, None], self.pad_id, support)
+        log_weights = torch.where(bad[:, None], _token_log_weights(log_weights), log_weights)
         self._record(
             live,
             completion_ids=torch.where(is_thought, self.layout.bot_id, ids) if thinking.phase == "latent" else ids,
             mask=exists,
             action_mask=sampled,
             thought_mask=thought,
-            support=slots,
-            log_weights=weights,
+            support=support,
+            log_weights=log_weights,
             log_probs=torch.where(sampled, density, 0.0),
-            support_log_probs=torch.where(sampled[:, None], phi_support, 0.0),
+            support_log_probs=torch.where(sampled[:, None], support_log_probs, 0.0),
             entropy=torch.where(sampled, entropy, 0.0),
             outside=torch.where(sampled, log_outside.exp(), 0.0),
         )
 
-        # Which phase the next position of each row is in.
+        # Which stage the next position of each row is in.
         thoughts, fed, answered = live.thoughts + is_thought, live.fed + is_forced, live.answered + is_answer
         recent = torch.where(is_thought[:, None], torch.cat([live.recent[:, 1:], top[:, None]], dim=1), live.recent)
         said_end = is_thought & (recent == self.end).all(-1) if len(self.end) else torch.zeros_like(is_thought)
@@ -260,62 +261,58 @@ class Walk:
             at_cap = at_cap | (is_thought & ~said_end & (live.cold >= self.decoding.cold_stop_length))
         capped = torch.where(said_end, 0, live.capped)
         ready = torch.where(capped == 0, self.forced_length[0], self.forced_length[1])
-        phase = torch.where(said_end | at_cap, torch.where(ready > 0, FORCED, ANSWER), live.phase)
-        phase = torch.where(is_forced & (fed >= ready), ANSWER, phase)
+        stage = torch.where(said_end | at_cap, torch.where(ready > 0, FORCED, ANSWER), live.stage)
+        stage = torch.where(is_forced & (fed >= ready), ANSWER, stage)
         may_stop = is_answer | is_thought if thinking.phase == "explicit" else is_answer
         stops = may_stop & ~bad & (top[:, None] == self.eos).any(-1)
-        phase = torch.where(stops | bad | (is_answer & (answered >= thinking.max_answer_tokens)), DONE, phase)
+        stage = torch.where(stops | bad | (is_answer & (answered >= thinking.max_answer_tokens)), DONE, stage)
         out.finished[live.row] |= stops
         out.failed[live.row] |= bad
-        t = torch.where(phase == DONE, self.T, live.t + 1)
-        live.write(phase=phase, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, recent=recent)
-        live.write(is_thought=thought, slots=slots, weights=weights)
+        t = torch.where(stage == DONE, self.T, live.t + 1)
+        live.write(stage=stage, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, recent=recent)
+        live.write(is_thought=thought, support=support, log_weights=log_weights)
         if live.hidden is not None:
             live.write(hidden=hidden)
 
-    def _draw_cut(self, phi: Tensor, is_thought: Tensor, seeds: Tensor | None, step: Tensor) -> SoftToken:
+    def _draw_cut(self, phi: Tensor, is_thought: Tensor, seeds: Tensor | None, position: Tensor) -> SoftToken:
         """`draw` from what is left of phi (m, V); where fewer than K ids are, the other slots are absent."""
         left = self.decoding.cut(phi, is_thought, self.thinking)
         slots = min(self.decoding.slots_drawn(self.thinking, self.K), phi.shape[-1])
         wide = replace(self.thinking, thought_k=slots)
-        support, log_weights = draw(left, left, is_thought, wide, seeds, step)
+        support, log_weights = draw(left, left, is_thought, wide, seeds, position)
         log_weights = log_weights[:, : self.K].log_softmax(-1)
-        return SoftToken(support[:, : self.K].masked_fill(log_weights.isneginf(), self.pad_id), log_weights)
+        return SoftToken(support[:, : self.K].masked_fill(~is_present(log_weights), self.pad_id), log_weights)
 
     def _record(self, live: Live, **values: Tensor) -> None:
         for name, value in values.items():
             getattr(self.out, name)[live.row, live.t] = value
 
 
-POSITIONS = (  # of `Rollout`, what has a value a position
+POSITIONS = (  # of `Rollout`, what has a value per position
     "completion_ids", "mask", "action_mask", "thought_mask", "support", "log_weights", "log_probs",
     "support_log_probs", "entropy", "outside",
 )  # fmt: skip
 
 
 def draw(
-    scaled: Tensor, phi: Tensor, is_thought: Tensor, thinking: Thinking, seeds: Tensor | None, step: Any
+    scaled: Tensor, phi: Tensor, is_thought: Tensor, thinking: Thinking, seeds: Tensor | None, position: Any
 ) -> SoftToken:
-    """A thought or a token a row; slot 0 is the token. What `think.next_thought` makes, with one softmax for all.
+    """A thought or a token per row; slot 0 is the token. What `think.next_thought` makes, with one softmax for all.
 
     Args:
         scaled: (m, V) float32 logits, already divided by each row's temperature; phi: (m, V), their log-softmax.
     """
-    if seeds is None or thinking.thought == "dirichlet":
-        action = next_thought(scaled, replace(thinking, thought_temperature=1.0), seeds, step)
+    kind = thinking.kind
+    if seeds is None or kind.has_dirichlet_noise:
+        action = next_thought(scaled, replace(thinking, thought_temperature=1.0), seeds, position)
     else:
-        z = gumbel(seeds, step, phi.shape[-1]).add_(phi) if thinking.thought in NOISY else phi
+        z = gumbel(seeds, position, phi.shape[-1]).add_(phi) if kind.has_gumbel_noise else phi
         values, support = z.topk(thinking.support_size(phi.shape[-1]), dim=-1)  # (m, K)
-        action = SoftToken(support, torch.log_softmax(values / tau_of(thinking), dim=-1))
-    if seeds is not None and thinking.thought in ("soft", "hidden", "dirichlet"):  # tokens have noise of their own
-        token = GumbelTopK(scaled, 1, 1.0).sample(seeds=seeds, step=step).support
+        action = SoftToken(support, torch.log_softmax(values / thinking.mixing_tau, dim=-1))
+    if seeds is not None and not kind.has_gumbel_noise:  # tokens have noise of their own
+        token = GumbelTopK(scaled, 1, 1.0).sample(seeds=seeds, position=position).support
         action.support[:, :1] = torch.where(is_thought[:, None], action.support[:, :1], token)
     return action
-
-
-def tau_of(thinking: Thinking) -> float:
-    """The temperature of the Gumbel-Softmax, which only some kinds of thoughts have."""
-    return thinking.thought_tau if thinking.thought in ("gumbel", "hybrid") else 1.0
 
 
 def _log_outside(p: Tensor, phi: Tensor, ids: Tensor) -> Tensor:
@@ -326,8 +323,8 @@ def _log_outside(p: Tensor, phi: Tensor, ids: Tensor) -> Tensor:
     return phi.scatter_(-1, ids, -torch.inf).logsumexp(-1)  # nothing underflows; a GPU takes this way, and no look
 
 
-def _token_weights(like: Tensor) -> Tensor:
+def _token_log_weights(like: Tensor) -> Tensor:
     """Log-weights (..., K) of a token: [0, -inf, ...]."""
-    weights = torch.full_like(like, -torch.inf)
-    weights[..., 0] = 0.0
-    return weights
+    log_weights = torch.full_like(like, -torch.inf)
+    log_weights[..., 0] = 0.0
+    return log_weights

@@ -12,7 +12,7 @@ the tokens after them alike, each with settings of its own:
 
 Training has none of this: a set that moves with the weights makes ratios of 0 or infinity (docs/density.md).
 
-Shapes: m rows of one step, V vocabulary, W ids that can be left. Nothing here imports torch: `config` reads it.
+Shapes: m rows that draw together, V vocabulary, W ids that can be left. Nothing here imports torch: `config` reads it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Decoding:
 
     def slots_drawn(self, thinking: Thinking, support_size: int) -> int:
         """Slots that a thought has when it is drawn, before the K largest weights are kept; 0 = the vocabulary."""
-        if thinking.thought == "dirichlet" and self.order == "paper":
+        if thinking.kind.has_dirichlet_noise and self.order == "paper":
             return max(self.top_k, support_size) if self.top_k else 0
         return support_size
 
@@ -76,7 +76,7 @@ class Decoding:
     def cut(self, phi: Tensor, is_thought: Tensor, thinking: Thinking) -> Tensor:
         """What is left of a distribution, renormalised.
 
-        Each cut keeps the ids above some probability, so the three are one threshold a row; ids that tie with the
+        Each cut keeps the ids above some probability, so the three are one threshold per row; ids that tie with the
         last one kept are kept too.
 
         Args:
@@ -104,7 +104,8 @@ class Decoding:
             enough = _each(is_thought, _or_infinite(self.top_p), _or_infinite(after_top_p), phi) * total
             count = (before < enough).sum(-1, keepdim=True).clamp(min=1)
             threshold = threshold.maximum(last).maximum(largest.gather(-1, count - 1))
-        if self.order == "paper" and thinking.thought in ("gumbel", "hybrid") and thinking.thought_k:
+        kind = thinking.kind
+        if self.order == "paper" and kind.has_gumbel_noise and kind.mixes and thinking.thought_k:
             kept = phi.topk(thinking.thought_k, dim=-1).values[:, -1:]  # (m, 1)
             threshold = threshold.maximum(kept.masked_fill(~is_thought[:, None], -math.inf))
         return phi.masked_fill(phi < threshold, -math.inf).log_softmax(-1)

@@ -4,11 +4,9 @@ A soft token is a support S of K token ids with log-weights x, logsumexp(x) = 0;
 With phi = log_softmax(logits / T), G standard Gumbel noise and z = phi + G, the policies are
 
     GumbelTopK      S the K largest of z over the whole vocabulary, x = log_softmax(z_S / tau)
-    FilteredGumbel  S kept by top-k, top-p, min-p, max-top-k on phi; x as above             (arXiv 2508.03440,
-                    2511.06411)
-    Dirichlet       S kept likewise; e^x ~ Dirichlet(gamma * pi_S)                          (arXiv 2508.03440)
-    Token           one id, drawn from pi: K = 1
-    Soft            S kept likewise; x = log_softmax(phi_S): deterministic, no density      (arXiv 2505.15778)
+    Dirichlet       S the K largest of phi; e^x ~ Dirichlet(gamma * pi_S)                   (arXiv 2508.03440)
+
+K = 1 makes the first the discrete policy: one id, drawn from pi. Which kind of thought is drawn how: `kinds`.
 
 **GumbelTopK.** {S are the largest, with values z_S} has the density
 
@@ -30,9 +28,9 @@ density, so ratios are biased). See docs/density.md.
 S, times counting measure over S. With respect to the simplex weights e^x add -sum_S x_i; it holds no parameter, so
 ratios are the same.
 
-**Absent slots.** A slot with log-weight -inf is absent, whatever its id: it is not in S. So positions of different
-sizes, K-slot thoughts, nuclei with fewer ids, one-slot answer tokens, share one tensor call; with no slot at all
-(padding) the log-density is 0.
+**Absent slots.** A slot is absent where its log-weight is -inf (`is_present`), whatever its id: it is not in S. So
+positions of different sizes, K-slot thoughts, cut ones with fewer ids, one-slot answer tokens, share one tensor call;
+with no slot at all (padding) the log-density is 0.
 
 Shapes: `...` batch, V vocabulary, K slots. Everything is computed in float32, or in float64 if the logits are.
 """
@@ -40,7 +38,7 @@ Shapes: `...` batch, V vocabulary, K slots. Everything is computed in float32, o
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,10 +49,12 @@ _INF = float("inf")
 
 
 class SoftToken(NamedTuple):
-    """A thought: what is fed to the model instead of a token.
+    """A thought: what is fed to the model instead of a token embedding. A token is [id, ...] with [0, -inf, ...].
 
-    support: (..., K) int64, token ids by decreasing weight, so support[..., 0] is the strongest; 0 at absent slots.
-    log_weights: (..., K) float32, logsumexp 0 over the slots; -inf at absent slots. Never cast them to bfloat16.
+    Attributes:
+        support: (..., K) int64, token ids by decreasing weight, so support[..., 0] is the strongest; at absent slots
+            any id.
+        log_weights: (..., K) float32, logsumexp 0 over the slots; -inf at absent slots. Never cast them to bfloat16.
     """
 
     support: Tensor
@@ -63,44 +63,44 @@ class SoftToken(NamedTuple):
     @property
     def present(self) -> Tensor:
         """(..., K) bool: the slots in use."""
-        return self.log_weights > -_INF
+        return is_present(self.log_weights)
 
-    def pad(self, k: int) -> SoftToken:
-        """The same thought in k slots."""
-        extra = (0, k - self.support.shape[-1])
-        pad = torch.nn.functional.pad
-        return SoftToken(pad(self.support, extra), pad(self.log_weights, extra, value=-_INF))
+
+def is_present(log_weights: Tensor) -> Tensor:
+    """(..., K) bool: the slots in use; the others are absent."""
+    return log_weights > -_INF
 
 
 # ---------------------------------------------------------------- log-densities as functions of gathered statistics
 
 
-def gather_statistics(logits: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+def gather_statistics(logits: Tensor, support: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """All that a log-density needs to know of the logits.
 
     Args:
         logits: (..., V), already divided by the temperature; float32 or float64.
-        support: (..., K) int64; -1 marks an absent slot.
+        support: (..., K) int64.
+        present: (..., K) bool, see `is_present`; None: all slots.
 
     Returns:
-        log_probs (..., K): phi on the support, -inf at absent slots.
+        support_log_probs (..., K): phi on the support, -inf at absent slots.
         log_outside (...): log of the mass outside it, by a logsumexp over the complement; 1 - Pi_S would cancel. -inf
             if K = V.
     """
-    ids, present = slots(support)
+    ids, present = fill_absent(support, torch.ones_like(support, dtype=torch.bool) if present is None else present)
     chosen = logits.gather(-1, ids).masked_fill(~present, -_INF)
     outside = _logsumexp(logits.scatter(-1, ids, -_INF))
     log_z = torch.cat([chosen, outside.unsqueeze(-1)], -1).logsumexp(-1)
     return chosen - log_z.unsqueeze(-1), outside - log_z
 
 
-def slots(support: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids that can be gathered, and which slots are present, from a support with -1 at absent slots; (..., K) both.
+def fill_absent(support: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (..., K) that can be gathered, and the slots that count, (..., K) bool.
 
-    Absent slots repeat a present id. A row without any is read as the single id 0.
+    Absent slots repeat a present id, so that they take nothing from the outside mass. A row without any slot is read
+    as the single id 0.
     """
-    ids = support.clamp(min=0)
-    present = support >= 0
+    ids = support.masked_fill(~present, 0)
     present = torch.cat([present[..., :1] | ~present.any(-1, keepdim=True), present[..., 1:]], -1)
     return torch.where(present, ids, ids.amax(-1, keepdim=True)), present
 
@@ -115,11 +115,11 @@ def partial_entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min))
 
 
-def gumbel_topk_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
+def gumbel_topk_log_prob(support_log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
     """ln p(S, x) of `GumbelTopK` (formula, base measure and sources: module docstring).
 
     Args:
-        log_probs: (..., K) phi on the support; ignored at absent slots.
+        support_log_probs: (..., K) phi on the support; ignored at absent slots.
         log_outside: (...) log of the probability mass outside the support; -inf when there is none.
         log_weights: (..., K) x; -inf at absent slots. One slot gives the log-probability of a token.
         tau: Gumbel-Softmax temperature.
@@ -127,35 +127,26 @@ def gumbel_topk_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Te
     Returns:
         (...) log-densities, differentiable in all three tensors, with finite gradients also at log_outside = -inf.
     """
-    present = log_weights > -_INF
+    present = is_present(log_weights)
     count = present.sum(-1)
     x = log_weights.masked_fill(~present, 0)
     x_min = log_weights.masked_fill(~present, _INF).amin(-1).masked_fill(count == 0, 0)
-    scores = (_full(log_probs) - tau * x).masked_fill(~present, -_INF)
+    scores = (_full(support_log_probs) - tau * x).masked_fill(~present, -_INF)
     scores = torch.cat([scores, (_full(log_outside) - tau * x_min).unsqueeze(-1)], -1)  # (..., K + 1)
     log_r = scores.log_softmax(-1)[..., :-1].masked_fill(~present, 0)
     size = count.clamp(min=1).to(log_r.dtype)
     return log_r.sum(-1) + size.lgamma() + (size - 1) * math.log(tau)
 
 
-def filtered_gumbel_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, tau: float) -> Tensor:
-    """ln p(x | S) of `FilteredGumbel`: the ExpConcrete density on S, which counts as all there is; see
-    `gumbel_topk_log_prob`.
-
-    log_outside is taken for the common signature and not read. With one slot, x is certain and its log-density 0.
-    """
-    nothing = torch.zeros_like(log_outside).masked_fill((log_weights > -_INF).any(-1), -_INF)
-    return gumbel_topk_log_prob(log_probs, nothing, log_weights, tau)
-
-
-def dirichlet_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, gamma: float) -> Tensor:
+def dirichlet_log_prob(support_log_probs: Tensor, log_outside: Tensor, log_weights: Tensor, gamma: float) -> Tensor:
     """ln p(x | S) of `Dirichlet`: lgamma(gamma) - sum_S lgamma(a_i) + sum_S a_i x_i,  a = gamma * softmax(phi_S).
 
     In log-ratio coordinates; `torch.distributions.Dirichlet` is with respect to the weights, this minus sum_S x_i.
-    Arguments and returns as in `gumbel_topk_log_prob`; log_outside is not read.
+    With one slot x is certain and its log-density 0. Arguments and returns as in `gumbel_topk_log_prob`; log_outside
+    is not read.
     """
-    present = log_weights > -_INF
-    log_a = math.log(gamma) + _full(log_probs).masked_fill(~present, -_INF).log_softmax(-1)
+    present = is_present(log_weights)
+    log_a = math.log(gamma) + _full(support_log_probs).masked_fill(~present, -_INF).log_softmax(-1)
     log_a = log_a.masked_fill(~present, 0)
     a = log_a.exp()
     # lgamma(a) = lgamma(a + 1) - ln a: finite where a underflows
@@ -167,21 +158,19 @@ def dirichlet_log_prob(log_probs: Tensor, log_outside: Tensor, log_weights: Tens
 # ---------------------------------------------------------------- distributions
 
 
-class Thought:
+class Distribution:
     """What the distributions share: the categorical at the given temperature, its entropy, and the sources of noise.
 
     Args:
         logits: (..., V), any float dtype.
         k: K, the number of slots, 1 <= K <= V.
         temperature: T > 0, divides the logits before anything else.
-        validate_args: check logits for NaN at a pass over them and a device synchronisation.
 
     Raises:
-        ValueError: for an argument out of range; with `validate_args`, for NaN (or +inf) logits and rows of -inf
-            alone.
+        ValueError: for an argument out of range.
     """
 
-    def __init__(self, logits: Tensor, k: int, temperature: float = 1.0, validate_args: bool = False) -> None:
+    def __init__(self, logits: Tensor, k: int, temperature: float = 1.0) -> None:
         if not logits.is_floating_point() or logits.dim() == 0:
             raise ValueError(
                 f"logits: expected a floating-point (..., V) tensor, got {logits.dtype} {tuple(logits.shape)}"
@@ -191,21 +180,22 @@ class Thought:
         check_positive("temperature", temperature)
         self.logits = _full(logits) if temperature == 1 else _full(logits) / temperature  # (..., V)
         self.k = k
-        if validate_args and not self.logits.logsumexp(-1).isfinite().all():
-            raise ValueError("logits: NaN, +inf, or a row of -inf alone")
 
     def sample(
-        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, step: int | Tensor = 0
+        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, position: int | Tensor = 0
     ) -> SoftToken:
-        """Draws a thought; no gradient.
+        """Draw a thought; no gradient. Where logits are -inf, fewer than K ids may be left: the rest is absent.
 
         Args:
             generator: sequential noise; the global generator if None.
-            seeds: (...) int64, addressed noise instead (`noise.gumbel`): a row's sample does not depend on its batch.
-            step: with `seeds`, the position in the chain of thoughts; an int or (...) int64.
+            seeds: (...) int64, addressed noise instead (`noise`): a row's sample does not depend on its batch.
+            position: with `seeds`, the index in the completion; an int or (...) int64.
 
         Returns:
-            SoftToken, by decreasing weight.
+            SoftToken of (..., K) tensors, by decreasing weight.
+
+        Raises:
+            ValueError: generator and seeds, or seeds of another shape or dtype.
         """
         raise NotImplementedError
 
@@ -222,190 +212,106 @@ class Thought:
         """Entropy, in nats, of the categorical softmax(logits / T) that the thought is made from; (...)."""
         return entropy(self.logits)
 
-    def _gumbel(
-        self, shape: torch.Size, generator: torch.Generator | None, seeds: Tensor | None, step: int | Tensor
-    ) -> Tensor:
-        if seeds is None:
-            e = torch.empty(shape, dtype=self.logits.dtype, device=self.logits.device).exponential_(
-                generator=generator
-            )
-            return e.clamp_(min=torch.finfo(e.dtype).tiny).log_().neg_()
-        return noise.gumbel(*self._address(generator, seeds, step), shape[-1]).view(shape)
-
     def _address(
-        self, generator: torch.Generator | None, seeds: Tensor, step: int | Tensor
+        self, generator: torch.Generator | None, seeds: Tensor, position: int | Tensor
     ) -> tuple[Tensor, int | Tensor]:
         if generator is not None:
             raise ValueError("sample: give a generator or seeds, not both")
         if seeds.shape != self.logits.shape[:-1]:
             raise ValueError(f"seeds: expected shape {tuple(self.logits.shape[:-1])}, got {tuple(seeds.shape)}")
-        return seeds.flatten(), step.flatten() if isinstance(step, Tensor) else step
+        return seeds.flatten(), position.flatten() if isinstance(position, Tensor) else position
 
     def _statistics(self, thought: SoftToken) -> tuple[Tensor, Tensor, Tensor]:
-        support, log_weights = thought
-        check_thought(support, log_weights, self.logits.shape[-1])
-        log_probs, log_outside = gather_statistics(self.logits, support.masked_fill(~thought.present, -1))
-        if (thought.present & (log_probs == -_INF)).any():
+        check_thought(*thought, self.logits.shape[-1])
+        support_log_probs, log_outside = gather_statistics(self.logits, thought.support, thought.present)
+        if (thought.present & (support_log_probs == -_INF)).any():
             raise ValueError("support: an id whose logit is -inf; the policy cannot have drawn it")
-        return log_probs, log_outside, log_weights
+        return support_log_probs, log_outside, thought.log_weights
 
 
-class GumbelTopK(Thought):
+class GumbelTopK(Distribution):
     """The K largest of phi + G over the whole vocabulary, softened by tau. Full support: a ratio is never 0/0.
 
+    K = 1 is the discrete policy: one id from softmax(logits / T), whatever tau is. Density: module docstring.
+
     Args:
-        logits, k, temperature, validate_args: as in `Thought`.
+        logits: (..., V), any float dtype.
+        k: K, the number of slots, 1 <= K <= V.
         tau: Gumbel-Softmax temperature > 0; the weights tend to one-hot as it falls.
+        temperature: T > 0, divides the logits before anything else.
+
+    Raises:
+        ValueError: for an argument out of range.
     """
 
-    def __init__(
-        self, logits: Tensor, k: int, tau: float, temperature: float = 1.0, validate_args: bool = False
-    ) -> None:
-        super().__init__(logits, k, temperature, validate_args)
+    def __init__(self, logits: Tensor, k: int, tau: float, temperature: float = 1.0) -> None:
+        super().__init__(logits, k, temperature)
         check_positive("tau", tau)
         self.tau = tau
 
     @torch.no_grad()
     def sample(
-        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, step: int | Tensor = 0
+        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, position: int | Tensor = 0
     ) -> SoftToken:
-        z = self._gumbel(self.logits.shape, generator, seeds, step).add_(self.logits)  # phi up to a constant
-        return _soft_token(*z.topk(self.k, -1), self.tau)
+        if seeds is None:
+            e = torch.empty_like(self.logits).exponential_(generator=generator)
+            z = e.clamp_(min=torch.finfo(e.dtype).tiny).log_().neg_()
+        else:
+            z = noise.gumbel(*self._address(generator, seeds, position), self.logits.shape[-1]).view(self.logits.shape)
+        return _soft_token(*z.add_(self.logits).topk(self.k, -1), self.tau)  # phi up to a constant
 
     def log_prob(self, thought: SoftToken) -> Tensor:
         return gumbel_topk_log_prob(*self._statistics(thought), self.tau)
 
 
-class Token(GumbelTopK):
-    """One id from softmax(logits / T): the discrete policy, `GumbelTopK` with K = 1."""
+class Dirichlet(Distribution):
+    """Dirichlet(gamma * pi) on the K most probable ids, renormalised; as published (arXiv 2508.03440), ids with
+    probability <= 1e-7 among these leave it.
 
-    def __init__(self, logits: Tensor, temperature: float = 1.0, validate_args: bool = False) -> None:
-        super().__init__(logits, 1, 1.0, temperature, validate_args)
-
-
-class Filtered(Thought):
-    """What the filtered kinds share: the kept set, in the published order (T, top-k, top-p, min-p, max-top-k; then the
-    noise).
+    The log-density is conditional on the support, and is taken on that of the given thought: it is frozen at the
+    rollout, whatever the parameters have become since. The published order draws weights for more ids and then keeps
+    the K largest; the law of those has no closed form, so here K comes before the draw (`decoding` has the other).
 
     Args:
-        logits, temperature, validate_args: as in `Thought`.
-        k: max-top-k, the number of slots; kept sets with fewer ids leave slots absent.
-        top_k: keep the top_k largest probabilities; None keeps all.
-        top_p: then the smallest set, of the largest, with at least this share of the mass, 0 < top_p <= 1.
-        min_p: then those of at least min_p times the largest probability, 0 <= min_p <= 1.
+        logits: (..., V), any float dtype.
+        k: K, the number of slots, 1 <= K <= V.
+        gamma: total concentration > 0; the weights come near the probabilities as it grows.
+        temperature: T > 0, divides the logits before anything else.
 
-    The log-density is conditional on the kept set, and is taken on the support of the given thought: the set is frozen
-    at the rollout, whatever the parameters have become since. One slot is certain: log-density 0.
+    Raises:
+        ValueError: for an argument out of range.
     """
 
-    def __init__(
-        self,
-        logits: Tensor,
-        k: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        validate_args: bool = False,
-    ) -> None:
-        super().__init__(logits, k, temperature, validate_args)
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: expected None or >= 1, got {top_k}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
-        if not 0 <= min_p <= 1:
-            raise ValueError(f"min_p: expected 0 <= min_p <= 1, got {min_p}")
-        self.top_k, self.top_p, self.min_p = top_k, top_p, min_p
-
-    def keep(self) -> tuple[Tensor, Tensor]:
-        """The kept set: ids (..., K) by decreasing probability, and phi on it, (..., K), renormalised; -inf at absent
-        slots."""
-        width = min(max(self.k, self.top_k or 0), self.logits.shape[-1])
-        logits, ids = self.logits.topk(width, -1)
-        if self.top_k is not None:
-            logits = logits.masked_fill(torch.arange(width, device=logits.device) >= self.top_k, -_INF)
-        if self.top_p < 1:
-            log_z = (logits if self.top_k is not None else self.logits).logsumexp(-1, keepdim=True)
-            probs = (logits - log_z).exp()
-            logits = logits.masked_fill(probs.cumsum(-1) - probs >= self.top_p, -_INF)  # the mass before an id
-        if self.min_p > 0:
-            logits = logits.masked_fill(logits < logits[..., :1] + math.log(self.min_p), -_INF)
-        return ids[..., : self.k], logits[..., : self.k].log_softmax(-1)
-
-
-class FilteredGumbel(Filtered):
-    """Gumbel-Softmax inside the kept set; arguments as in `Filtered`, and tau > 0 as in `GumbelTopK`."""
-
-    def __init__(self, logits: Tensor, k: int, tau: float, temperature: float = 1.0, **filters) -> None:
-        super().__init__(logits, k, temperature, **filters)
-        check_positive("tau", tau)
-        self.tau = tau
-
-    @torch.no_grad()
-    def sample(
-        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, step: int | Tensor = 0
-    ) -> SoftToken:
-        ids, log_probs = self.keep()
-        z, order = (log_probs + self._gumbel(log_probs.shape, generator, seeds, step)).sort(-1, descending=True)
-        return _soft_token(z, ids.gather(-1, order), self.tau)
-
-    def log_prob(self, thought: SoftToken) -> Tensor:
-        return filtered_gumbel_log_prob(*self._statistics(thought), self.tau)
-
-
-class Dirichlet(Filtered):
-    """Dirichlet(gamma * pi) on the kept set; arguments as in `Filtered`, and the total concentration gamma > 0.
-
-    The published order truncates to max-top-k after the draw; the law of the K largest Dirichlet weights has no closed
-    form, so here max-top-k comes before it. The two agree where k >= top_k. As published, ids with probability <= 1e-7
-    leave the kept set.
-    """
-
-    def __init__(self, logits: Tensor, k: int, gamma: float, temperature: float = 1.0, **filters) -> None:
-        super().__init__(logits, k, temperature, **filters)
+    def __init__(self, logits: Tensor, k: int, gamma: float, temperature: float = 1.0) -> None:
+        super().__init__(logits, k, temperature)
         check_positive("gamma", gamma)
         self.gamma = gamma
 
     @torch.no_grad()
     def sample(
-        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, step: int | Tensor = 0
+        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, position: int | Tensor = 0
     ) -> SoftToken:
-        ids, log_probs = self.keep()
-        log_probs = log_probs.masked_fill(log_probs <= math.log(1e-7), -_INF).log_softmax(-1)
-        present = log_probs > -_INF
-        log_a = (math.log(self.gamma) + log_probs).masked_fill(~present, 0)
+        values, ids = self.logits.topk(self.k, -1)
+        support_log_probs = values.log_softmax(-1)
+        rare = support_log_probs <= math.log(1e-7)
+        support_log_probs = support_log_probs.masked_fill(rare, -_INF).log_softmax(-1)
+        present = is_present(support_log_probs)
+        log_a = (math.log(self.gamma) + support_log_probs).masked_fill(~present, 0)
         a = log_a.exp()
         # ln Gamma(a) draw = ln Gamma(a + 1) draw + ln(U) / a: no underflow at small a
         if seeds is None:
             boost = torch.empty_like(a).exponential_(generator=generator)
             log_gamma = torch._standard_gamma(a + 1, generator=generator).log()
         else:
-            seeds, step = self._address(generator, seeds, step)
-            boost = noise.exponential(seeds, step, self.k).view(a.shape).to(a.dtype)
-            log_gamma = (
-                noise.gamma(seeds, step, (a + 1).float().view(-1, self.k), stream=1).view(a.shape).to(a.dtype).log()
-            )
+            seeds, position = self._address(generator, seeds, position)
+            boost = noise.exponential(seeds, position, self.k).view(a.shape).to(a.dtype)
+            drawn = noise.gamma(seeds, position, (a + 1).float().view(-1, self.k), stream=1)
+            log_gamma = drawn.view(a.shape).to(a.dtype).log()
         z, order = (log_gamma - boost / a).masked_fill(~present, -_INF).sort(-1, descending=True)
         return _soft_token(z, ids.gather(-1, order), 1.0)
 
     def log_prob(self, thought: SoftToken) -> Tensor:
         return dirichlet_log_prob(*self._statistics(thought), self.gamma)
-
-
-class Soft(Filtered):
-    """The kept set mixed by its own probabilities: a deterministic thought. Arguments as in `Filtered`."""
-
-    def sample(
-        self, generator: torch.Generator | None = None, seeds: Tensor | None = None, step: int | Tensor = 0
-    ) -> SoftToken:
-        ids, log_probs = self.keep()
-        return _soft_token(log_probs.detach(), ids, 1.0)
-
-    def log_prob(self, thought: SoftToken) -> NoReturn:
-        raise ValueError(
-            "log_prob: a `soft` thought is a deterministic function of the logits, a point mass, and has no density; "
-            "policy gradients need a random thought: `gumbel` (GumbelTopK), `dirichlet` or `token`"
-        )
 
 
 # ---------------------------------------------------------------- helpers and checks
@@ -420,7 +326,7 @@ def check_thought(support: Tensor, log_weights: Tensor, vocab_size: int) -> None
         raise ValueError(f"support: expected int64, got {support.dtype}")
     if log_weights.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_weights: expected float32 or float64 (less loses the density), got {log_weights.dtype}")
-    present = log_weights > -_INF
+    present = is_present(log_weights)
     if (present & ((support < 0) | (support >= vocab_size))).any():
         raise ValueError(f"support: an id outside the vocabulary, 0 <= id < {vocab_size}")
     slots = torch.arange(support.shape[-1], device=support.device)

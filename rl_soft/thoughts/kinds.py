@@ -30,6 +30,20 @@ class Kind:
         """What is fed is the embedding of one id."""
         return not (self.mixes or self.reads_hidden)
 
+    @property
+    def has_gumbel_noise(self) -> bool:
+        """One draw of noise over all ids serves a thought and a token alike."""
+        return self.noise == "gumbel"
+
+    @property
+    def has_dirichlet_noise(self) -> bool:
+        return self.noise == "dirichlet"
+
+    @property
+    def needs_projector(self) -> bool:
+        """A gate adds the mixture to the projected state; a state alone can be fed without a projector (Coconut)."""
+        return self.reads_hidden and self.mixes
+
 
 RL = ("grpo", "ppo")
 KINDS = {
@@ -97,9 +111,11 @@ class Ratio:
     help: str
     scores: str | None  # density: p(S, x); strongest: p(i*) = pi_{i*}; None: a thought is no action
     second_factor: bool = False  # p(S, x) / p(i*) too, clipped by itself
-    remade: str | None = (
-        None  # thoughts are made again from their noise, or from it given i*, with gradients through them
-    )
+    remade: str | None = None  # thoughts are made again with gradients: from "noise", or from noise "given id" i*
+
+    @property
+    def scores_strongest(self) -> bool:
+        return self.scores == "strongest"
 
     @property
     def one_by_one(self) -> bool:

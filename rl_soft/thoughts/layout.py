@@ -63,19 +63,32 @@ class Layout:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
-    def question_ids(self, question: str) -> list[int]:
-        """Ids of the question alone, with the chat template where the thinking is explicit and the model has one."""
-        text = self.thinking.question_template.replace("{question}", question)
-        if self.thinking.phase == "explicit" and self.tokenizer.chat_template:
-            system = self.thinking.system_prompt
-            messages = [{"role": "system", "content": system}] if system else []
-            messages.append({"role": "user", "content": text})
-            ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-            return list(ids["input_ids"])
-        bos = self.tokenizer.bos_token_id
-        return ([bos] if bos is not None else []) + self.encode(text)
+    def question_ids(self, question: str | list[dict[str, Any]]) -> list[int]:
+        """Ids of the question alone, with the chat template where the thinking is explicit and the model has one.
 
-    def prompt_ids(self, question: str) -> list[int]:
+        Args:
+            question: text, which goes into `question_template`; or chat messages, which are taken as they are.
+
+        Raises:
+            ValueError: chat messages in phase latent, or for a tokenizer without a chat template.
+        """
+        system, messages = self.thinking.system_prompt, question if isinstance(question, list) else []
+        templated = self.thinking.phase == "explicit" and self.tokenizer.chat_template
+        if messages and not templated:
+            why = "the tokenizer has none" if self.thinking.phase == "explicit" else "phase latent takes none"
+            raise ValueError(f"prompt {str(question)!r:.60} is chat messages, which need a chat template, and {why}")
+        if isinstance(question, str):
+            text = self.thinking.question_template.replace("{question}", question)
+            if not templated:
+                bos = self.tokenizer.bos_token_id
+                return ([bos] if bos is not None else []) + self.encode(text)
+            messages = [{"role": "user", "content": text}]
+        if system and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        return list(ids["input_ids"])
+
+    def prompt_ids(self, question: str | list[dict[str, Any]]) -> list[int]:
         """Everything before the first thought."""
         ids = self.question_ids(question)
         return [*ids, self.bot_id] if self.thinking.phase == "latent" else ids

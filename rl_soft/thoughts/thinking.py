@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from rl_soft.keys import Number, OneOf, fields, key, keys
-from rl_soft.thoughts.kinds import KINDS
+from rl_soft.thoughts.kinds import KINDS, Kind
 
 PHASES = ("latent", "explicit")
 CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `think.disturb`
@@ -43,17 +43,26 @@ class Thinking:
         def refuse(name: str, allowed: str) -> None:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-        kind = KINDS[self.thought]
-        if kind.reads_hidden and self.phase != "latent":
+        if self.kind.reads_hidden and self.phase != "latent":
             refuse("phase", f"latent for thought {self.thought} (its thoughts spell no end of thinking)")
         if self.phase == "explicit" and self.num_thoughts < 1:
             refuse("num_thoughts", "at least 1 when phase is explicit")
-        if kind.noise == "dirichlet" and self.thought_k == 1:
+        if self.kind.has_dirichlet_noise and self.thought_k == 1:
             refuse("thought_k", "0 or at least 2 for thought dirichlet (a single weight is certain)")
         if self.phase == "explicit" and not self.end_of_thinking:
             refuse("end_of_thinking", "a text when phase is explicit")
         if "{question}" not in self.question_template:
             refuse("question_template", "a text that contains {question}")
+
+    @property
+    def kind(self) -> Kind:
+        """What is true of this kind of thought."""
+        return KINDS[self.thought]
+
+    @property
+    def mixing_tau(self) -> float:
+        """What perturbed log-probabilities are divided by before they become log-weights; 1 for kinds without tau."""
+        return self.thought_tau if self.kind.parameter == "thought_tau" else 1.0
 
     def support_size(self, vocab_size: int) -> int:
         """K for a model of `vocab_size` tokens; a hidden thought mixes none, and records its state's strongest id.
@@ -63,7 +72,7 @@ class Thinking:
         """
         if self.thought_k > vocab_size:
             raise ValueError(f"thought_k must be at most the vocabulary size {vocab_size}, got {self.thought_k}")
-        return (self.thought_k or vocab_size) if KINDS[self.thought].mixes else 1
+        return (self.thought_k or vocab_size) if self.kind.mixes else 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -41,9 +41,8 @@ from rl_soft.config.refusals import refuse_checkpointing
 from rl_soft.data import sources as data
 from rl_soft.data.sources import Row
 from rl_soft.model import policy
-from rl_soft.model.policy import add_projector
-from rl_soft.model.projector import KeepsProjector
-from rl_soft.model.think import last_state, position_ids, reads_hidden, think
+from rl_soft.model.projector import KeepsProjector, add_projector
+from rl_soft.model.think import last_state, position_ids, think
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address
 from rl_soft.train.start import lora_config, with_adapter
@@ -143,7 +142,7 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
         base = model
         if peft_config is not None:
             model = with_adapter(model, layout, peft_config)
-        if reads_hidden(layout.thinking) and layout.thinking.num_thoughts and codi.use_projector:
+        if layout.thinking.kind.reads_hidden and layout.thinking.num_thoughts and codi.use_projector:
             gated = layout.thinking.thought == "hybrid"
             add_projector(base, gated, codi.projector_size, args.seed, projector_dtype(base, args))
         super().__init__(
@@ -209,7 +208,7 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            output_hidden_states=reads_hidden(thinking),
+            output_hidden_states=thinking.kind.reads_hidden,
         )
         seeds = inputs["seeds"] if self.codi.train_noise else None
         fresh = self.state.global_step * (thinking.num_thoughts + 1)  # new noise each time a row comes round
@@ -264,7 +263,7 @@ def separate_teacher(source: str, model: Any, layout: Layout, args: Any) -> Any:
         folder = str(load_recipe(source, {"seed": args.seed}).output_dir / "model")
     if not Path(folder).exists() and (folder != source or source.startswith((".", "/", "runs/", "models/"))):
         raise ValueError(f"teacher {source}: {folder} does not exist; train it first, or use teacher self")
-    made = policy.load(folder, str(model.dtype).removeprefix("torch."))
+    made = policy.load_policy(folder, str(model.dtype).removeprefix("torch."))
     ours, theirs = (m.config.get_text_config() for m in (model, made.model))
     for name in ("hidden_size", "num_hidden_layers"):
         if getattr(ours, name) != getattr(theirs, name):

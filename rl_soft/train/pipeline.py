@@ -157,7 +157,7 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
             evaluate_as(start, "after", model)
     else:
         m = recipe.model
-        model = policy.load(str(model_folder), m.dtype, m.attn_implementation).model.to(start.args.device)
+        model = policy.load_policy(str(model_folder), m.dtype, m.attn_implementation).model.to(start.args.device)
         with gathered(model):
             evaluate_as(start, "after", model)
     if start.args.process_index == 0 and recipe.data.eval_problems:
@@ -289,11 +289,11 @@ def load_rows(recipe: Recipe) -> Rows:
     """Training and held-out problems, which never overlap (asserted by question hash); their golds can be read."""
     d = recipe.data
     options, columns = d.dataset_options or {}, d.dataset_columns
-    train = data.load(d.dataset, "train", d.train_size, d.data_seed_train, options, columns)
+    train = data.load_rows(d.dataset, "train", d.train_size, d.data_seed_train, options, columns)
     check_golds(train, d.dataset)
     if not d.eval_problems:
         return Rows(train, [])
-    test = data.load(
+    test = data.load_rows(
         d.eval_dataset or d.dataset,
         "evaluation",
         d.eval_problems,

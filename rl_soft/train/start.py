@@ -56,7 +56,7 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     if m.model_config:
         return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype, m.attn_implementation)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load(source, m.dtype, m.attn_implementation, trainable=True)
+    start = policy.load_policy(source, m.dtype, m.attn_implementation, trainable=True)
     if hasattr(start.model, "peft_config"):
         check_adapter(recipe, source, start.model.peft_config["default"])
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
@@ -84,7 +84,7 @@ def policy_of(model: Any, args: Any, tokenizer: Any) -> policy.Policy:
                 f"model_init_kwargs may hold dtype and attn_implementation here, not {', '.join(asked)}; load the "
                 "model yourself and give it as `model`"
             )
-        loaded = policy.load(str(model), dtype, attention, trainable=True)
+        loaded = policy.load_policy(str(model), dtype, attention, trainable=True)
         return policy.Policy(loaded.model, tokenizer or loaded.tokenizer, loaded.thinking)
     source = getattr(model, "name_or_path", "")
     if tokenizer is None and not source:

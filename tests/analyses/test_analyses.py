@@ -251,7 +251,7 @@ def test_traces_are_those_of_the_decoders():
     ends = eos_token_ids(model, layout.tokenizer)
     prompts = [layout.prompt_ids(row.question) for row in some]
     for kind in ("gumbel", "dirichlet", "sampled"):
-        of_kind = Layout(replace(layout.thinking, thought=traces.KINDS[kind]), layout.tokenizer)
+        of_kind = Layout(replace(layout.thinking, thought=traces.TRACES[kind]), layout.tokenizer)
         out = rollout(model, of_kind, prompts, torch.tensor([address(7, row.id, 1) for row in some]), ends)
         for record, thoughts, support in zip(records, out.thought_mask, out.support, strict=True):
             assert record[kind][1]["ids"] == support[thoughts, 0].tolist()
@@ -264,7 +264,7 @@ def test_traces_are_those_of_the_decoders():
 
 
 def test_traces_without_thoughts_are_no_agreement():
-    none = {kind: [{"ids": [], "entropy": [], "outside": []}] for kind in traces.KINDS}
+    none = {kind: [{"ids": [], "entropy": [], "outside": []}] for kind in traces.TRACES}
     with pytest.raises(ValueError, match="traces: no thought was fed"):
         traces.summarise([none, none])
 

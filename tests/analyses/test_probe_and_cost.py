@@ -19,7 +19,8 @@ from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.evaluation.samples import evaluate, sample_records
-from rl_soft.model.policy import add_projector, eos_token_ids
+from rl_soft.model.policy import eos_token_ids
+from rl_soft.model.projector import add_projector
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from conftest import tiny_policy
 
+from rl_soft import files
 from rl_soft.analyses import branching
 from rl_soft.analyses.findings import above, compact, enough, number, resampled, shown
 from rl_soft.analyses.report import _pieces
+from rl_soft.analyses.run import Journal
 from rl_soft.cli import main
-from rl_soft.files import Journal
 from rl_soft.model import policy
 from rl_soft.thoughts.thinking import Thinking
 
@@ -70,7 +71,8 @@ def test_figures_in_words():
 # -- records -------------------------------------------------------------------------------------------------------
 
 
-def test_a_journal_goes_on_and_refuses_what_is_not_its_own(tmp_path):
+def test_a_journal_goes_on_and_refuses_what_is_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.0)
     path, questions = tmp_path / "a" / "x.jsonl", {"p": "1", "q": "2"}
 
     def record(name, value):
@@ -94,14 +96,16 @@ def test_a_journal_goes_on_and_refuses_what_is_not_its_own(tmp_path):
     with pytest.raises(ValueError, match="holds problem p with another question"):
         Journal(path, {"seed": 7}, {"p": "3"})
     path.write_text(path.read_text().replace('{"problem_id": "p"', "broken"))
-    with pytest.raises(ValueError, match="line 2: not a JSON object"):
+    with pytest.raises(ValueError, match="line 2: not a record of an analysis"):
         Journal(path, {"seed": 7}, questions)
     path.write_text('{"seed": 7}\n{"other": 1}\n')
-    with pytest.raises(ValueError, match="line 2: not a record"):
+    with pytest.raises(ValueError, match="line 2: not a record of an analysis"):
         Journal(path, {"seed": 7}, questions)
-    for text in ('{"my": "document"}', "[1]\n", "text"):  # of someone else, and left as it is
+    for text in ('{"my": "document"}', '{"my": "docu', "[1]\n", "text"):  # of someone else, and left as it is
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"x.jsonl(, line 1: not a JSON object| is not a file of this analysis)"):
+        with pytest.raises(
+            ValueError, match=r"x.jsonl(, line 1: not a record of an analysis| holds records with my = )"
+        ):
             Journal(path, {"seed": 7}, questions)
         assert path.read_text() == text
     path.write_text('{"se')  # killed while writing its first line

@@ -45,7 +45,7 @@ def test_memory_is_within_a_third_of_what_is_measured():
     run = Engine(model, layout, prompts, torch.arange(16), [-1], None, "none")
     with torch.no_grad():
         run.enter()
-        while run.live.phase[: run.n].ne(engine.DONE).all():
+        while run.live.stage[: run.n].ne(engine.DONE).all():
             run.step()
     cache = sum(x.numel() * 4 for layer in run.cache.layers for x in (layer.keys, layer.values))
     assert cache / 1.34 <= told.rollout["cache"] <= cache * 1.34

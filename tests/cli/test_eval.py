@@ -21,7 +21,8 @@ from conftest import ROOT, TINY, VOCABULARY, tiny_policy
 from rl_soft import cli
 from rl_soft.cli import eval as eval_command
 from rl_soft.config.recipe import load_recipe, parse_overrides
-from rl_soft.data.sources import Row, load
+from rl_soft.data.sources import Row
+from rl_soft.data.sources import load_rows as load
 from rl_soft.evaluation import judging, records
 from rl_soft.evaluation import samples as evaluate
 from rl_soft.model import policy
@@ -144,7 +145,7 @@ def test_a_peft_folder_is_a_model(model, tmp_path):
     """Evaluated with its adapter in the weights, it answers as it does with the adapter beside them."""
     from peft import LoraConfig, get_peft_model
 
-    made = policy.load(str(model))
+    made = policy.load_policy(str(model))
     bot = made.tokenizer.convert_tokens_to_ids("<bot>")
     config = LoraConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, trainable_token_indices=[bot]
@@ -154,7 +155,7 @@ def test_a_peft_folder_is_a_model(model, tmp_path):
     assert not (tmp_path / "adapter/model.safetensors").exists()
     merged = read(run(tmp_path / "adapter", tmp_path / "out", eval_samples=2))
     assert len(merged) == PROBLEMS * 3
-    loaded = policy.load(str(tmp_path / "adapter"), attn_implementation="float64")
+    loaded = policy.load_policy(str(tmp_path / "adapter"), attn_implementation="float64")
     rows = {row.id: row for row in load("chain_sum", "evaluation", PROBLEMS, 2, OPTIONS)}
     tasks = [(rows[problem], sample) for problem, sample in merged if sample != records.GREEDY]
     layout = Layout(THINKING, loaded.tokenizer)

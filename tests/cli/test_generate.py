@@ -338,7 +338,7 @@ def test_a_stopped_run_goes_on_and_repeats_no_sample(model, tmp_path, monkeypatc
     whole = (tmp_path / "whole.jsonl").read_text()
     assert len(whole.splitlines()) == 18
 
-    out, append, made = tmp_path / "out" / "part.jsonl", generate_command.Output.append, []
+    out, append, made = tmp_path / "out" / "part.jsonl", generate_command.Output.add, []
 
     def stop(self, done):
         append(self, done)
@@ -346,7 +346,7 @@ def test_a_stopped_run_goes_on_and_repeats_no_sample(model, tmp_path, monkeypatc
         if len(made) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_command.Output, "append", stop)
+    monkeypatch.setattr(generate_command.Output, "add", stop)
     with pytest.raises(SystemExit) as error:
         command(model, *words, out)
     assert error.value.code == 130 and len(out.read_text().splitlines()) == 7

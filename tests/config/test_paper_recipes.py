@@ -11,7 +11,7 @@ from conftest import ROOT
 from test_recipe import LLAMA, tiny_pretrained
 
 from rl_soft.config.recipe import load_recipe
-from rl_soft.data.sources import load
+from rl_soft.data.sources import load_rows as load
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.evaluation.samples import sample_records
 from rl_soft.model import policy
@@ -60,7 +60,7 @@ def test_the_recipe_runs_on_a_tiny_model(place, name):
     logs = [m for m in map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines()) if "loss" in m]
     assert [m["step"] for m in logs] == [1, 2]
     assert all(math.isfinite(v) for m in logs for v in m.values() if isinstance(v, float))
-    made = policy.load(str(folder / name / "model"))
+    made = policy.load_policy(str(folder / name / "model"))
     assert made.thinking == recipe.thinking and not made.tokenizer.chat_template, "it was trained without one"
     problems = load("gsm8k-aug", "train", 3, 0, {"path": str(folder / "rows.jsonl")})
     layout = Layout(made.thinking, made.tokenizer)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rl_soft.data.equations import equations, holds
-from rl_soft.data.generated import UNSCORED, task_scorer
-from rl_soft.data.sources import Row, assert_disjoint, load, question_hash
+from rl_soft.data.generated import UNSCORED
+from rl_soft.data.sources import Row, assert_disjoint, load_rows, question_hash
 from rl_soft.data.stored import CATALOGUE
 
 SMALL = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1, "compact": True}
@@ -52,7 +52,7 @@ def test_question_hash_ignores_case_and_space() -> None:
 
 @pytest.mark.parametrize("negation", [False, True])
 def test_chain_sum_steps_lead_to_the_answer(negation: bool) -> None:
-    for row in load("chain_sum", "train", 200, options={**SMALL, "max_terms": 5, "allow_negation": negation}):
+    for row in load_rows("chain_sum", "train", 200, options={**SMALL, "max_terms": 5, "allow_negation": negation}):
         assert row.question.endswith("=")
         assert " " not in row.question + "".join(row.steps)
         assert total(row.question[:-1]) == int(row.answer)
@@ -66,7 +66,7 @@ def test_chain_sum_steps_lead_to_the_answer(negation: bool) -> None:
 
 
 def test_chain_sum_in_words() -> None:
-    row = load("chain_sum", "train", 1)[0]
+    row = load_rows("chain_sum", "train", 1)[0]
     assert row.question.startswith("State the final answer to the following arithmetic problem: ")
     assert row.steps[-1].endswith(f" = {row.answer}")
     assert (row.answer_type, row.source, row.family) == ("number", "chain_sum", None)
@@ -74,35 +74,35 @@ def test_chain_sum_in_words() -> None:
 
 def test_sides_never_overlap_whatever_the_seeds() -> None:
     for seed in range(3):
-        train = load("chain_sum", "train", 500, seed, SMALL)
-        assert_disjoint(train, load("chain_sum", "evaluation", 100, 2 - seed, SMALL))
+        train = load_rows("chain_sum", "train", 500, seed, SMALL)
+        assert_disjoint(train, load_rows("chain_sum", "evaluation", 100, 2 - seed, SMALL))
         assert len({row.id for row in train}) == len({question_hash(row.question) for row in train}) == 500
 
 
 def test_generation_is_a_function_of_its_arguments() -> None:
-    rows = load("gsm_symbolic", "train", 60, seed=5)
-    assert rows == load("gsm_symbolic", "train", 60, seed=5)
-    assert rows[:20] == load("gsm_symbolic", "train", 20, seed=5)
-    assert not {row.id for row in rows} & {row.id for row in load("gsm_symbolic", "train", 60, seed=6)}
+    rows = load_rows("gsm_symbolic", "train", 60, seed=5)
+    assert rows == load_rows("gsm_symbolic", "train", 60, seed=5)
+    assert rows[:20] == load_rows("gsm_symbolic", "train", 20, seed=5)
+    assert not {row.id for row in rows} & {row.id for row in load_rows("gsm_symbolic", "train", 60, seed=6)}
 
 
 def test_neighbouring_seeds_give_other_rows() -> None:
-    first, second = (load("chain_sum", "train", 100, seed) for seed in (0, 1))
+    first, second = (load_rows("chain_sum", "train", 100, seed) for seed in (0, 1))
     assert not {row.id for row in first} & {row.id for row in second}
 
 
 def test_exhausted_space_says_how_many_rows_it_has() -> None:
     options = {**SMALL, "min_terms": 2, "max_terms": 2}  # 200 questions in all
     with pytest.raises(ValueError, match=r"distinct evaluation questions, fewer than size=200") as error:
-        load("chain_sum", "evaluation", 200, options=options)
+        load_rows("chain_sum", "evaluation", 200, options=options)
     count = int(re.search(r"has (\d+) distinct", str(error.value))[1])
     assert 5 <= count <= 40
-    evaluation = load("chain_sum", "evaluation", count, options=options)
-    assert_disjoint(load("chain_sum", "train", 200 - count, options=options), evaluation)
+    evaluation = load_rows("chain_sum", "evaluation", count, options=options)
+    assert_disjoint(load_rows("chain_sum", "train", 200 - count, options=options), evaluation)
 
 
 def test_gsm_symbolic_in_words() -> None:
-    rows = load("gsm_symbolic", "train", 200)
+    rows = load_rows("gsm_symbolic", "train", 200)
     assert all(row.steps and row.family for row in rows)
     assert not any(step.startswith("####") for row in rows for step in row.steps)
     assert all(row.question.endswith("Do not include units.") for row in rows)
@@ -111,8 +111,8 @@ def test_gsm_symbolic_in_words() -> None:
 
 @pytest.mark.parametrize("terms", [2, 3, 5])
 def test_chains_modulo_ten_hold_and_end_in_the_answer(terms: int) -> None:
-    train = load("chain_mod", "train", 100, seed=1, options={"terms": terms})
-    evaluation = load("chain_mod", "evaluation", 20, seed=2, options={"terms": terms})
+    train = load_rows("chain_mod", "train", 100, seed=1, options={"terms": terms})
+    evaluation = load_rows("chain_mod", "evaluation", 20, seed=2, options={"terms": terms})
     assert_disjoint(train, evaluation)
     for row in train + evaluation:
         first, *others = (step.partition("=") for step in row.steps)
@@ -124,13 +124,13 @@ def test_chains_modulo_ten_hold_and_end_in_the_answer(terms: int) -> None:
         assert row.question == first[0] + "".join(left[1:] for left in lefts) + "="
         assert row.answer == row.steps[-1].partition("=")[2]
     with pytest.raises(ValueError, match=r"chain_mod refuses the options .*'length': 3.*it has terms"):
-        load("chain_mod", "train", 5, options={"length": 3})
+        load_rows("chain_mod", "train", 5, options={"length": 3})
     with pytest.raises(ValueError, match="fewer than size=200"):
-        load("chain_mod", "evaluation", 200, options={"terms": 2})
+        load_rows("chain_mod", "evaluation", 200, options={"terms": 2})
 
 
 def test_gsm_symbolic_as_equations() -> None:
-    for row in load("gsm_symbolic", "evaluation", 200, options={"steps": "equations", "compact": True}):
+    for row in load_rows("gsm_symbolic", "evaluation", 200, options={"steps": "equations", "compact": True}):
         assert "final answer" not in row.question
         assert all(holds(step) for step in row.steps)
         assert float(row.steps[-1].rpartition("=")[2]) == float(row.answer)
@@ -154,15 +154,19 @@ def test_equations(sentence: str, expected: tuple[str, ...]) -> None:
     assert equations(sentence) == expected
 
 
+def score(answer: str, row: Row) -> float:
+    """By the task's own scorer, from what the row holds."""
+    from reasoning_gym import get_score_answer_fn
+
+    entry = {"question": row.question, "answer": row.answer, "metadata": json.loads(row.metadata)}
+    return get_score_answer_fn(row.source)(answer, entry)
+
+
 def test_any_task_with_its_own_scorer() -> None:
-    rows = load("countdown", "train", 5)
-    score = task_scorer("countdown")
-    for row in rows:
+    for row in load_rows("countdown", "train", 5):
         assert (row.answer_type, row.steps) == ("free", ())
         assert score(row.answer, row) == 1.0
         assert score("1 + 1", row) < 1.0
-    with pytest.raises(ValueError, match="the scorer of arc_agi cannot be used"):
-        task_scorer("arc_agi")
 
 
 @pytest.mark.slow
@@ -170,8 +174,7 @@ def test_scorers_accept_the_rows_of_every_task() -> None:
     from reasoning_gym.factory import DATASETS
 
     for task in sorted(set(DATASETS) - {"composite", "knight_swap", *UNSCORED}):
-        score = task_scorer(task)
-        for row in load(task, "train", 3):
+        for row in load_rows(task, "train", 3):
             assert not row.answer or score(row.answer, row) == 1.0, task
 
 
@@ -191,7 +194,7 @@ def test_scorers_accept_the_rows_of_every_task() -> None:
 )
 def test_generated_refusals(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load(**{"source": "chain_sum", "split": "train", "size": 3, **arguments})
+        load_rows(**{"source": "chain_sum", "split": "train", "size": 3, **arguments})
 
 
 def test_overlap_names_the_question() -> None:
@@ -215,7 +218,7 @@ RECORDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_formats(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mine{suffix}", RECORDS)
-    first, second, third = load(path, "train")
+    first, second, third = load_rows(path, "train")
     assert first == Row("mine/0", "2+2?", ("Add.", "2+2=4"), "4", "number", path, "sum")
     assert (second.answer, second.answer_type, second.steps, second.family) == ("-2.5", "number", (), None)
     assert (third.answer, third.answer_type) == ("blue", "free")
@@ -232,33 +235,37 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
         "answer_type": "kind",
         "family": "template",
     }
-    assert load(path, "train", columns=names) == [
+    assert load_rows(path, "train", columns=names) == [
         Row("mine/first", "2+2?", ("2+2", "=4"), "4", "number", path, "7"),
     ]
     with pytest.raises(ValueError, match=r"mine.jsonl has no column 'question'; it has q, gold, work"):
-        load(path, "train")
+        load_rows(path, "train")
     with pytest.raises(ValueError, match="no column 'proof'"):
-        load(path, "train", columns={**names, "steps": "proof"})
+        load_rows(path, "train", columns={**names, "steps": "proof"})
     with pytest.raises(ValueError, match=r"columns must be one of question, .*, not 'prompt'"):
-        load(path, "train", columns={"prompt": "q"})
+        load_rows(path, "train", columns={"prompt": "q"})
 
 
 def test_a_smaller_draw_is_part_of_a_larger(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", [{"question": f"{i}?", "answer": i} for i in range(50)])
-    assert [row.answer for row in load(path, "train")] == [str(i) for i in range(50)]
-    assert load(path, "train", 5, seed=1) == load(path, "train", 20, seed=1)[:5] != load(path, "train", 5, seed=2)
+    assert [row.answer for row in load_rows(path, "train")] == [str(i) for i in range(50)]
+    assert (
+        load_rows(path, "train", 5, seed=1)
+        == load_rows(path, "train", 20, seed=1)[:5]
+        != load_rows(path, "train", 5, seed=2)
+    )
     with pytest.raises(ValueError, match=r"mine.jsonl \(train\) has 50 rows, fewer than size=51"):
-        load(path, "train", 51)
+        load_rows(path, "train", 51)
 
 
 def test_holdout_divides_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", [{"question": f"{i}?", "answer": i} for i in range(200)])
-    train, evaluation = (load(path, split, options={"holdout": True}) for split in ("train", "evaluation"))
+    train, evaluation = (load_rows(path, split, options={"holdout": True}) for split in ("train", "evaluation"))
     assert_disjoint(train, evaluation)
     assert len(train) + len(evaluation) == 200
     assert 5 < len(evaluation) < 40
     with pytest.raises(ValueError, match="200 evaluation questions are also training questions"):
-        assert_disjoint(load(path, "train"), load(path, "evaluation"))
+        assert_disjoint(load_rows(path, "train"), load_rows(path, "evaluation"))
 
 
 @pytest.mark.parametrize(
@@ -280,21 +287,21 @@ def test_holdout_divides_a_file(tmp_path: Path) -> None:
 )
 def test_file_refusals(tmp_path: Path, records: list[dict], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load(write(tmp_path / "mine.jsonl", records), "train", options=options)
+        load_rows(write(tmp_path / "mine.jsonl", records), "train", options=options)
 
 
 def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        load(str(tmp_path / "none.csv"), "train")
+        load_rows(str(tmp_path / "none.csv"), "train")
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": 1}\n{"question":\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 2 is not JSON"):
-        load(str(tmp_path / "bad.jsonl"), "train")
+        load_rows(str(tmp_path / "bad.jsonl"), "train")
     (tmp_path / "bad.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="must hold a list"):
-        load(str(tmp_path / "bad.json"), "train")
+        load_rows(str(tmp_path / "bad.json"), "train")
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match="row 1 is not an object"):
-        load(str(tmp_path / "list.json"), "train")
+        load_rows(str(tmp_path / "list.json"), "train")
 
 
 # The catalogue, on rows with the true names of the fields
@@ -377,7 +384,7 @@ def test_catalogue(
     tmp_path: Path, name: str, record: dict[str, Any], steps: tuple[str, ...], answer: str, answer_type: str
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [record])
-    (row,) = load(name, "evaluation", options={"path": path})
+    (row,) = load_rows(name, "evaluation", options={"path": path})
     assert (row.steps, row.answer, row.answer_type, row.source) == (steps, answer, answer_type, name)
     assert row.id.startswith(f"{name}/evaluation/")
 
@@ -390,7 +397,7 @@ def test_every_catalogued_set_is_tested() -> None:
 def test_programs_have_their_prompt_and_entry_point(tmp_path: Path) -> None:
     prompt = 'import math\n\n\ndef f(x):\n    """Squares x."""\n'
     record = {"task_id": "HumanEval/7", "prompt": prompt, "test": "def check(c):\n    pass\n", "entry_point": "f"}
-    (row,) = load("humaneval", "evaluation", options={"path": write(tmp_path / "he.jsonl", [record])})
+    (row,) = load_rows("humaneval", "evaluation", options={"path": write(tmp_path / "he.jsonl", [record])})
     assert row.id == "humaneval/evaluation/HumanEval/7"
     assert json.loads(row.metadata) == {"prompt": prompt, "entry_point": "f"}
     assert row.question == prompt.strip()
@@ -400,27 +407,29 @@ def test_programs_have_their_prompt_and_entry_point(tmp_path: Path) -> None:
         "test_imports": ["import math"],
         "test_list": ["assert f(2) == 4"],
     }
-    (row,) = load("mbpp", "evaluation", options={"path": write(tmp_path / "mbpp.json", [sanitized])})
+    (row,) = load_rows("mbpp", "evaluation", options={"path": write(tmp_path / "mbpp.json", [sanitized])})
     assert row.question == "Square x.\nYour code should pass these tests:\n\nassert f(2) == 4"
     assert (row.answer, row.metadata) == ("import math\nassert f(2) == 4", "")
     with pytest.raises(ValueError, match=r"mbpp.json has no column 'test_list'; it has task_id, prompt"):
-        load("mbpp", "evaluation", options={"path": write(tmp_path / "mbpp.json", [{"task_id": 1, "prompt": "q"}])})
+        load_rows(
+            "mbpp", "evaluation", options={"path": write(tmp_path / "mbpp.json", [{"task_id": 1, "prompt": "q"}])}
+        )
 
 
 def test_expressions_are_kept_as_they_are_written(tmp_path: Path) -> None:
     answers = ["3,5", "1,234", r"\frac{1}{2}", "x^2 + 1"]
     path = write(tmp_path / "rows.jsonl", [{"question": f"{i}?", "answer": a} for i, a in enumerate(answers)])
-    rows = load(path, "evaluation", options={"answer_type": "expression"})
+    rows = load_rows(path, "evaluation", options={"answer_type": "expression"})
     assert [(row.answer, row.answer_type) for row in rows] == [(answer, "number") for answer in answers]
-    rows = load(path, "evaluation")
+    rows = load_rows(path, "evaluation")
     assert [(row.answer, row.answer_type) for row in rows[:2]] == [("3,5", "free"), ("1234", "number")]
 
 
 def test_rows_are_dropped_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"question": f"{i}?", "answer": i} for i in range(4)])
-    assert [row.id for row in load(path, "train", options={"drop": ["rows/1", "rows/2"]})] == ["rows/0", "rows/3"]
+    assert [row.id for row in load_rows(path, "train", options={"drop": ["rows/1", "rows/2"]})] == ["rows/0", "rows/3"]
     with pytest.raises(ValueError, match=r"drop: .* has no row 'rows/9'; its first is 'rows/0'"):
-        load(path, "train", options={"drop": ["rows/9"]})
+        load_rows(path, "train", options={"drop": ["rows/9"]})
 
 
 def test_rows_that_cannot_be_read_can_be_dropped(tmp_path: Path) -> None:
@@ -428,21 +437,24 @@ def test_rows_that_cannot_be_read_can_be_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"question": f"{i}?", "answer": a} for i, a in enumerate(answers)])
     number = {"answer_type": "number"}
     with pytest.raises(ValueError, match=r"row 2: the answer 'x' .*; 1 more rows .*\{drop: \[rows/1, rows/3\]\}"):
-        load(path, "train", options=number)
-    assert [row.answer for row in load(path, "train", options={**number, "drop": ["rows/1", "rows/3"]})] == ["1", "2"]
+        load_rows(path, "train", options=number)
+    assert [row.answer for row in load_rows(path, "train", options={**number, "drop": ["rows/1", "rows/3"]})] == [
+        "1",
+        "2",
+    ]
 
 
 def test_gsm8k_as_equations(tmp_path: Path) -> None:
     path = write(tmp_path / "test.jsonl", [GSM8K])
-    (row,) = load("gsm8k", "evaluation", options={"path": path, "steps": "equations"})
+    (row,) = load_rows("gsm8k", "evaluation", options={"path": path, "steps": "equations"})
     assert row.steps == ("48/2=24", "48+24=72")
 
 
 def test_gpqa_choices_have_a_fixed_order(tmp_path: Path) -> None:
     records = [{**GPQA, "Question": f"Which is a metal? ({i})"} for i in range(20)]
     path = write(tmp_path / "gpqa.jsonl", records)
-    rows = load("gpqa-diamond", "evaluation", options={"path": path})
-    assert rows == load("gpqa-diamond", "evaluation", options={"path": path})
+    rows = load_rows("gpqa-diamond", "evaluation", options={"path": path})
+    assert rows == load_rows("gpqa-diamond", "evaluation", options={"path": path})
     assert all(f"\n{row.answer}) iron" in row.question and row.answer_type == "choice" for row in rows)
     assert {row.answer for row in rows} == set("ABCD")
 
@@ -466,10 +478,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple]]:
 
 def test_hub_splits(hub: Callable[..., list[tuple]]) -> None:
     calls = hub([{"question": "1?", "answer": "1", "question_concat": "1?", "Answer": "1"}])
-    assert load("gsm8k", "train")[0].id == "gsm8k/train/0"
-    load("svamp", "evaluation", options={"revision": "abc"})
-    assert load("someone/sums", "validation", options={"config": "easy"})[0].source == "someone/sums"
-    load("someone/sums", "evaluation")
+    assert load_rows("gsm8k", "train")[0].id == "gsm8k/train/0"
+    load_rows("svamp", "evaluation", options={"revision": "abc"})
+    assert load_rows("someone/sums", "validation", options={"config": "easy"})[0].source == "someone/sums"
+    load_rows("someone/sums", "evaluation")
     assert calls == [
         ("openai/gsm8k", "main", "train", None),
         ("ChilleD/SVAMP", None, "train+test", "abc"),
@@ -477,13 +489,13 @@ def test_hub_splits(hub: Callable[..., list[tuple]]) -> None:
         ("someone/sums", None, "test", None),
     ]
     with pytest.raises(ValueError, match="ChilleD/SVAMP has no train split"):
-        load("svamp", "train")
+        load_rows("svamp", "train")
     with pytest.raises(ValueError, match="deepscaler has no option 'steps'"):
-        load("deepscaler", "train", options={"steps": "text"})
+        load_rows("deepscaler", "train", options={"steps": "text"})
 
 
 def test_hub_holdout(hub: Callable[..., list[tuple]]) -> None:
     hub([{"problem": f"{i}?", "answer": str(i)} for i in range(100)])
-    sides = [load("deepscaler", split, options={"holdout": True}) for split in ("train", "evaluation")]
+    sides = [load_rows("deepscaler", split, options={"holdout": True}) for split in ("train", "evaluation")]
     assert_disjoint(*sides)
     assert len(sides[0]) + len(sides[1]) == 100

@@ -84,7 +84,7 @@ def test_the_recorded_density_is_the_distributions():
 def test_drawn_weights_have_the_moments_of_the_dirichlet(gamma):
     n, thinking = 40_000, replace(LATENT, thought_gamma=gamma, thought_temperature=0.7)
     logits = torch.randn(20, generator=torch.Generator().manual_seed(0))
-    thought = next_thought(logits.expand(n, -1), thinking, torch.arange(n) * 7919 + 5, step=3)
+    thought = next_thought(logits.expand(n, -1), thinking, torch.arange(n) * 7919 + 5, position=3)
     assert (thought.log_weights[:, :-1] >= thought.log_weights[:, 1:]).all(), "the strongest weight first"
     kept = logits.topk(4).indices
     weights = torch.zeros(n, 20).scatter(-1, thought.support, thought.log_weights.exp())[:, kept].double()
@@ -92,7 +92,7 @@ def test_drawn_weights_have_the_moments_of_the_dirichlet(gamma):
     error = (expected.variance / n).sqrt()
     assert ((weights.mean(0) - expected.mean).abs() < 4.5 * error).all()
     assert ((weights.var(0) / expected.variance - 1).abs() < 0.05).all()
-    other = next_thought(logits.expand(n, -1), thinking, torch.arange(n) * 7919 + 5, step=4)
+    other = next_thought(logits.expand(n, -1), thinking, torch.arange(n) * 7919 + 5, position=4)
     first = [torch.zeros(n, 20).scatter(-1, t.support, t.log_weights.exp())[:, kept[0]] for t in (thought, other)]
     assert abs(torch.corrcoef(torch.stack(first))[0, 1]) < 4.5 / n**0.5, "another step, another draw"
 

@@ -24,9 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rl_soft.model import policy
+from rl_soft.model.projector import add_projector
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
-from rl_soft.model.think import reads_hidden
 from rl_soft.model.value_head import add_value_head
 from rl_soft.rollouts.engine import Engine
 from rl_soft.rollouts.state_machine import Walk
@@ -105,7 +104,7 @@ def assert_step_stays(fake, made, layout, seeds=True, decoding=None) -> None:
         engine = Engine(made.model, layout, prompts, row_seeds if seeds else None, eos, 10**6, "none", decoding)
         assert engine.replay.on
         engine.replay.on = False  # no device to record on
-        if reads_hidden(layout.thinking):
+        if layout.thinking.kind.reads_hidden:
             head.register_forward_pre_hook(lambda _, args: setattr(engine, "read", args[0]))
         engine.enter()
         assert engine.cache.grain > 1 and engine.cache.layers[0].keys.is_cuda
@@ -127,7 +126,7 @@ def test_the_step_of_a_thought(fake, thought):
     latent = thought in ("hidden", "hybrid")
     made, layout = make("llama", replace(LATENT if latent else EXPLICIT, thought=thought))
     if latent:
-        policy.add_projector(made.model, gated=thought == "hybrid")
+        add_projector(made.model, gated=thought == "hybrid")
     made.model.bfloat16()
     assert_step_stays(fake, made, layout)
 
@@ -245,7 +244,7 @@ def test_the_scored_forward(fake, monkeypatch, case, dtype, amp):
     model = base = made.model.to(getattr(torch, dtype))
     add_soft_forward(base)
     if thinking.thought == "hybrid":
-        policy.add_projector(base, gated=True)
+        add_projector(base, gated=True)
     if "adapter" in case:
         model = with_adapter(base)
         # The frozen head's Jacobian is formed at once, by autograd.

@@ -159,7 +159,7 @@ def test_a_hidden_checkpoint_goes_on_as_hybrid_and_resumes(tmp_path, lora):
     folder = saved(made, tmp_path, replace(THINKING, thought="hidden"))
     weights = []
     for resume in (None, str(tmp_path / "rl" / "checkpoint-2")):
-        start = policy.load(folder)
+        start = policy.load_policy(folder)
         assert start.thinking.thought == "hidden"
         gate = start.model.projector.gate.item()
         peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
@@ -173,7 +173,7 @@ def test_a_hidden_checkpoint_goes_on_as_hybrid_and_resumes(tmp_path, lora):
         if resume is None and not lora:
             assert logs[0]["kl"] == pytest.approx(0, abs=1e-5) and logs[-1]["kl"] > 1e-4  # the reference has it too
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    again = policy.load(str(tmp_path / "rl" / "checkpoint-4"))
+    again = policy.load_policy(str(tmp_path / "rl" / "checkpoint-4"))
     inside = language_model(again.model).projector.state_dict()
     end = {k.partition("projector.")[2]: v for k, v in weights[0].items() if "projector." in k}
     assert set(inside) == set(end) and all(torch.equal(value, end[name]) for name, value in inside.items())
@@ -205,7 +205,7 @@ def test_ppo_keeps_head_and_projector_apart(tmp_path):
     trainer = ppo_trainer(tmp_path / "run", thinking=HYBRID, made=made, max_steps=2)
     assert all(log["rollout/density_gap"] < 1e-4 for log in train(trainer))
     policy.save(tmp_path / "model", trainer.save_model, made.tokenizer, HYBRID, True)
-    again = policy.load(str(tmp_path / "model")).model.state_dict()
+    again = policy.load_policy(str(tmp_path / "model")).model.state_dict()
     expected = {k: v for k, v in made.model.state_dict().items() if "value_head" not in k}
     assert set(again) == set(expected) and all(torch.equal(v, again[k]) for k, v in expected.items())
     assert (tmp_path / "model" / "value_head.safetensors").exists()

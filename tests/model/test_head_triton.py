@@ -64,23 +64,23 @@ def exact(raw, support, temperature, softcap, grads):
     raw = raw.double().requires_grad_()
     x = raw if softcap is None else softcap * (raw / softcap).tanh()
     x = x / temperature.double()
-    stats = (*densities.gather_statistics(x, support), densities.entropy(x))
+    stats = (*densities.gather_statistics(x, support, support >= 0), densities.entropy(x))
     loss = sum((s.masked_fill(s == -INF, 0) * g).sum() for s, g in zip(stats, grads, strict=True) if g is not None)
     return [s.detach() for s in stats], torch.autograd.grad(loss, raw)[0]
 
 
 def ours(raw, support, temperature, softcap, grads):
     """The same by `head`: by the kernels where they are usable, else by its passes in torch."""
-    ids, present = densities.slots(support)
+    ids, present = densities.fill_absent(support, support >= 0)
     fused = kernels.usable(raw)
     logits = raw.clone() if fused else head.tempered(raw.float(), temperature, softcap)
     before = logits.clone()
     args = (logits, ids, present, temperature, softcap)
     stats = head._statistics(*args)
     assert logits.equal(before)
-    kept = head._grad_logits(*args, *stats, *grads, keep_logits=True)
+    kept = head._grad_logits(*args, stats, grads, keep_logits=True)
     assert logits.equal(before)
-    d = head._grad_logits(*args, *stats, *grads)
+    d = head._grad_logits(*args, stats, grads)
     assert d.equal(kept)
     if fused:
         assert d.data_ptr() == logits.data_ptr() and d.dtype == raw.dtype
@@ -93,7 +93,7 @@ def assert_close(ours, theirs, support, rtol, rounding=0.0):
     for a, b in zip(stats, expected, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol)
-    on = torch.zeros_like(grad, dtype=torch.bool).scatter_(-1, densities.slots(support)[0], True)
+    on = torch.zeros_like(grad, dtype=torch.bool).scatter_(-1, densities.fill_absent(support, support >= 0)[0], True)
     for part in (on, ~on):
         a, b = d.double() * part, grad * part
         assert ((a - b).norm(dim=-1) <= (5 * rtol + rounding) * b.norm(dim=-1) + rounding**2).all()
@@ -168,7 +168,7 @@ def test_logits_of_minus_infinity_have_no_mass_and_no_gradient():
     """Also where they fill the first block, before there is a largest logit."""
     raw, support, temperature = problem(6, torch.float32)
     raw[:, :70] = -INF
-    raw.scatter_(-1, densities.slots(support)[0], 1.0)
+    raw.scatter_(-1, densities.fill_absent(support, support >= 0)[0], 1.0)
     grads = gradients(6, (1, 1, 0))
     for softcap in (None, 8.0):
         stats, d = ours(raw, support, temperature, softcap, gradients(6, (1, 1, 1)))

@@ -182,7 +182,7 @@ def saved_policy(folder, tied=True):
     made = tiny_policy(tied=tied)
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
-    return policy.load(str(folder))
+    return policy.load_policy(str(folder))
 
 
 def logits_of(model, inputs):

@@ -34,7 +34,7 @@ def on_disk(folder, model_type="llama", tied=True):
     made.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     made.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    start = policy.load(str(folder))
+    start = policy.load_policy(str(folder))
     policy.add_thought_tokens(start)
     return start
 
@@ -108,7 +108,7 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, thought, tied, peft_config):
     trainer.train()
     expected = outputs(trainer, trainer.model)
     policy.save(tmp_path / "model", trainer.save_model, start.tokenizer, trainer.layout.thinking, True)
-    loaded = policy.load(str(tmp_path / "model"))
+    loaded = policy.load_policy(str(tmp_path / "model"))
     assert loaded.thinking == trainer.layout.thinking
     for ours, theirs in zip(expected, outputs(trainer, loaded.model), strict=True):
         assert torch.equal(ours, theirs)

@@ -14,7 +14,7 @@ from rewards import sandbox
 from rewards.code import extract_program, judge_programs, readable_tests
 from rewards.scorers import judge_puzzles, plain_mathematics, readings
 from rl_soft.data.generated import UNSCORED
-from rl_soft.data.sources import load
+from rl_soft.data.sources import load_rows as load
 
 TESTS = "assert f(2) == 4\nassert f(3) == 9\n"
 RIGHT = "def f(x):\n    return x * x\n"

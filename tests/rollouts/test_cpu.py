@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_soft.model import policy
-from rl_soft.rollouts.engine import merged_adapter, rollout
+from rl_soft.rollouts.engine import rollout
 from rl_soft.rollouts.kernels import cpu as ours
 from rl_soft.rollouts.kernels import sampling
 from rl_soft.thoughts.layout import Layout
@@ -57,7 +57,9 @@ def assert_drawn(drawn, logits, temperature, K, seeds, step):
     torch.testing.assert_close((drawn.values - shift)[real], values[real], check_dtype=False, atol=1e-5, rtol=1e-6)
     entropy = -(phi.exp() * phi.clamp(min=-1e4)).sum(-1)
     torch.testing.assert_close(drawn.entropy, entropy, check_dtype=False, atol=2e-6, rtol=2e-6)
-    torch.testing.assert_close(drawn.log_probs(support), phi.gather(-1, support), check_dtype=False, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        drawn.support_log_probs(support), phi.gather(-1, support), check_dtype=False, atol=1e-5, rtol=0
+    )
     ids = support[:, : max(1, min(K, V // 4))].clone()
     ids[:, -1] = ids[:, 0]  # absent slots name the first again
     outside = phi.scatter(-1, ids, -torch.inf).logsumexp(-1)
@@ -331,8 +333,8 @@ def test_merged_adapters_are_taken_with_the_layer(calls):
     made.model = get_peft_model(made.model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     roll(made)
     assert not calls["after_attention"]
-    with merged_adapter(made.model):
-        roll(made)
+    made.model.merge_adapter()
+    roll(made)
     assert calls["after_attention"]
 
 
@@ -352,7 +354,7 @@ def test_loaded_weights_begin_at_cache_lines(tmp_path):
     made = large_policy()
     made.model.save_pretrained(tmp_path)
     made.tokenizer.save_pretrained(tmp_path)
-    loaded = policy.load(str(tmp_path)).model
+    loaded = policy.load_policy(str(tmp_path)).model
     assert not [name for name, p in loaded.named_parameters() if p.data_ptr() % 64]
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight or not loaded.config.tie_word_embeddings
     for p, q in zip(loaded.parameters(), made.model.parameters(), strict=True):

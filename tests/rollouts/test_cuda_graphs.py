@@ -198,7 +198,7 @@ def cuda(monkeypatch):
     return fake
 
 
-def test_a_step_that_makes_the_host_wait_is_never_recorded(cuda, caplog):
+def test_a_step_that_makes_the_cpu_wait_is_never_recorded(cuda, caplog):
     replay, taken = Replay(torch.device("cuda")), []
 
     def step():
@@ -211,7 +211,7 @@ def test_a_step_that_makes_the_host_wait_is_never_recorded(cuda, caplog):
         for _ in range(LOOKS + 2):
             replay.run("key", step)
     assert len(taken) == LOOKS + 2 and not cuda.said and not replay.on and cuda.mode == 0
-    assert "it makes the host wait, at " in caplog.text
+    assert "it makes the CPU wait, at " in caplog.text
 
 
 def test_what_only_the_first_step_waits_for_does_no_harm(cuda):

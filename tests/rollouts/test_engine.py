@@ -17,7 +17,7 @@ from rl_soft.model.think import mix_embeddings, next_thought
 from rl_soft.rollouts import engine as engine
 from rl_soft.rollouts import state_machine as walk
 from rl_soft.rollouts.cuda_graphs import Replay
-from rl_soft.rollouts.engine import merged_adapter, rollout
+from rl_soft.rollouts.engine import rollout
 from rl_soft.rollouts.state_machine import _log_outside
 from rl_soft.thoughts.densities import Dirichlet, GumbelTopK, entropy
 from rl_soft.thoughts.layout import Layout
@@ -86,7 +86,7 @@ def plain_loop(model, layout: Layout, prompt: list[int], seed: Tensor, eos: int)
                 phase = "answer"
             phase = "done" if t.phase == "explicit" and ids[-1] == eos else phase
         else:
-            token = GumbelTopK(logits, 1, 1.0, T).sample(seeds=seed[None], step=step).support
+            token = GumbelTopK(logits, 1, 1.0, T).sample(seeds=seed[None], position=step).support
             action, density = (token, torch.zeros(1, 1)), torch.log_softmax(logits / T, -1)[0, token[0]]
             answered = sum(s["kind"] == "answer" for s in steps) + 1
             phase = "done" if token.item() == eos or answered == t.max_answer_tokens else phase
@@ -333,14 +333,8 @@ def test_adapters_unmerged_and_merged():
     out = rollout(model, layout, prompts, seeds, eos)
     assert not torch.equal(out.log_probs, plain.log_probs)
     assert_equals_plain_loop(out, model, layout, prompts, seeds, eos, [0, 7])
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with merged_adapter(model):
-        merged = rollout(model, layout, prompts, seeds, eos)
-    assert_same(merged, out, atol=2e-4)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert_same(rollout(model, layout, prompts, seeds, eos), out, atol=0)
-    with pytest.raises(ValueError, match="the model has no adapter"), merged_adapter(tiny_policy().model):
-        pass
+    model.merge_adapter()
+    assert_same(rollout(model, layout, prompts, seeds, eos), out, atol=2e-4)
 
 
 def test_models_that_cannot_think_in_soft_tokens_are_refused_by_name():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import rows, tiny_policy
 
-from rl_soft.model.scored_forward import SoftInputs, add_soft_forward, conditional_weights
+from rl_soft.model.scored_forward import SoftInputs, add_soft_forward, conditional_log_weights
 from rl_soft.model.think import mix_embeddings
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.densities import GumbelTopK, SoftToken
@@ -179,7 +179,7 @@ def test_more_slots_than_the_vocabulary_are_refused(tiny):
         run(made, wide, rows(1))
 
 
-def test_conditional_weights_follow_the_noise():
+def test_conditional_log_weights_follow_the_noise():
     """Given the strongest id, the weights under a changed policy are those that the same noise makes: with noise of
     the largest value M and cut-off Gumbels below it, drawn here directly, all K = V slots."""
     torch.manual_seed(0)
@@ -195,5 +195,5 @@ def test_conditional_weights_follow_the_noise():
     order = thought(old).argsort(-1, descending=True)
     assert torch.equal(order[:, :1], top)
     x_old, x_new = thought(old).gather(-1, order), thought(new).gather(-1, order)
-    made = conditional_weights(x_old, (new - old).gather(-1, order), tau)
+    made = conditional_log_weights(x_old, (new - old).gather(-1, order), tau)
     torch.testing.assert_close(made, x_new, atol=1e-9, rtol=0)

@@ -193,7 +193,7 @@ def test_the_papers_dirichlet_is_drawn_before_the_largest_are_kept():
     beyond = 0
     for row in range(18):
         kept = warped(logits_before(made, out, row, 0)[None] / 1.3, 7, 1.0, 0.0)
-        drawn = Dirichlet(kept, 7, 2.0).sample(seeds=out.seeds[row : row + 1], step=0)
+        drawn = Dirichlet(kept, 7, 2.0).sample(seeds=out.seeds[row : row + 1], position=0)
         assert drawn.support[0, :3].tolist() == out.support[row, 0].tolist()
         expected = drawn.log_weights[0, :3].log_softmax(-1)
         torch.testing.assert_close(out.log_weights[row, 0], expected, atol=2e-4, rtol=1e-4)

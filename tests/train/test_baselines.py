@@ -338,7 +338,7 @@ def test_an_adapter_is_trained_saved_and_loaded(tmp_path, method):
     given = {"model_config": None, "vocabulary": None, "model_name_or_path": str(base), "use_peft": True, "lora_r": 4}
     run = train.run(recipe(tmp_path, method, max_steps=2, **given))
     assert (run / "model/adapter_model.safetensors").exists()
-    loaded = policy.load(str(run / "model"))
+    loaded = policy.load_policy(str(run / "model"))
     for name, weight in start.model.named_parameters():
         inside = dict(loaded.model.get_base_model().named_parameters())
         same = inside.get(name, inside.get(f"{name.removesuffix('.weight')}.base_layer.weight"))
@@ -361,8 +361,8 @@ def test_a_checkpoint_answers_in_a_fresh_process(tmp_path):
     subprocess.run(command, check=True, timeout=120, cwd=ROOT, capture_output=True)
     records = [json.loads(line) for line in (tmp_path / "eval/records.jsonl").read_text().splitlines()]
     texts = {r["problem_id"]: r["text"] for r in records if r["sample"] == GREEDY}
-    loaded = policy.load(str(run / "model"))
-    problems = data.load("chain_sum", "evaluation", 6, 2, RUN["dataset_options"])
+    loaded = policy.load_policy(str(run / "model"))
+    problems = data.load_rows("chain_sum", "evaluation", 6, 2, RUN["dataset_options"])
     tasks = [(row, GREEDY) for row in problems]
     ours = sample_records(loaded.model.eval(), Layout(loaded.thinking, loaded.tokenizer), tasks, seed=7)
     assert texts == {r["problem_id"]: r["text"] for r in ours}
@@ -371,7 +371,7 @@ def test_a_checkpoint_answers_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_saved_folder_is_evaluated_by_its_own_layout(tmp_path, method):
     run = train.run(recipe(tmp_path, method, max_steps=1))
-    loaded = policy.load(str(run / "model"))
+    loaded = policy.load_policy(str(run / "model"))
     assert loaded.thinking == load_recipe(tmp_path / "recipe.yaml").thinking
     layout = Layout(loaded.thinking, loaded.tokenizer)
     records = sample_records(loaded.model.eval(), layout, [(row, GREEDY) for row in rows(4)], seed=0)

@@ -191,7 +191,7 @@ def test_the_model_folder_is_a_plain_one(finished):
     assert tokenizer.decode(tokenizer.encode("1+2-3=#0", add_special_tokens=False)) == "1+2-3=#0"
     assert tokenizer.convert_tokens_to_ids("<bot>") != tokenizer.unk_token_id
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
-    again = policy.load(str(folder))
+    again = policy.load_policy(str(folder))
     for p, q in zip(model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert again.thinking is not None and again.thinking.num_thoughts == 2
@@ -260,7 +260,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(finished, tmp_p
     whole.mkdir()
     shutil.copytree(finished / "codi", whole / "codi")
     train.run(load_recipe(recipes(whole, max_steps=12, eval_problems=0, save_steps=100)))
-    one, other = (policy.load(str(f / "rl/model")).model for f in (tmp_path, whole))
+    one, other = (policy.load_policy(str(f / "rl/model")).model for f in (tmp_path, whole))
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), "an interrupted run is the run"
 

@@ -281,7 +281,7 @@ def test_the_folder_is_a_plain_one_with_a_file_beside(tmp_path):
     head = load_file(folder / "value_head.safetensors")
     assert torch.equal(head["weight"], head_of(trainer).weight) and head["weight"].any()
     assert torch.equal(head["offset"], head_of(trainer).offset) and head["offset"].isfinite()
-    loaded = policy.load(str(folder))
+    loaded = policy.load_policy(str(folder))
     assert not hasattr(loaded.model, "value_head"), "a policy has no use for it"
     assert torch.equal(head_of(make(tmp_path / "next", made=loaded)).weight, head["weight"]), "PPO goes on with it"
     assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.bin"))
@@ -367,7 +367,7 @@ def test_a_recipe_without_groups_ends_in_a_policy_folder(one_process):
     steps = [m for m in metrics(one_process) if "loss" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4]
     assert all("frac_reward_zero_std" not in m and m["rollout/density_gap"] < 1e-4 for m in steps)
-    loaded = policy.load(str(one_process / "model"))
+    loaded = policy.load_policy(str(one_process / "model"))
     assert loaded.thinking is not None and loaded.thinking.num_thoughts == 2
     assert load_file(one_process / "model/value_head.safetensors")["weight"].shape == (1, 32)
 

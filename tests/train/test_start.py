@@ -82,7 +82,7 @@ def test_a_head_that_is_not_tied_has_rows_of_its_own(tmp_path):
 def test_rl_starts_from_what_codi_saved(codi, tmp_path):
     recipe = grpo(codi, tmp_path)
     start = starting_policy(recipe, warm_start_of(recipe))
-    saved = policy.load(str(codi / "codi/model")).model.state_dict()
+    saved = policy.load_policy(str(codi / "codi/model")).model.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in start.model.state_dict().items())
     takes = [name for name, p in start.model.named_parameters() if p.requires_grad]
     assert takes and all("lora_" in name or "trainable_tokens" in name for name in takes)
@@ -92,7 +92,7 @@ def test_hidden_thoughts_of_an_adapter_go_on_as_hybrid(tmp_path):
     """The paper's CODI on a language model, and RL after it: adapter and projector are trained, and saved."""
     codi = trained_by_codi(tmp_path, thought="hidden")
     train.run(grpo(codi, tmp_path, thought="hybrid"))
-    start, end = (language_model(policy.load(str(tmp_path / name / "model")).model) for name in ("codi", "rl"))
+    start, end = (language_model(policy.load_policy(str(tmp_path / name / "model")).model) for name in ("codi", "rl"))
     for (name, before), after in zip(start.projector.named_parameters(), end.projector.parameters(), strict=True):
         assert not torch.equal(before, after), name
     start, end = (adapter(tmp_path / name / "model") for name in ("codi", "rl"))
@@ -106,7 +106,7 @@ def test_the_trained_adapter_opens_beside_its_base(codi, tmp_path):
     assert json.loads((tmp_path / "rl/model/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         codi / "base"
     )
-    base = policy.load(str(codi / "base")).model.state_dict()
+    base = policy.load_policy(str(codi / "base")).model.state_dict()
     inside = model.get_base_model().state_dict()
     name = "model.layers.0.mlp.up_proj"
     assert torch.equal(inside[f"{name}.base_layer.weight"], base[f"{name}.weight"])

@@ -1,7 +1,7 @@
 """Rollouts on a CPU: products, attention and decoder layers of a step by the kernels in `cpu_kernels.c`.
 
 PyTorch's products are made for hundreds of rows, and a step of a rollout has 1 to 64; between them it calls thirty
-operations a layer, each longer to start than to do. The kernels are compiled once, into the user's cache, by the C
+operations per layer, each longer to start than to do. The kernels are compiled once, into the user's cache, by the C
 compiler that is there, and run on PyTorch's own threads. Where they cannot be had (another instruction set, no
 compiler), PyTorch's are taken. Which layers are taken whole: `layers`.
 

@@ -1,9 +1,9 @@
 """Rollouts on a GPU: attention of one position, and what lies between the products of a layer, in Triton.
 
 A step reads every weight once, and that is what it should take. PyTorch's operations in between are some forty short
-kernels a layer and fifty passes over the vocabulary, each of which takes as long to start as it does to run. Here they
-are ten a layer, and two passes to sample. Products stay cuBLAS's, called through their modules, so adapters are as
-they are.
+kernels per layer and fifty passes over the vocabulary, each of which takes as long to start as it does to run. Here
+they are ten per layer, and two passes to sample. Products stay cuBLAS's, called through their modules, so adapters
+are as they are.
 
 Roundings are those of transformers' operations: what a layer writes to half precision in between is rounded here too.
 
@@ -27,16 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_soft.model import head_triton as kernels
-from rl_soft.model.head_triton import jit
+from rl_soft.model.head_triton import jit, tl, triton
 from rl_soft.rollouts.kernels import gpu_sampling
 from rl_soft.rollouts.kernels.layers import AGREE, Layer, Parts, is_step, parts_of, patched
 from rl_soft.thoughts import noise
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of torch without a GPU come without it
-    triton = None
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +208,7 @@ def _times(a, b, dtype: tl.constexpr):
 
 @jit
 def _rms_norm_kernel(x, residual, weight, total, out, eps, H: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row (Zhang and Sennrich 2019)."""
+    """One program per row (Zhang and Sennrich 2019)."""
     at = tl.program_id(0).to(tl.int64) * H
     columns = tl.arange(0, BLOCK)
     inside = columns < H
@@ -259,7 +253,7 @@ def _heads_kernel(
     Q: tl.constexpr, A: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
     Q_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     D: tl.constexpr = 2 * HALF
     cos += row * D
@@ -326,7 +320,7 @@ def _attend_kernel(
 
 @jit
 def _merge_kernel(means, masses, out, splits, D: tl.constexpr, D_BLOCK: tl.constexpr, SPLITS: tl.constexpr):
-    """One program a query: the stretches together."""
+    """One program per query: the stretches together."""
     task = tl.program_id(0).to(tl.int64)
     parts, features = tl.arange(0, SPLITS), tl.arange(0, D_BLOCK)
     log_mass = tl.load(masses + task * splits + parts, mask=parts < splits, other=float("-inf"))

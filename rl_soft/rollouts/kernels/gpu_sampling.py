@@ -13,25 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_soft.model.head_triton import jit, tempered
+from rl_soft.model.head_triton import jit, tempered, tl, triton
 from rl_soft.thoughts import noise
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of torch without a GPU come without it
-    triton = None
 
 SLOTS = 64  # of a draw; they are found one by one
 _BLOCK = 4096  # logits that a program of a draw holds
 
 
-def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: Any) -> tuple[Tensor, ...]:
+def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, position: Any) -> tuple[Tensor, ...]:
     """A Gumbel top-K sample of each row, with the noise of `noise.gumbel`; one read of the logits.
 
     Args:
         logits: (m, V), any float dtype, rows contiguous; temperature: (m,) float32; slots: K, at most SLOTS.
-        seeds: (m,) int64; step: int or (m,) int64.
+        seeds: (m,) int64; position: int or (m,) int64.
 
     Returns:
         support (m, K) int64, the strongest first; values (m, K) float32, of logits / temperature - top + noise;
@@ -40,7 +34,7 @@ def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: A
     """
     m, V = logits.shape
     blocks, hashes = triton.cdiv(V, _BLOCK), noise.index_hashes(V, logits.device)
-    steps = step.contiguous() if isinstance(step, Tensor) else torch.full_like(seeds, step)
+    positions = position.contiguous() if isinstance(position, Tensor) else torch.full_like(seeds, position)
     few = min(slots, _BLOCK)
     values = logits.new_empty(m, blocks * few, dtype=torch.float32)
     ids = logits.new_empty(m, blocks * few, dtype=torch.int32)
@@ -50,11 +44,11 @@ def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: A
     temperature, seeds = temperature.contiguous(), seeds.contiguous()
     with torch.cuda.device_of(logits):
         _draw_kernel[(m, blocks)](
-            logits, logits.stride(0), temperature, seeds, steps, hashes, values, ids, sums, m * blocks,
+            logits, logits.stride(0), temperature, seeds, positions, hashes, values, ids, sums, m * blocks,
             V=V, K=few, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
         _best_kernel[(m,)](
-            logits, logits.stride(0), temperature, seeds, steps, hashes, values, ids, sums, m * blocks,
+            logits, logits.stride(0), temperature, seeds, positions, hashes, values, ids, sums, m * blocks,
             found, support, top, mass, dot,
             K=slots, COUNT=blocks * few, BLOCKS=blocks,
             WIDE=triton.next_power_of_2(blocks * few), BLOCKS_WIDE=triton.next_power_of_2(blocks), num_warps=4,
@@ -102,9 +96,9 @@ def _splitmix(x):
 
 
 @jit
-def _gumbel(index_hash, seed, step):
+def _gumbel(index_hash, seed, position):
     """`noise.gumbel` at one address, but for the last bits of its logarithms."""
-    key = _splitmix(_splitmix(_splitmix(seed) + step))
+    key = _splitmix(_splitmix(_splitmix(seed) + position))
     bits = (index_hash ^ key.to(tl.int32)) * ((key >> 32).to(tl.int32) | 1)
     bits += bits >> 16
     bits *= 0x7FEB352D
@@ -119,10 +113,10 @@ def _gumbel(index_hash, seed, step):
 
 @jit
 def _draw_kernel(
-    logits, stride, temperatures, seeds, steps, hashes, values, ids, sums, count,
+    logits, stride, temperatures, seeds, positions, hashes, values, ids, sums, count,
     V: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and block of the vocabulary: its K best, and its sums relative to its largest logit."""
+    """One program per row and block of the vocabulary: its K best, and its sums relative to its largest logit."""
     row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     within = tl.arange(0, BLOCK)
     columns = block * BLOCK + within
@@ -139,7 +133,7 @@ def _draw_kernel(
     tl.store(sums + count + at, tl.where(wrong > 0, float("nan"), mass))
     tl.store(sums + 2 * count + at, dot)
     index_hash = tl.load(hashes + columns, mask=columns < V, other=0)
-    z = x + _gumbel(index_hash, tl.load(seeds + row), tl.load(steps + row))
+    z = x + _gumbel(index_hash, tl.load(seeds + row), tl.load(positions + row))
     z = tl.where(z == z, z, float("-inf"))
     left = tl.full((BLOCK,), 1, tl.int1)
     for k in range(K):
@@ -152,10 +146,11 @@ def _draw_kernel(
 
 @jit
 def _best_kernel(
-    logits, stride, temperatures, seeds, steps, hashes, values, ids, sums, count, found, support, tops, totals, dots,
+    logits, stride, temperatures, seeds, positions, hashes, values, ids, sums, count,
+    found, support, tops, totals, dots,
     K: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr, BLOCKS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the blocks together, and the values of the best once more, now that the largest is known."""
+    """One program per row: the blocks together, and the values of the best again, now that the largest is known."""
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, BLOCKS_WIDE)
     at, inside = row * BLOCKS + blocks, blocks < BLOCKS
@@ -170,7 +165,7 @@ def _best_kernel(
     tl.store(tops + row, top)
     tl.store(totals + row, tl.where(top > float("-inf"), mass, float("nan")))
     tl.store(dots + row, dot)
-    seed, step, inverse = tl.load(seeds + row), tl.load(steps + row), 1 / tl.load(temperatures + row)
+    seed, position, inverse = tl.load(seeds + row), tl.load(positions + row), 1 / tl.load(temperatures + row)
     candidates = tl.arange(0, WIDE)
     z = tl.load(values + row * COUNT + candidates, mask=candidates < COUNT, other=float("-inf"))
     left = candidates < COUNT
@@ -179,7 +174,7 @@ def _best_kernel(
         first = tl.min(tl.where(left & (z == best), candidates, COUNT - 1), axis=0)
         i = tl.load(ids + row * COUNT + first)
         x = tempered(tl.load(logits + row * stride + i).to(tl.float32), inverse, 1.0, False)
-        value = x - tl.where(top > float("-inf"), top, 0.0) + _gumbel(tl.load(hashes + i), seed, step)
+        value = x - tl.where(top > float("-inf"), top, 0.0) + _gumbel(tl.load(hashes + i), seed, position)
         tl.store(found + row * K + k, value)
         tl.store(support + row * K + k, i.to(tl.int64))
         left = left & (candidates != first)
@@ -187,7 +182,7 @@ def _best_kernel(
 
 @jit
 def _outside_kernel(logits, stride, temperatures, ids, parts, V: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row and block: ln of its sum without `ids`."""
+    """One program per row and block: ln of its sum without `ids`."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     raw = tl.load(logits + row * stride + columns, mask=columns < V, other=float("-inf")).to(tl.float32)

@@ -100,8 +100,8 @@ def casts(x: Tensor) -> bool:
 
 
 def is_step(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, more: Any) -> bool:
-    """Whether this is attention of one position a row, without gradients, laid out as the kernels of both devices read
-    it: (n, AG, 1, D) queries, (n, A, C, D) keys and values with contiguous columns, (n, 1, 1, C) bool mask."""
+    """Whether this is attention of one position per row, without gradients, laid out as the kernels of both devices
+    read it: (n, AG, 1, D) queries, (n, A, C, D) keys and values with contiguous columns, (n, 1, 1, C) bool mask."""
     (n, _, T, D), C = query.shape, key.shape[2]
     return (
         T == 1

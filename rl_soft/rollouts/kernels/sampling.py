@@ -36,8 +36,8 @@ class Drawn:
     mass: Tensor  # (m,) float32, the sum of exp(logits / temperature - top); NaN where a logit is not finite
     entropy: Tensor  # (m,) float32, nats; NaN there too
 
-    def log_probs(self, ids: Tensor) -> Tensor:
-        """(m, K) float32, of ids (m, K)."""
+    def support_log_probs(self, ids: Tensor) -> Tensor:
+        """(m, K) float32, ln pi of ids (m, K)."""
         shifted = self.logits.gather(-1, ids).float() / self.temperature[:, None] - self.top[:, None]
         return shifted - self.mass.log()[:, None]
 
@@ -57,16 +57,16 @@ class Drawn:
         return log_share
 
 
-def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: Any) -> Drawn | None:
-    """The sample of `noise.gumbel` at (seeds, step); None where there are no kernels, or not for this.
+def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, position: Any) -> Drawn | None:
+    """The sample of `noise.gumbel` at (seeds, position); None where there are no kernels, or not for this.
 
     Args:
-        logits: (m, V), any float dtype; temperature: (m,) float32; seeds: (m,) int64; step: int or (m,) int64.
+        logits: (m, V), any float dtype; temperature: (m,) float32; seeds: (m,) int64; position: int or (m,) int64.
         slots: K.
     """
     m, V = logits.shape
     if gpu_kernels.usable(logits) and 0 < slots <= min(V, gpu_sampling.SLOTS):
-        support, values, top, mass, dot = gpu_sampling.draw(logits, temperature, slots, seeds, step)
+        support, values, top, mass, dot = gpu_sampling.draw(logits, temperature, slots, seeds, position)
         return Drawn(logits, temperature, support, values, top, mass, mass.log() - dot / mass)
     if logits.device.type != "cpu" or not 0 < slots <= min(V, SLOTS):
         return None
@@ -77,7 +77,7 @@ def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, step: A
     if short := -V % cpu_kernels.LANES:
         logits = F.pad(logits, (0, short), value=-torch.inf)
     temperature, V = temperature.contiguous(), logits.shape[1]
-    low, high = (half.contiguous() for half in noise.keys(seeds, step))
+    low, high = (half.contiguous() for half in noise.keys(seeds, position))
     hashes = noise.index_hashes(V, logits.device)
     (top, mass, dot), values = logits.new_empty(3, m), logits.new_empty(m, slots)
     support = torch.empty(m, slots, dtype=torch.int64)

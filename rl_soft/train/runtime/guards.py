@@ -12,7 +12,6 @@ import inspect
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rl_soft.files import write_atomic
+from rl_soft.files import replacing, write_atomic
 
 logger = logging.getLogger("rl_soft")
 
@@ -252,9 +251,8 @@ def save_step(
             for prompt, completion in texts
         ]
     path = folder / f"step-{step}{suffix}.safetensors"
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
     content = {"step": step, "process": state.process_index, "grad_norm": repr(norm), "rows": rows}
     write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
 
