@@ -7,10 +7,10 @@ usage() {
 usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value ...]
        ./launch.sh eval MODEL [--zero 0|1|2|3] [--nproc N] [--dry-run] --dataset NAME --output_dir DIR [--key value ...]
        ./launch.sh test [pytest arguments]
-       ./launch.sh COMMAND ...            any other rl-soft command: generate, analyze, check, estimate, report, compare, fetch, env
+       ./launch.sh COMMAND ...            any other rl-soft command: generate, analyze, check, estimate, report, compare, recipes, ...
 
   --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; for eval 0)
-  --nproc N    processes (default: one a GPU; without a GPU, 2 where there are 2 cores)
+  --nproc N    processes (default: one per GPU; without a GPU, 2 where there are 2 cores)
   --dry-run    validate the recipe, print it resolved and the command, run nothing
   --key value  overrides a key of the recipe, or of eval
   --help       after RECIPE or a command: its keys, with their defaults

@@ -48,7 +48,12 @@ def either(names: Iterable[str]) -> str:
     return " or ".join([", ".join(others), last] if others else [last])
 
 
-@dataclass_transform(field_specifiers=(Field,))
+def key(help: str, **given: Any) -> Any:
+    """A field of a class of keys: its help text, and pydantic's `default`, `ge`, `gt`, `le`, `lt`, `min_length`."""
+    return Field(description=help, **given)
+
+
+@dataclass_transform(field_specifiers=(key,))
 def keys(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
     """A class decorator: a dataclass whose fields are checked when an object is made.
 

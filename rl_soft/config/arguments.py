@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
-
-from rl_soft.keys import Number, OneOf, keys, nearest
+from rl_soft.keys import Number, OneOf, key, keys, nearest
 from rl_soft.thoughts.kinds import KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
 
@@ -22,22 +20,18 @@ MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 class WeightArguments:
     """How weights are loaded."""
 
-    dtype: Annotated[str, OneOf(("float32", "bfloat16", "float16"))] = Field(
-        default="float32", description="dtype of the weights: float32, bfloat16 or float16."
-    )
-    attn_implementation: str | None = Field(
-        default=None, description="sdpa, eager, flash_attention_2, or float64 (small models)."
-    )
+    dtype: Annotated[str, OneOf(("float32", "bfloat16", "float16"))] = key("dtype of the weights.", default="float32")
+    attn_implementation: str | None = key("sdpa, eager, flash_attention_2, or float64 (small models).", default=None)
 
 
 @keys()
 class SourceArguments:
     """Where problems come from (see docs/data.md)."""
 
-    dataset: str = Field(default="", description="Generator name, known data set, local file, or hub id.")
-    dataset_options: dict[str, Any] | None = Field(default=None, description="Options of the source.")
-    dataset_columns: dict[str, str] | None = Field(
-        default=None, description="Names of a file's columns: {question: ..., answer: ..., steps: ...}."
+    dataset: str = key("Generator name, known data set, local file, or hub id.", default="")
+    dataset_options: dict[str, Any] | None = key("Options of the source.", default=None)
+    dataset_columns: dict[str, str] | None = key(
+        "Names of columns: {question: NAME, answer: NAME, ...}.", default=None
     )
 
 
@@ -45,50 +39,38 @@ class SourceArguments:
 class ModelArguments(WeightArguments):
     """Which weights a run starts from: warm_start, model_name_or_path, or random weights from model_config."""
 
-    warm_start: str | None = Field(
-        default=None, description="A recipe whose result this run starts from; trained first if missing."
-    )
-    model_name_or_path: str | None = Field(default=None, description="Model folder or hub id.")
-    model_config: dict[str, Any] | None = Field(
-        default=None, description="transformers config of a model with random weights: {model_type: llama, ...}."
-    )
-    vocabulary: str | None = Field(
-        default=None, description="The characters of the character tokenizer that goes with model_config."
-    )
-    use_peft: bool = Field(default=False, description="Train a LoRA adapter instead of all weights.")
-    lora_r: int = Field(default=32, ge=1, description="LoRA rank.")
-    lora_alpha: int = Field(default=64, description="LoRA alpha; the update is scaled by alpha / r.")
-    lora_dropout: Number = Field(
-        default=0.0, ge=0, lt=1, description="LoRA dropout, for supervised methods; RL takes none."
-    )
-    lora_target_modules: str | list[str] = Field(
-        default="all-linear", description="Modules that get an adapter: names, or all-linear."
-    )
+    warm_start: str | None = key("A recipe whose result this run starts from; trained first if missing.", default=None)
+    model_name_or_path: str | None = key("Model folder or hub id.", default=None)
+    model_config: dict[str, Any] | None = key("A config for random weights: {model_type: llama, ...}.", default=None)
+    vocabulary: str | None = key("The characters of the tokenizer that goes with model_config.", default=None)
+    use_peft: bool = key("Train a LoRA adapter instead of all weights.", default=False)
+    lora_r: int = key("LoRA rank.", default=32, ge=1)
+    lora_alpha: int = key("LoRA alpha; the update is scaled by alpha / r.", default=64)
+    lora_dropout: Number = key("LoRA dropout, for supervised methods; RL takes none.", default=0.0, ge=0, lt=1)
+    lora_target_modules: str | list[str] = key("Modules with an adapter: names, or all-linear.", default="all-linear")
 
 
 @keys()
 class DataArguments(SourceArguments):
     """Training and evaluation problems."""
 
-    train_size: int | None = Field(default=None, ge=1, description="Number of training problems; all if absent.")
-    data_seed_train: int = Field(default=1, description="Seed of generated training problems.")
-    eval_dataset: str | None = Field(default=None, description="Evaluation source; dataset if absent.")
-    eval_dataset_options: dict[str, Any] | None = Field(default=None, description="Options of eval_dataset.")
-    eval_dataset_columns: dict[str, str] | None = Field(default=None, description="Names of eval_dataset's columns.")
-    eval_problems: int = Field(default=256, ge=0, description="Number of held-out problems; 0 skips the evaluation.")
-    data_seed_eval: int = Field(default=2, description="Seed of generated evaluation problems.")
+    train_size: int | None = key("Number of training problems; all if absent.", default=None, ge=1)
+    data_seed_train: int = key("Seed of generated training problems.", default=1)
+    eval_dataset: str | None = key("Evaluation source; dataset if absent.", default=None)
+    eval_dataset_options: dict[str, Any] | None = key("Options of eval_dataset.", default=None)
+    eval_dataset_columns: dict[str, str] | None = key("Names of eval_dataset's columns.", default=None)
+    eval_problems: int = key("Number of held-out problems; 0 skips the evaluation.", default=256, ge=0)
+    data_seed_eval: int = key("Seed of generated evaluation problems.", default=2)
 
 
 @keys()
 class EvalArguments:
     """Pass@k before and after a run."""
 
-    eval_samples: int = Field(
-        default=32, ge=1, description="n, sampled completions per problem; a greedy one is added."
-    )
-    eval_k: list[int] = Field(default_factory=lambda: [1, 2, 4, 8, 16], description="The k of Pass@k.")
-    eval_batch_size: int = Field(default=512, ge=1, description="Completions decoded together per process.")
-    eval_seed: int = Field(default=7, description="Seed of the evaluation's noise; the same before and after.")
+    eval_samples: int = key("n, sampled completions per problem; a greedy one is added.", default=32, ge=1)
+    eval_k: list[int] = key("The k of Pass@k.", default_factory=lambda: [1, 2, 4, 8, 16])
+    eval_batch_size: int = key("Completions decoded together per process.", default=512, ge=1)
+    eval_seed: int = key("Seed of the evaluation's noise; the same before and after.", default=7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,33 +81,27 @@ class EvalArguments:
 class OnModelArguments(WeightArguments, SourceArguments):
     """The model and the problems of a command."""
 
-    model_name_or_path: str = Field(default="", description="Model folder, PEFT folder or hub id.")
-    split: str = Field(default="evaluation", description="evaluation, train, or a split of the hub's.")
-    eval_problems: int | None = Field(default=None, ge=1, description="Number of problems; all if absent.")
-    data_seed_eval: int = Field(default=2, description="Seed of generated problems or of the draw.")
+    model_name_or_path: str = key("Model folder, PEFT folder or hub id.", default="")
+    split: str = key("evaluation, train, or a split of the hub's.", default="evaluation")
+    eval_problems: int | None = key("Number of problems; all if absent.", default=None, ge=1)
+    data_seed_eval: int = key("Seed of generated problems or of the draw.", default=2)
 
 
 @keys()
 class EvaluationArguments(OnModelArguments):
     """`rl-soft eval MODEL`: these and the fields of `Thinking` and `Decoding`; a recipe's keys mean the same here."""
 
-    output_dir: str = Field(default="", description="Directory of the records and the report.")
-    eval_samples: int = Field(
-        default=32, ge=1, description="n, sampled completions per problem; a greedy one is added."
-    )
-    eval_k: list[int] | None = Field(default=None, description="The k of Pass@k; powers of two if absent.")
-    eval_batch_size: int = Field(default=64, ge=1, description="Completions decoded together per process.")
-    eval_seed: int = Field(default=7, description="Seed of the noise.")
-    confirm_run_unsafe_code: bool = Field(
-        default=False, description="Run the programs that the model writes (humaneval, mbpp)."
-    )
-    control: Annotated[str, OneOf(CONTROLS)] = Field(
-        default="none", description="What is done to the thoughts that are fed: none, zero, shuffle or repeat."
-    )
-    thoughts: str | list[str] | None = Field(
-        default=None,
-        description="Thought kinds to evaluate side by side, token,soft,gumbel for example; each into a folder of its "
+    output_dir: str = key("Directory of the records and the report.", default="")
+    eval_samples: int = key("n, sampled completions per problem; a greedy one is added.", default=32, ge=1)
+    eval_k: list[int] | None = key("The k of Pass@k; powers of two if absent.", default=None)
+    eval_batch_size: int = key("Completions decoded together per process.", default=64, ge=1)
+    eval_seed: int = key("Seed of the noise.", default=7)
+    confirm_run_unsafe_code: bool = key("Run the programs that the model writes (humaneval, mbpp).", default=False)
+    control: Annotated[str, OneOf(CONTROLS)] = key("What is done to the thoughts that are fed.", default="none")
+    thoughts: str | list[str] | None = key(
+        "Thought kinds to evaluate side by side, token,soft,gumbel for example; each into a folder of its "
         "name in output_dir, and their comparison with token into output_dir.",
+        default=None,
     )
 
     def __post_init__(self) -> None:
@@ -153,24 +129,20 @@ def _with_token(thoughts: str | list[str]) -> list[str]:
 class GenerateArguments(OnModelArguments):
     """`rl-soft generate MODEL`: these and the fields of `Thinking` and `Decoding`."""
 
-    prompt: str | None = Field(default=None, description="One question.")
-    prompts: str | None = Field(
-        default=None, description="A file of questions: one per line, or .jsonl with `question` (and `id`)."
-    )
-    samples: int = Field(default=1, ge=1, description="Completions of each question.")
-    seed: int = Field(default=0, description="Seed of the noise.")
-    greedy: bool = Field(default=False, description="One completion of each question, without noise.")
-    batch_size: int = Field(default=16, ge=1, description="Completions decoded together.")
-    show: int = Field(
+    prompt: str | None = key("One question.", default=None)
+    prompts: str | None = key("A file of questions: one per line, or .jsonl with `question` (and `id`).", default=None)
+    samples: int = key("Completions of each question.", default=1, ge=1)
+    seed: int = key("Seed of the noise.", default=0)
+    greedy: bool = key("One completion of each question, without noise.", default=False)
+    batch_size: int = key("Completions decoded together.", default=16, ge=1)
+    show: int = key(
+        "Entries of a soft thought in the terminal, one thought per line; 0: running text.",
         default=3,
         ge=0,
         le=MAX_SHOWN,
-        description="Entries of a soft thought in the terminal, one thought per line; 0: running text.",
     )
-    json: bool = Field(default=False, description="One JSON object per completion on stdout, and nothing else.")
-    output: str | None = Field(
-        default=None, description="A .jsonl file that completions are appended to; what it has is not redone."
-    )
+    json: bool = key("One JSON object per completion on stdout, and nothing else.", default=False)
+    output: str | None = key("A .jsonl file to append completions to; what it has is not redone.", default=None)
 
     def __post_init__(self) -> None:
         sources = [name for name in ("prompt", "prompts", "dataset") if getattr(self, name)]
@@ -187,27 +159,18 @@ class GenerateArguments(OnModelArguments):
 class AnalysisArguments(OnModelArguments):
     """`rl-soft analyze KIND MODEL`; see docs/analyses.md, and docs/baselines.md for probe and cost."""
 
-    against: str | None = Field(default=None, description="cost: the model that writes its reasoning.")
-    output_dir: str | None = Field(
-        default=None, description="Where figures are written; and records, by analyses of traces, which need it."
+    against: str | None = key("cost: the model that writes its reasoning.", default=None)
+    output_dir: str | None = key("Where figures are written, and the records of analyses of traces.", default=None)
+    eval_batch_size: int = key("Problems decoded together.", default=64, ge=1)
+    eval_seed: int = key("traces, plane: seed of the noise.", default=7)
+    eval_samples: int = key("traces: n, the traces of each random kind per problem.", default=1, ge=1)
+    branch_weight: Number = key(
+        "branching, plane: a thought branches from this weight of its second id on.", default=0.1, ge=0, lt=0.5
     )
-    eval_batch_size: int = Field(default=64, ge=1, description="Problems decoded together.")
-    eval_seed: int = Field(default=7, description="traces, plane: seed of the noise.")
-    eval_samples: int = Field(default=1, ge=1, description="traces: n, the traces of each random kind per problem.")
-    branch_weight: Number = Field(
-        default=0.1,
-        ge=0,
-        lt=0.5,
-        description="branching, plane: a thought branches from this weight of its second id on.",
-    )
-    branches: int = Field(
-        default=4, ge=1, description="lens: thoughts per problem, those with the heaviest second id."
-    )
-    draws: int = Field(default=16, ge=1, description="plane: draws of the weights per thought and parameter.")
-    evals: str | list[str] | None = Field(
-        default=None, description="all: evaluation directories whose Pass@k curves go into the report."
-    )
-    top_k: int = Field(default=5, ge=1, description="probe: tokens of a thought that are looked at.")
+    branches: int = key("lens: thoughts per problem, those with the heaviest second id.", default=4, ge=1)
+    draws: int = key("plane: draws of the weights per thought and parameter.", default=16, ge=1)
+    evals: str | list[str] | None = key("all: evaluation directories whose Pass@k goes into the report.", default=None)
+    top_k: int = key("probe: tokens of a thought that are looked at.", default=5, ge=1)
 
     def __post_init__(self) -> None:
         if not self.dataset:
@@ -218,10 +181,10 @@ class AnalysisArguments(OnModelArguments):
 class EstimateArguments:
     """`rl-soft estimate RECIPE`: these and the keys of the recipe."""
 
-    memory: Number | None = Field(default=None, ge=0, description="GiB per process; exit code 1 if a step takes more.")
-    zero: int = Field(default=0, ge=0, le=3, description="ZeRO stage; 0 is without DeepSpeed.")
-    processes: int = Field(default=1, ge=1, description="Number of processes.")
-    prompt_tokens: int = Field(default=256, ge=1, description="Tokens of the longest prompt.")
+    memory: Number | None = key("GiB per process; exit code 1 if a step takes more.", default=None, ge=0)
+    zero: int = key("ZeRO stage; 0 is without DeepSpeed.", default=0, ge=0, le=3)
+    processes: int = key("Number of processes.", default=1, ge=1)
+    prompt_tokens: int = key("Tokens of the longest prompt.", default=256, ge=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,56 +195,37 @@ class EstimateArguments:
 class SupervisedArguments:
     """What the methods that learn from worked solutions share."""
 
-    max_row_tokens: int | None = Field(
+    max_row_tokens: int | None = key(
+        "Rows longer than this, with steps and thoughts, are left out and counted; without it a row "
+        "longer than the model is an error.",
         default=None,
         ge=1,
-        description="Rows longer than this, with steps and thoughts, are left out and counted; without it a row "
-        "longer than the model is an error.",
     )
-    stop_at_accuracy: Number | None = Field(
-        default=None, description="Stop once sampled validation accuracy reaches this; null trains max_steps."
-    )
-    validation_problems: int = Field(default=256, ge=0, description="Training-side problems held out for validation.")
-    validation_every: int = Field(default=50, ge=1, description="Steps between validations.")
+    stop_at_accuracy: Number | None = key("Stop once sampled validation accuracy is this; null: never.", default=None)
+    validation_problems: int = key("Training-side problems held out for validation.", default=256, ge=0)
+    validation_every: int = key("Steps between validations.", default=50, ge=1)
 
 
 @keys()
 class CodiArguments(SupervisedArguments):
     """L = alpha L_student + beta L_KD + gamma L_teacher (CODI, arXiv 2502.21074, Eq. 5)."""
 
-    alpha: Number = Field(default=1.0, ge=0, description="Weight of the student's cross-entropy on the answer.")
-    beta: Number = Field(default=1.0, ge=0, description="Weight of the distillation loss on the hidden states.")
-    gamma: Number = Field(default=1.0, ge=0, description="Weight of the teacher's cross-entropy on steps and answer.")
-    kd_loss: Annotated[str, OneOf(("l1", "smooth_l1"))] = Field(
-        default="smooth_l1", description="Distance of the hidden states: l1 or smooth_l1."
+    alpha: Number = key("Weight of the student's cross-entropy on the answer.", default=1.0, ge=0)
+    beta: Number = key("Weight of the distillation loss on the hidden states.", default=1.0, ge=0)
+    gamma: Number = key("Weight of the teacher's cross-entropy on steps and answer.", default=1.0, ge=0)
+    kd_loss: Annotated[str, OneOf(("l1", "smooth_l1"))] = key("Distance of the hidden states.", default="smooth_l1")
+    kd_as_released: bool = key("Divide the distance by the teacher's std, as the released code does.", default=False)
+    kd_layers: list[int] | None = key(
+        "Distilled layers, 0 for the embeddings; all but the embeddings if absent.", default=None, min_length=1
     )
-    kd_as_released: bool = Field(
-        default=False,
-        description="Divide the distance by the teacher's std, as the released code does, and not the states.",
+    kd_position: Annotated[str, OneOf(("first", "answer"))] = key(
+        "Distilled positions: first, what predicts the first answer token, or answer, all of them.", default="first"
     )
-    kd_layers: list[int] | None = Field(
-        default=None,
-        min_length=1,
-        description="Distilled layers, 0 for the embeddings; all but the embeddings if absent.",
-    )
-    kd_position: Annotated[str, OneOf(("first", "answer"))] = Field(
-        default="first",
-        description="Distilled positions: first, what predicts the first answer token, or answer, all of them.",
-    )
-    teacher: str = Field(
-        default="self",
-        description="self, or a folder or recipe of a model that is the frozen teacher (then gamma is unused).",
-    )
-    use_projector: bool = Field(
-        default=True, description="thought hidden: feed the state through the projector, or as it is."
-    )
-    projector_size: int | None = Field(
-        default=None, ge=1, description="Width between the projector's layers; the model's if absent."
-    )
-    drop_last_step: bool = Field(default=True, description="Leave the teacher's last step out.")
-    train_noise: bool = Field(
-        default=True, description="Draw Gumbel noise on the student's thoughts (gumbel and hybrid)."
-    )
+    teacher: str = key("self, or a folder or recipe of a frozen teacher (gamma is unused then).", default="self")
+    use_projector: bool = key("thought hidden: feed the state through the projector, or as it is.", default=True)
+    projector_size: int | None = key("Width inside the projector; the model's if absent.", default=None, ge=1)
+    drop_last_step: bool = key("Leave the teacher's last step out.", default=True)
+    train_noise: bool = key("Draw Gumbel noise on the student's thoughts (gumbel and hybrid).", default=True)
 
     def __post_init__(self) -> None:
         if self.teacher != "self" and not self.beta:
@@ -292,61 +236,51 @@ class CodiArguments(SupervisedArguments):
 class SFTArguments(SupervisedArguments):
     """Supervised fine-tuning on worked solutions (CoT), or on answers alone (No-CoT)."""
 
-    worked_steps: bool = Field(default=True, description="Train on the steps (CoT); false: No-CoT.")
+    worked_steps: bool = key("Train on the steps (CoT); false: No-CoT.", default=True)
 
 
 @keys()
 class ICoTArguments(SupervisedArguments):
     """The removal schedule of iCoT (arXiv 2405.14838)."""
 
-    cot_epochs: Number = Field(default=0.0, ge=0, description="Epochs with the whole chain before removal begins.")
-    remove_per_epoch: Number = Field(default=8.0, gt=0, description="Tokens removed from the left per epoch.")
-    remove_all_beyond: int | None = Field(
-        default=None, gt=0, description="Remove the whole chain once this many tokens are removed."
+    cot_epochs: Number = key("Epochs with the whole chain before removal begins.", default=0.0, ge=0)
+    remove_per_epoch: Number = key("Tokens removed from the left per epoch.", default=8.0, gt=0)
+    remove_all_beyond: int | None = key("Remove the whole chain once so many tokens are removed.", default=None, gt=0)
+    removal_smoothing: Number | None = key(
+        "lambda: o tokens more are removed with P(o) ~ exp(-lambda o); null: none more.", default=4.0, gt=0
     )
-    removal_smoothing: Number | None = Field(
-        default=4.0, gt=0, description="lambda: o tokens more are removed with P(o) ~ exp(-lambda o); null: none more."
-    )
-    reset_optimizer: bool = Field(default=True, description="A fresh optimizer state at each removal.")
+    reset_optimizer: bool = key("A fresh optimizer state at each removal.", default=True)
 
 
 @keys()
 class CoconutArguments(SupervisedArguments):
     """The curriculum of Coconut (arXiv 2412.06769)."""
 
-    thoughts_per_step: int = Field(default=2, ge=1, description="c, the thoughts that replace a step of text.")
-    cot_epochs: Number = Field(default=0.0, ge=0, description="Epochs of stage 0: every step is text.")
-    epochs_per_stage: Number = Field(default=3.0, gt=0, description="Epochs of each stage but the last.")
-    uniform_prob: Number = Field(
-        default=0.0, ge=0, le=1, description="Share of rows trained at a random stage instead of the scheduled one."
-    )
-    reset_optimizer: bool = Field(default=True, description="A fresh optimizer state at each stage.")
+    thoughts_per_step: int = key("c, the thoughts that replace one step of text.", default=2, ge=1)
+    cot_epochs: Number = key("Epochs of stage 0: every step is text.", default=0.0, ge=0)
+    epochs_per_stage: Number = key("Epochs of each stage but the last.", default=3.0, gt=0)
+    uniform_prob: Number = key("Share of rows at a random stage, not the scheduled one.", default=0.0, ge=0, le=1)
+    reset_optimizer: bool = key("A fresh optimizer state at each stage.", default=True)
 
 
 @keys()
 class RLArguments:
     """What our trainers add to TRL's GRPOConfig."""
 
-    prompts_per_step: int = Field(default=32, ge=1, description="Prompts of one rollout, over all processes.")
-    updates_per_rollout: int = Field(
-        default=1, ge=1, description="Optimizer steps that split one rollout (mini-batches); times num_iterations."
+    prompts_per_step: int = key("Prompts of one rollout, over all processes.", default=32, ge=1)
+    updates_per_rollout: int = key(
+        "Optimizer steps per rollout (mini-batches); times num_iterations.", default=1, ge=1
     )
-    rewards: list[Any] = Field(
+    rewards: list[Any] = key(
+        "Reward functions: names, dotted paths, or {Name: {parameter: value}}.",
         default_factory=lambda: ["math_accuracy"],
-        description="Reward functions: names, dotted paths, or {Name: {parameter: value}}.",
     )
-    ratio: Annotated[str, OneOf(RATIOS)] = Field(
-        default="joint", description=f"Policy ratio of a thought: {', '.join(RATIOS)} (docs/grpo.md)."
+    ratio: Annotated[str, OneOf(RATIOS)] = key("Policy ratio of a thought (docs/grpo.md).", default="joint")
+    rest_weight: Number = key("ratio factored: weight of log p(rest | strongest id) in the loss.", default=1.0, ge=0)
+    thought_epsilon: Number | None = key(
+        "Clip range of thoughts, both ways; the tokens' if absent.", default=None, gt=0
     )
-    rest_weight: Number = Field(
-        default=1.0, ge=0, description="ratio factored: weight of log p(rest | strongest id) in the loss."
-    )
-    thought_epsilon: Number | None = Field(
-        default=None, gt=0, description="Clip range of thoughts, both ways; that of answer tokens if absent."
-    )
-    chunk_size: int | None = Field(
-        default=None, ge=1, description="Positions whose (chunk, V) logits are alive at once; by memory if absent."
-    )
+    chunk_size: int | None = key("Positions whose logits are alive at once; by memory if absent.", default=None, ge=1)
 
 
 def refuse_pathwise(ratio: str | None) -> None:
@@ -362,13 +296,11 @@ def refuse_pathwise(ratio: str | None) -> None:
 class PPOArguments(RLArguments):
     """The value head and its advantages (docs/ppo.md)."""
 
-    gamma: Number = Field(default=1.0, ge=0, le=1, description="Discount from one action to the next.")
-    lam: Number = Field(default=0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
-    vf_coef: Number = Field(default=0.1, ge=0, description="Weight of the value loss, which reaches the trunk.")
-    value_clip: Number | None = Field(
-        default=0.2, gt=0, description="Clip range of a value around the rollout's; null does not clip."
-    )
-    value_learning_rate: Number = Field(default=1e-4, ge=0, description="Learning rate of the value head.")
+    gamma: Number = key("Discount from one action to the next.", default=1.0, ge=0, le=1)
+    lam: Number = key("Lambda of generalised advantage estimation.", default=0.95, ge=0, le=1)
+    vf_coef: Number = key("Weight of the value loss, which reaches the trunk.", default=0.1, ge=0)
+    value_clip: Number | None = key("Clip range of a value around the rollout's; null: none.", default=0.2, gt=0)
+    value_learning_rate: Number = key("Learning rate of the value head.", default=1e-4, ge=0)
 
     def __post_init__(self) -> None:
         refuse_pathwise(self.ratio)

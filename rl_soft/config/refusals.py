@@ -164,7 +164,7 @@ def check_thought(recipe: Recipe) -> None:
             f"method {method} trains phase {phase} with thought {either(trained)}, got phase {thinking.phase} with "
             f"thought {thought}" + (f", which {either(kind.trained_by)} can train" if thought not in trained else "")
         )
-    if kind.reads_hidden and kind.mixes and not getattr(extra, "use_projector", True):
+    if kind.needs_projector and not getattr(extra, "use_projector", True):
         raise ValueError(
             f"use_projector false: thought {thought} is the projected state plus a mixture; use thought hidden"
         )

@@ -21,9 +21,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
-from rl_soft.keys import Number, OneOf, keys
+from rl_soft.keys import Number, OneOf, key, keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,29 +35,19 @@ FEW = 256  # ids that are looked at first where a share of the mass is to be hel
 class Decoding:
     """Cuts and the cold stop; the defaults cut nothing and never stop."""
 
-    top_k: int = Field(default=0, ge=0, description="Thoughts: keep the top_k most probable ids; 0 = all.")
-    top_p: Number = Field(
-        default=1.0, gt=0, le=1, description="Thoughts: then the fewest ids that hold this share of the probability."
-    )
-    min_p: Number = Field(
-        default=0.0, ge=0, le=1, description="Thoughts: then ids of at least min_p times the largest probability."
-    )
-    after_top_k: int | None = Field(
-        default=None, ge=0, description="top_k of the tokens after the thoughts; as in thinking if absent."
-    )
-    after_top_p: Number | None = Field(default=None, gt=0, le=1, description="top_p after the thoughts.")
-    after_min_p: Number | None = Field(default=None, ge=0, le=1, description="min_p after the thoughts.")
-    order: Annotated[str, OneOf(("exact", "paper"))] = Field(
-        default="exact",
-        description="exact: noise on all that is left, then the K strongest. paper: gumbel noise on the K most "
+    top_k: int = key("Thoughts: keep the top_k most probable ids; 0 = all.", default=0, ge=0)
+    top_p: Number = key("Thoughts: then the fewest ids with this share of the probability.", default=1.0, gt=0, le=1)
+    min_p: Number = key("Thoughts: then ids of at least min_p times the largest probability.", default=0.0, ge=0, le=1)
+    after_top_k: int | None = key("top_k after the thoughts; as in thinking if absent.", default=None, ge=0)
+    after_top_p: Number | None = key("top_p after the thoughts.", default=None, gt=0, le=1)
+    after_min_p: Number | None = key("min_p after the thoughts.", default=None, ge=0, le=1)
+    order: Annotated[str, OneOf(("exact", "paper"))] = key(
+        "exact: noise on all that is left, then the K strongest. paper: gumbel noise on the K most "
         "probable alone, dirichlet weights before the K largest are kept.",
+        default="exact",
     )
-    cold_stop_entropy: Number = Field(
-        default=0.0, ge=0, description="A thought whose entropy, in nats, is below this is cold; 0 never stops."
-    )
-    cold_stop_length: int = Field(
-        default=256, ge=1, description="So many cold thoughts in a row end the thinking, as its cap does."
-    )
+    cold_stop_entropy: Number = key("A thought of entropy, in nats, below this is cold; 0: none.", default=0.0, ge=0)
+    cold_stop_length: int = key("So many cold thoughts in a row end the thinking, as its cap does.", default=256, ge=1)
 
     @property
     def after(self) -> tuple[int, float, float]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from pydantic import Field
-
-from rl_soft.keys import Number, OneOf, fields, keys
+from rl_soft.keys import Number, OneOf, fields, key, keys
 from rl_soft.thoughts.kinds import KINDS, Kind
 
 PHASES = ("latent", "explicit")
@@ -18,55 +16,38 @@ CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the
 class Thinking:
     """What a thought is and where it stands; saved beside the weights, which are trained for one of these."""
 
-    thought: Annotated[str, OneOf(KINDS)] = Field(
-        default="gumbel",
-        description=f"Thought kind. {'. '.join(f'{name}: {kind.help}' for name, kind in KINDS.items())}.",
+    thought: Annotated[str, OneOf(KINDS)] = key(
+        f"Thought kind. {'. '.join(f'{name}: {kind.help}' for name, kind in KINDS.items())}.", default="gumbel"
     )
-    phase: Annotated[str, OneOf(PHASES)] = Field(
-        default="latent",
-        description="latent: exactly num_thoughts between <bot> and <eot>; explicit: until end_of_thinking.",
+    phase: Annotated[str, OneOf(PHASES)] = key(
+        "latent: exactly num_thoughts between <bot> and <eot>; explicit: until end_of_thinking.", default="latent"
     )
-    num_thoughts: int = Field(
-        default=6,
-        ge=0,
-        description="Number of thoughts (latent) or the most thoughts before the answer (explicit).",
+    num_thoughts: int = key("Number of thoughts (latent), or the most before the answer (explicit).", default=6, ge=0)
+    thought_k: int = key("K, the number of token ids that a thought mixes; 0 = the whole vocabulary.", default=4, ge=0)
+    thought_tau: Number = key("Gumbel-Softmax temperature of the mixing weights.", default=0.5, gt=0)
+    thought_gamma: Number = key(
+        "dirichlet: total concentration; the weights come near the probabilities as it grows.", default=4.0, gt=0
     )
-    thought_k: int = Field(
-        default=4, ge=0, description="K, the number of token ids that a thought mixes; 0 = the whole vocabulary."
+    thought_temperature: Number = key("T, which divides the logits before a thought is drawn.", default=1.0, gt=0)
+    temperature: Number = key("Sampling temperature of the answer tokens.", default=1.0, gt=0)
+    max_answer_tokens: int = key(
+        "The most answer tokens with <eos>; then a completion is truncated.", default=16, ge=1
     )
-    thought_tau: Number = Field(default=0.5, gt=0, description="Gumbel-Softmax temperature of the mixing weights.")
-    thought_gamma: Number = Field(
-        default=4.0,
-        gt=0,
-        description="dirichlet: total concentration; the weights come near the probabilities as it grows.",
-    )
-    thought_temperature: Number = Field(
-        default=1.0, gt=0, description="Temperature T that divides the logits before a thought is drawn."
-    )
-    temperature: Number = Field(default=1.0, gt=0, description="Sampling temperature of the answer tokens.")
-    max_answer_tokens: int = Field(
-        default=16, ge=1, description="The most answer tokens, <eos> included; then a completion is truncated."
-    )
-    answer_prompt: str = Field(
-        default="", description="Text fed before the answer, after the thoughts (not sampled, not trained)."
-    )
-    step_separator: str = Field(default="\n", description="Text after each step of a worked solution.")
-    end_of_thinking: str = Field(
-        default="", description="explicit: the text that ends the thinking when the strongest ids spell it."
-    )
-    system_prompt: str | None = Field(default=None, description="System message (models with a chat template).")
-    question_template: str = Field(default="{question}", description="Text of the question; must contain {question}.")
+    answer_prompt: str = key("Text fed before the answer, after the thoughts (not sampled, not trained).", default="")
+    step_separator: str = key("Text after each step of a worked solution.", default="\n")
+    end_of_thinking: str = key("explicit: text that ends the thinking once the strongest ids spell it.", default="")
+    system_prompt: str | None = key("System message (models with a chat template).", default=None)
+    question_template: str = key("Text of the question; must contain {question}.", default="{question}")
 
     def __post_init__(self) -> None:
         def refuse(name: str, allowed: str) -> None:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-        kind = KINDS[self.thought]
-        if kind.reads_hidden and self.phase != "latent":
+        if self.kind.reads_hidden and self.phase != "latent":
             refuse("phase", f"latent for thought {self.thought} (its thoughts spell no end of thinking)")
         if self.phase == "explicit" and self.num_thoughts < 1:
             refuse("num_thoughts", "at least 1 when phase is explicit")
-        if kind.noise == "dirichlet" and self.thought_k == 1:
+        if self.kind.has_dirichlet_noise and self.thought_k == 1:
             refuse("thought_k", "0 or at least 2 for thought dirichlet (a single weight is certain)")
         if self.phase == "explicit" and not self.end_of_thinking:
             refuse("end_of_thinking", "a text when phase is explicit")

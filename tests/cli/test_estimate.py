@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from rl_soft import cli
 from rl_soft.cli.estimate import estimate
+from rl_soft.config.arguments import EstimateArguments
 from rl_soft.config.recipe import load_recipe
 from rl_soft.model.policy import add_thought_tokens, make
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
@@ -24,8 +25,9 @@ RECIPE = str(ROOT / "recipes/grpo_gumbel.yaml")
 SMALL = {"prompts_per_step": 4, "num_generations": 4, "per_device_train_batch_size": 8}
 
 
-def predict(overrides=None, **kwargs):
-    return estimate(load_recipe(RECIPE, {**SMALL, **(overrides or {})}), prompt_tokens=8, speeds=SPEEDS, **kwargs)
+def predict(overrides=None, **asked):
+    recipe = load_recipe(RECIPE, {**SMALL, **(overrides or {})})
+    return estimate(recipe, EstimateArguments(prompt_tokens=8, **asked), SPEEDS)
 
 
 def test_memory_is_within_a_third_of_what_is_measured():
@@ -81,7 +83,7 @@ def test_what_makes_it_smaller():
     assert predict({"gradient_checkpointing": True}).update["activations"] < 0.6 * plain.update["activations"]
     half = predict({"per_device_train_batch_size": 4}).update["activations"]
     assert half == pytest.approx(plain.update["activations"] / 2, rel=0.01)
-    one, two, three = (predict(processes=2, stage=s).always for s in (1, 2, 3))
+    one, two, three = (predict(processes=2, zero=s).always for s in (1, 2, 3))
     optimizer = "optimizer (AdamW)"
     assert one[optimizer] == two[optimizer] == three[optimizer] == plain.always[optimizer] / 2
     assert one["gradients"] == plain.always["gradients"] == 2 * two["gradients"]
