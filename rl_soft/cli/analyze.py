@@ -23,7 +23,7 @@ from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import GREEDY, read_header
 from rl_soft.evaluation.samples import sample_records
 from rl_soft.model.policy import Policy, context_length, read_thinking
-from rl_soft.thoughts.fit import check_rows
+from rl_soft.thoughts.fit import check_lengths
 from rl_soft.thoughts.layout import Layout, tell_template
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.runtime.processes import prepare_devices
@@ -65,7 +65,7 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
 def place(loaded: Policy, thinking: Thinking, rows: list[Row], dataset: str) -> tuple[Any, Layout]:
     """A model on its device, in evaluation mode, and its layout, which the rows fit."""
     layout = layout_for(loaded.model, loaded.tokenizer, thinking)
-    check_rows(rows, layout, context_length(loaded.model), dataset)
+    check_lengths(rows, layout, context_length(loaded.model), dataset)
     return loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), layout
 
 

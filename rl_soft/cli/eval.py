@@ -23,7 +23,7 @@ from rl_soft.evaluation.report import build, compare
 from rl_soft.evaluation.samples import FREE_KEYS, evaluate, header_of
 from rl_soft.model.policy import context_length
 from rl_soft.thoughts.decoding import Decoding
-from rl_soft.thoughts.fit import check_rows
+from rl_soft.thoughts.fit import check_lengths
 from rl_soft.thoughts.layout import tell_template
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.runtime.processes import gathered, prepare_devices, start_processes
@@ -70,7 +70,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
     layouts = [layout_for(loaded.model, loaded.tokenizer, plan.thinking) for plan in plans]
     tell_template(layouts[0])
     for layout in layouts:
-        check_rows(rows, layout, context_length(loaded.model), arguments.dataset)
+        check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
     loaded.model.to(state.device)
     try:
         with gathered(loaded.model):

@@ -30,8 +30,8 @@ from rl_soft.config.arguments import (
     SFTArguments,
 )
 from rl_soft.config.refusals import check_keys, check_recipe, unread_keys
+from rl_soft.config.trainers import check_type, trainer_fields
 from rl_soft.config.trainers import trainer_class as trainer_class
-from rl_soft.config.trainers import trainer_fields
 from rl_soft.files import write_atomic
 from rl_soft.keys import check, fields, nearest
 from rl_soft.thoughts.decoding import Decoding
@@ -222,6 +222,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     for key in values:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {path}{nearest(key, known)}")
+        if key in of_trainer:
+            check_type(method, key, values[key])
     parts: list[Any] = [group(**{k: v for k, v in values.items() if k in fields(group)}) for group in groups]
     if not values.get("output_dir"):
         raise ValueError(f"output_dir is missing in {path}")
@@ -328,8 +330,6 @@ def check_output_dir(recipe: Recipe) -> bool:
         if recipe.output_dir.exists() and any(p.suffix != ".tmp" for p in recipe.output_dir.iterdir()):
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
         return False
-    if not has_begun(recipe.output_dir):
-        return False
     # A field that did not exist when the run was made had, in effect, its default.
     defaults = {k: v for group in GROUPS[recipe.method] for k, v in dataclasses.asdict(group()).items()}
     before = defaults | trainer_defaults(recipe.method) | yaml.load(stored.read_text(), Loader=_Loader)
@@ -337,6 +337,8 @@ def check_output_dir(recipe: Recipe) -> bool:
     free = {"output_dir"} | unread_keys(recipe.method)  # a run may be moved
     for key in sorted((before.keys() | now.keys()) - free):
         if before.get(key) != now.get(key):
+            if not has_begun(recipe.output_dir):  # a start that failed, and was corrected
+                return False
             raise ValueError(
                 f"output_dir {recipe.output_dir} holds a run with {key} = {before.get(key)!r}, this one has "
                 f"{now.get(key)!r}; choose another output_dir to keep both"

@@ -13,6 +13,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from rl_soft.keys import NAMES
+
 CLASSES = {  # method -> the package and the class of its trainer's configuration
     "codi": ("transformers", "TrainingArguments"),
     "sft": ("trl", "SFTConfig"),
@@ -27,6 +29,7 @@ SOURCES = {  # class -> its file in the package, and its base
     "SFTConfig": ("trl", "trainer/sft_config.py", "_BaseConfig"),
     "GRPOConfig": ("trl", "trainer/grpo_config.py", "_BaseConfig"),
 }
+TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
 
 
 def trainer_class(method: str) -> type:
@@ -37,11 +40,28 @@ def trainer_class(method: str) -> type:
 
 def trainer_fields(method: str) -> dict[str, Any]:
     """Name -> default of the fields of `trainer_class(method)`; None for a default that is no literal."""
-    return _fields(CLASSES[method][1])
+    return {key: default for key, (default, _) in _fields(CLASSES[method][1]).items()}
+
+
+def check_type(method: str, key: str, value: Any) -> None:
+    """Raises ValueError for a value of another type than the field `key` of `trainer_class(method)` has.
+
+    Fields of other types than numbers, texts and truth values are left to the class.
+    """
+    default, annotation = _fields(CLASSES[method][1])[key]
+    kinds = [part.strip() for part in annotation.split("|")]
+    if value is None or not set(kinds) <= {*TYPES, "None"}:
+        return
+    allowed = tuple(kind for name in kinds if name != "None" for kind in TYPES[name])
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        words = " or ".join(dict.fromkeys(NAMES[TYPES[name][0]] for name in kinds if name != "None"))
+        shown = "" if default is None else f" (default {default!r})"
+        raise ValueError(f"{key} must be {words}, got {value!r}{shown}")
 
 
 @functools.cache
-def _fields(name: str) -> dict[str, Any]:
+def _fields(name: str) -> dict[str, tuple[Any, str]]:
+    """Name of each field -> its default and its annotation."""
     package, file, base = SOURCES[name]
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
@@ -53,7 +73,8 @@ def _fields(name: str) -> dict[str, Any]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             given = {k.arg: k.value for k in node.value.keywords} if isinstance(node.value, ast.Call) else {}
             if _literal(given.get("init")) is not False:
-                fields[node.target.id] = _literal(given.get("default", None if given else node.value))
+                default = _literal(given.get("default", None if given else node.value))
+                fields[node.target.id] = default, ast.unparse(node.annotation).strip("'\"")
     return fields
 
 

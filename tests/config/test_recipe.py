@@ -126,6 +126,7 @@ def test_the_resolved_recipe_names_our_defaults_of_the_trainer(tmp_path, method)
     assert (shown["save_steps"], shown["lr_scheduler_type"]) == (100, "constant")
     assert shown.get("disable_dropout", False) is (method == "ppo")
     write_config(recipe)
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="holds a run with save_steps = 100, this one has 50"):
         check_output_dir(load_recipe(write(tmp_path, **values, save_steps=50)))
     assert check_output_dir(load_recipe(write(tmp_path, **values, save_steps=100)))
@@ -192,8 +193,11 @@ def test_an_output_folder_is_never_overwritten(tmp_path, monkeypatch):
     assert check_output_dir(first) is False
     write_config(first)
     assert check_output_dir(first) is True
+    corrected = load_recipe(write(tmp_path, seed=2))
+    assert check_output_dir(corrected) is False, "nothing was trained, so a start that failed may be corrected"
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="holds a run with seed = 1, this one has 2"):
-        check_output_dir(load_recipe(write(tmp_path, seed=2)))
+        check_output_dir(corrected)
     (tmp_path / "run/config.yaml").unlink()
     (tmp_path / "run/notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
