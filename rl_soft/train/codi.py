@@ -143,8 +143,9 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
         if peft_config is not None:
             model = with_adapter(model, layout, peft_config)
         if layout.thinking.kind.reads_hidden and layout.thinking.num_thoughts and codi.use_projector:
-            gated = layout.thinking.thought == "hybrid"
-            add_projector(base, gated, codi.projector_size, args.seed, projector_dtype(base, args))
+            add_projector(
+                base, layout.thinking.kind.mixes, codi.projector_size, args.seed, projector_dtype(base, args)
+            )
         super().__init__(
             model, args, data_collator=CodiCollator(layout, codi.drop_last_step, codi.kd_position), **kwargs
         )

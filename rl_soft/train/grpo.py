@@ -39,6 +39,7 @@ from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.checks import check_config, check_model
 from rl_soft.train.metrics import density_gap, ratio_metrics, rollout_metrics
+from rl_soft.train.normaliser import aggregate
 from rl_soft.train.reference import Reference, check_reference
 from rl_soft.train.runtime.clock import StepClock, peak_gib
 from rl_soft.train.runtime.guards import Guarded
@@ -289,33 +290,11 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             loss = super()._compute_loss(model, given)
             assert self._pass is not None
             if self._pass.kl is not None:
-                loss = loss + self.full_kl_beta * self._aggregate(self._pass.kl, inputs)
+                loss = loss + self.full_kl_beta * aggregate(self, self._pass.kl, inputs)
             self._log_ratios(self._pass, inputs)
         finally:
             self.epsilon_low, self.epsilon_high = clip_range
         return loss
-
-    def _aggregate(self, per_token: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """What TRL makes of a term (B, C) of its per-token loss, with the normaliser of each loss type."""
-        mask = inputs["completion_mask"] * inputs["tool_mask"]  # (B, C)
-        train = self.model.training
-        accumulation = self.current_gradient_accumulation_steps if train else 1.0
-        masked = per_token * mask
-        if self.loss_type in ("cispo", "dapo", "vespo"):
-            items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            if train:  # num_items_in_batch spans the rollout; one optimizer step takes its share
-                items = items * accumulation / self.args.steps_per_generation
-            return masked.sum() / items
-        if self.loss_type in ("grpo", "sapo"):
-            value = (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-        elif self.loss_type == "bnpo":
-            value = masked.sum() / mask.sum().clamp(min=1.0)
-        elif self.loss_type == "dr_grpo":
-            value = masked.sum() / (len(mask) * self.max_completion_length)
-        else:
-            assert self.loss_type == "luspo"  # TRL has refused all others
-            value = masked.sum(-1).mean()
-        return value / accumulation
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
