@@ -118,8 +118,9 @@ _NAMES = {r"\{\}": "{}", "{}": "", "][": "()"}
 def form(answer: str) -> Form:
     """A list, set, tuple or interval with its members; a single member if the answer is none of these."""
     answer = value(answer)
-    parts = [form(part) for part in split(answer, r"\cup")] if r"\cup" in answer else []
-    if len(parts) > 1 and all(part.bracket == "{}" for part in parts):
+    union = split(answer, r"\cup") if r"\cup" in answer else []
+    parts = [form(part) for part in union] if len(union) > 1 else []
+    if parts and all(part.bracket == "{}" for part in parts):
         return Form("{}", [member for part in parts for member in part.members])
     members = split(answer)
     if len(members) == 1:

@@ -50,6 +50,7 @@ _RUN = re.compile(
     re.DOTALL,
 )
 _CUT = re.compile(rf"({_NUMBER})|([(\[{{])|([)\]}}])|([,;&]|(?<=[0-9])\|(?=[0-9]))", re.DOTALL)
+_CUTTABLE = re.compile(r"[,;&|()\[\]{}]|[0-9%]\s+[^\s0-9]{0,9}[0-9]")  # a run without it is one item
 _SUBSTANCE = re.compile(
     r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?(?:[-+*/^=<>]\s?[A-Za-z]|!)|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])"
 )
@@ -75,6 +76,9 @@ def items(sentence: str) -> list[Item]:
     found: list[Item] = []
     for run in _RUN.finditer(sentence):
         if run[1] is None or (found and run.start() < found[-1].end):  # words; the unit of the item before
+            continue
+        if _CUTTABLE.search(run[1]) is None:
+            _add(found, sentence, run.start(), run.end())
             continue
         start, depth, last, edge = run.start(), 0, run.start(), False
         for cut in _CUT.finditer(sentence, run.start(), run.end()):
@@ -130,52 +134,47 @@ _CLAUSE = re.compile(
     r"[,;:—]|(?<!thing )\bbut\b(?! not)|\b(?:so|because|since|hence|thus|therefore|which|and|then|when|as)\b",
     re.IGNORECASE,
 )
+# Patterns of lower-case text, which are twice as fast as those of any case.
 _DENIED_BEFORE = re.compile(
     r"\b(?:not|never|neither|nor|cannot|hardly|doubt\w*|except|exclud\w+|unlikely|reject\w*|impossible|untrue|false|wrong|nowhere|nobody)\b"
     r"|\bno\s+(?:longer|means|way|case)\b"
     rf"|n't\b|\brul\w+\s+out\b|\b(?:any|every|no|all)\w*\s+(?:\w+\s+)?but{_ARTICLE}|\binstead\s+of{_ARTICLE}|\bover{_ARTICLE}(?<=pick)"
-    rf"|\brather\s+than{_ARTICLE}|\bother\s+than{_ARTICLE}|\bfar\s+from{_ARTICLE}",
-    re.IGNORECASE,
+    rf"|\brather\s+than{_ARTICLE}|\bother\s+than{_ARTICLE}|\bfar\s+from{_ARTICLE}"
 )
 _VERB = r"(?:is|are|was|were|would\s+be|will\s+be|seems|must\s+be)"
 _DENIED_AFTER = re.compile(
     rf"\s*{_VERB}\s+(?:\w+ly\s+)?(?:not\b|(?:the\s+|an?\s+)?(?:wrong|incorrect|false|impossible|invalid)\b|too\s|ruled\s+out|excluded\b|a\s+(?:trap|(?:common\s+)?mistake))"
-    r"|\s*(?:is|are|was|were|ca|would|does|do|did|wo|could)n't\b|\s*cannot\b|\s*(?:can|could|would|does)\s+not\b",
-    re.IGNORECASE,
+    r"|\s*(?:is|are|was|were|ca|would|does|do|did|wo|could)n't\b|\s*cannot\b|\s*(?:can|could|would|does)\s+not\b"
 )
-_PART = re.compile(r"\s*of\s+(?:them|which|whom|those|these)\b", re.IGNORECASE)
-_WHOLE = re.compile(r"\bout\s+of(?:\s+(?:the|all|a\s+total\s+of))?\s*\Z", re.IGNORECASE)
-_OF = re.compile(r"\s*of\s+(?:(?:the|all|these|those|his|her|their|its|my|our)\s+)?", re.IGNORECASE)
+_PART = re.compile(r"\s*of\s+(?:them|which|whom|those|these)\b")
+_WHOLE = re.compile(r"\bout\s+of(?:\s+(?:the|all|a\s+total\s+of))?\s*\Z")
+_OF = re.compile(r"\s*of\s+(?:(?:the|all|these|those|his|her|their|its|my|our)\s+)?")
 _COMPARED = re.compile(
-    r"\s*(?:\w+\s+)?(?:more|less|fewer|greater|larger|smaller|higher|lower|older|younger)(?:\s+\w+)?\s+than\b", re.I
+    r"\s*(?:\w+\s+)?(?:more|less|fewer|greater|larger|smaller|higher|lower|older|younger)(?:\s+\w+)?\s+than\b"
 )
-_LINKED = re.compile(r"\s*(?:\w+\s+){0,3}(?:to|from|by|with|into|onto|against)\s*", re.IGNORECASE)
+_LINKED = re.compile(r"\s*(?:\w+\s+){0,3}(?:to|from|by|with|into|onto|against)\s*")
 _BOUND_BEFORE = re.compile(
     r"(?:(?:more|less|fewer|greater|larger|bigger|smaller|higher|lower|better|worse)\s+than(?:\s+or\s+equal\s+to)?"
     r"|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|beyond|exceeds|exceeding|nearly|almost|near|barely)"
-    rf"|\bclose\s+to|\bno\s+(?:more|less|fewer)\s+than|\b(?:minimum|maximum)\s+of|\bsomewhat|[<>]|\\(?:ge|le|geq|leq|ne|neq)){_ARTICLE}",
-    re.IGNORECASE,
+    rf"|\bclose\s+to|\bno\s+(?:more|less|fewer)\s+than|\b(?:minimum|maximum)\s+of|\bsomewhat|[<>]|\\(?:ge|le|geq|leq|ne|neq)){_ARTICLE}"
 )
 _BOUND_AFTER = re.compile(
     r"\s*(?:or\s+(?:more|less|fewer|so|above|below|higher|lower|greater|better|over|under)\b|at\s+(?:least|most)\b"
-    r"|and\s+(?:up|above|more|over)\b|below\b|above\b|under\b)",
-    re.IGNORECASE,
+    r"|and\s+(?:up|above|more|over)\b|below\b|above\b|under\b)"
 )
 _COMPUTED_BEFORE = re.compile(
     r"\b(?:(?:half|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|percent|per\s?cent|square|cube"
     r"|roots?|sum|product|difference|ratio|quotient|log(?:arithm)?|factorial|reciprocal|inverse|multiples?|divisors?|powers?"
     r"|factors?|remainder|average|mean|double|triple|negative|opposite)\s+(?:of|between)|half|twice|thrice|doubled?|tripled?"
-    rf"|times|plus|minus|divided\s+by|multiplied\s+by|modulo|mod|squared|cubed){_ARTICLE}|%\s+of{_ARTICLE}",
-    re.IGNORECASE,
+    rf"|times|plus|minus|divided\s+by|multiplied\s+by|modulo|mod|squared|cubed){_ARTICLE}|%\s+of{_ARTICLE}"
 )
 _COMPUTED_AFTER = re.compile(
     r"\s*(?:squared|cubed|factorial|doubled|halved|plus|minus|times(?!\s+as)|divided|multiplied|over|raised|choose|rem|remainder|mod"
     r"|modulo|to\s+the\s+\w*\s?power|(?:less|more|fewer|greater|larger|smaller|higher|lower)\s+than|(?:percent|%)\s*of\b"
-    r"|R\s*\Z|\^|!|pi\b|\\pi|theta\b|infinity\b)",
-    re.IGNORECASE,
+    r"|r\s*\Z|\^|!|pi\b|\\pi|theta\b|infinity\b)"
 )
-_CONDITION = re.compile(r"\s*,?\s*(?:if|unless|provided|depending)\b", re.IGNORECASE)
-_NEGATIVE = re.compile(r"(?:\A|\s)(?:negative|minus)\s+\Z", re.IGNORECASE)
+_CONDITION = re.compile(r"\s*,?\s*(?:if|unless|provided|depending)\b")
+_NEGATIVE = re.compile(r"(?:\A|\s)(?:negative|minus)\s+\Z")
 _CONNECTIVE = r"(?:or|and|either|both|maybe|perhaps|possibly|alternatively|otherwise|else|also)"
 _GLUE = re.compile(
     rf"(?:[^\w=+*<>^-]|\*\*|\b(?:{_CONNECTIVE}|text|quad|qquad|is|it|be|could|might|answer|the)\b)*+", re.IGNORECASE
@@ -258,8 +257,8 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
         shorter = _ASIDE.sub(lambda m: " " * len(m[0]) if m.start() > found[0].start else m[0], sentence)
         if shorter != sentence and (without := items(shorter)):
             sentence, found = shorter, without
-    before = [sentence[(found[i - 1].end if i else 0) : item.start] for i, item in enumerate(found)]
-    after = [*before[1:], sentence[found[-1].end :]]
+    before = [sentence[(found[i - 1].end if i else 0) : item.start].lower() for i, item in enumerate(found)]
+    after = [*before[1:], sentence[found[-1].end :].lower()]
     kept, spoiled = [], set()
     joined = [i > 0 and (enumerated(gap) or (opening and gap.isspace())) for i, gap in enumerate(before)]
     for i, item in enumerate(found):
@@ -280,7 +279,7 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
             if (whole := read_number(clean(found[i - 1].text))) and whole.value.denominator == 1 and not whole.percent:
                 continue
             spoiled |= {i - 1, i}
-        if _NEGATIVE.search(left) and not (i and left.strip().lower() in ("minus", "negative")):
+        if _NEGATIVE.search(left) and not (i and left.strip() in ("minus", "negative")):
             found[i] = item._replace(text=f"-{item.text}")
         elif _COMPUTED_BEFORE.search(clause) or _BOUND_BEFORE.search(clause):
             spoiled.add(i)
