@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rewards.forms import BUILDER, OPEN, form, interval, side, split, squeeze, value, variable
+from rewards.forms import BUILDER, OPEN, form, intervals, side, split, squeeze, value, variable
 from rewards.numbers import MAX_ANSWER, Number, agree, read_number, repeats
 from rewards.plain import clean, unset
 from rewards.units import read_unit
@@ -231,7 +231,7 @@ def _asked(prediction: str) -> str:
 def _same_form(prediction: str, gold: str) -> Question:
     prediction, gold = (m["inside"].strip() if (m := BUILDER.fullmatch(a)) else a for a in (prediction, gold))
     if prediction.startswith(OPEN) != gold.startswith(OPEN):
-        prediction, gold = interval(prediction), interval(gold)
+        prediction, gold = intervals(prediction), intervals(gold)
     ours, theirs = form(prediction), form(gold)
     parts, gold_parts = split(value(prediction), r"\cup"), split(value(gold), r"\cup")
     if len(gold_parts) > 1 and "{}" not in (ours.bracket, theirs.bracket):

@@ -86,6 +86,13 @@ _BOUNDED = re.compile(
 BUILDER = re.compile(r"\\\{\s?[A-Za-z](?:\s?\\in\s?\\mathbb\s?\{?R\}?)?\s?(?:\\mid|\||:)(?P<inside>.*)\\\}")
 
 
+def intervals(answer: str) -> str:
+    r"""`(-\infty,1)\cup(3,\infty)` for `x < 1 or x > 3`; `interval` of anything else."""
+    members = split(answer)
+    parts = [interval(member) for member in members]
+    return r"\cup".join(parts) if len(parts) > 1 and all(map(str.__ne__, parts, members)) else interval(answer)
+
+
 def interval(answer: str) -> str:
     r"""`[0,1)` for `0 \le x < 1`, the answer itself if it is no such inequality with one variable."""
     match = _BOUNDED.fullmatch(answer)

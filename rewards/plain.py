@@ -33,6 +33,7 @@ _SYMBOLS = {
         "∅": r"\emptyset ",
         "∨": r"\lor ",
         "→": r"\to ",
+        "⇒": r"\Rightarrow ",
         "∛": r"\sqrt[3]",
         "⟨": r"\langle ",
     },
@@ -73,17 +74,19 @@ def plain(text: str) -> str:
 
 
 _TEXT = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|hbox|emph|operatorname|underline"
-_TEXT += "|boxed|fbox"
+_TEXT += "|ensuremath|mathcal|mathop|mathord|boxed|fbox"
 _UNWRAP = re.compile(rf"\\({_TEXT})\s?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*+)\}}")
 _DOLLAR = re.compile(r"(?<![A-Za-z])(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)\s?\\?\$")
 _COLOR = re.compile(r"\\(?:textcolor|color)\s?\{[A-Za-z]{1,20}\}")
 _NOISE = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr|bf|rm|it|tt|sf|bm|tiny|small|large|Large"
-    r"|LARGE|huge|Huge|limits)(?![A-Za-z])|(?<!\\)\\[!()\[\]](?![A-Za-z])"
+    r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|bf|rm|it|tt|sf|bm|tiny|small|large|Large|LARGE|huge|Huge|limits"
+    r"|normalsize|footnotesize)(?![A-Za-z])|\\[hv]?(?:space|phantom)\*?\s?\{[^{}]*\}"
+    r"|\\(?:begin|end)\{(?:aligned|align|gathered|equation|split)\*?\}&?|(?<!\\)\\[!()\[\]](?![A-Za-z])"
 )
 _SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~(?=\\|[A-Za-z]|[0-9]{1,9}/[0-9])|\\q?quad(?![A-Za-z])|\$")
 _FRAC_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _OVER = re.compile(r"\{\s?([^{}\\]{1,50}|\\[a-z]{1,9})\s?\\over(?![A-Za-z])\s?([^{}\\]{1,50}|\\[a-z]{1,9})\}")
+_TOP_OVER = re.compile(r"\A\s*([^{}\\]{1,50}?)\s?\\over(?![A-Za-z])\s?([^{}\\]{1,50}?)\s*\Z")
 _THIN_COMMA = re.compile(r"(?<=[0-9]),\s?\\!\s?(?=[0-9])")
 _DEGREES = re.compile(r"\^\s?(?:\\circ|\{\s?\\circ\s?\})\s?")
 _RESIDUE = re.compile(r"\s*\\pmod\s?(?:\{[^{}]*\}|[0-9])\s*\Z|\s*\((?:\\?mod|modulo)\s+[0-9A-Za-z]{1,20}\)\s*\Z")
@@ -114,6 +117,7 @@ def unset(answer: str) -> str:
         answer = _DEGREES.sub(" degrees ", _SPACE.sub(" ", _OVER.sub(r"\\frac{\1}{\2}", answer)))
         answer = _EMPTY.sub(r"\\emptyset", answer).replace(r"\not=", r"\ne ").replace(r"+\infty", r"\infty")
         answer = answer.replace(r"\langle", "(").replace(r"\rangle", ")")
+        answer = _TOP_OVER.sub(r"\\frac{\1}{\2}", answer.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}"))
         answer = answer.removesuffix("\\")
     else:
         answer = _SPACE.sub(" ", answer)

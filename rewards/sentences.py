@@ -52,7 +52,7 @@ _RUN = re.compile(
 _CUT = re.compile(rf"({_NUMBER})|([(\[{{])|([)\]}}])|([,;&]|(?<=[0-9])\|(?=[0-9]))", re.DOTALL)
 _CUTTABLE = re.compile(r"[,;&|()\[\]{}]|[0-9%]\s+[^\s0-9]{0,9}[0-9]")  # a run without it is one item
 _SUBSTANCE = re.compile(
-    r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?(?:[-+*/^=<>]\s?[A-Za-z]|!)|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])"
+    r"[0-9]|\\(?!times|cdot|approx|quad|left|right|text|ldots|to(?![A-Za-z])|[,;:!])[A-Za-z]{2}|[A-Za-z]\s?(?:[-+*/^=<>]\s?[A-Za-z]|!)|\|[A-Za-z]|(?<![A-Za-z])(?:pi|sqrt)(?![A-Za-z])"
 )
 _ASIDE = re.compile(r"\((?!\s*(?:or|and|maybe|perhaps)\b)(?=[^()]{0,20}[A-Za-z]{2})[^()]{1,200}\)")
 _FORMULA = re.compile(r"\$\$?([^$]{1,500})\$\$?(?![0-9])|\\\(([^$]{1,500}?)\\\)|\\\[([^$]{1,500}?)\\\]")
@@ -102,7 +102,8 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
     text = sentence[start:end]
     if not _SUBSTANCE.search(text):
         return
-    body = text.lstrip(" \t,;:=&~").rstrip(" \t,;:=([{<>~|/*-")
+    body = text.lstrip(" \t,;:=&~").rstrip(" \t,;:=([{<>~/*-")
+    body = body.rstrip("| ") if body.count("|") % 2 else body
     start += text.index(body) if body else 0
     before = sentence[:start].rstrip(" ")
     if (dash := re.match(r"-(\s*)(?=\S)", body)) and before:
@@ -114,8 +115,8 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
         start, body, opened = start + 1, body[1:].lstrip(), opened - 1
     while body.endswith((")", "]", "}")) and closed > opened and body[-2:-1] != "\\":
         body, closed = body[:-1].rstrip(), closed - 1
-    if body.endswith("!") and read_number(body[:-1].strip()):
-        body = body[:-1]
+    if body.endswith("!") and read_number(body.rstrip("! ")):
+        body = body.rstrip("! ")
     if body.startswith("[") and body.endswith("]") and read_number(body[1:-1]):
         start, body = start + 1, body[1:-1]
     if not body:
@@ -129,22 +130,23 @@ def _add(found: list[Item], sentence: str, start: int, end: int) -> None:
 
 # --- Words around an item --------------------------------------------------------------------------------------------
 
-_ARTICLE = r"(?:\s+(?:the|a|an|about|around|number|is|be))*\s*\Z"
+_ARTICLE = r"(?:\s+(?:the|a|an|about|around|number|that\s+of))*\s*\Z"
 _CLAUSE = re.compile(
     r"[,;:—]|(?<!thing )\bbut\b(?! not)|\b(?:so|because|since|hence|thus|therefore|which|and|then|when|as)\b",
     re.IGNORECASE,
 )
 # Patterns of lower-case text, which are twice as fast as those of any case.
 _DENIED_BEFORE = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|hardly|doubt\w*|except|exclud\w+|unlikely|reject\w*|impossible|untrue|false|wrong|nowhere|nobody)\b"
+    r"\b(?:not|never|neither|nor|cannot|hardly|doubt\w*|except|exclud\w+|unlikely|reject\w*|impossible|untrue|false|wrong|nowhere|nobody|eliminat\w+|discard\w*|dismiss\w*|besides)\b"
     r"|\bno\s+(?:longer|means|way|case)\b"
-    rf"|n't\b|\brul\w+\s+out\b|\b(?:any|every|no|all)\w*\s+(?:\w+\s+)?but{_ARTICLE}|\binstead\s+of{_ARTICLE}|\bover{_ARTICLE}(?<=pick)"
-    rf"|\brather\s+than{_ARTICLE}|\bother\s+than{_ARTICLE}|\bfar\s+from{_ARTICLE}"
+    rf"|n't\b|\brul\w+\s+out\b|\binstead\s+of{_ARTICLE}|\bover{_ARTICLE}(?<=pick)"
+    rf"|\brather\s+than{_ARTICLE}|\b(?:other|else)\s+than{_ARTICLE}|\bdifferent\s+from{_ARTICLE}|\bfar\s+from{_ARTICLE}"
 )
+_ALL_BUT = re.compile(rf"\b(?:any|every|no|all)\w*\s+(?:\w+\s+)?but{_ARTICLE}")
 _VERB = r"(?:is|are|was|were|would\s+be|will\s+be|seems|must\s+be)"
 _DENIED_AFTER = re.compile(
-    rf"\s*{_VERB}\s+(?:\w+ly\s+)?(?:not\b|(?:the\s+|an?\s+)?(?:wrong|incorrect|false|impossible|invalid)\b|too\s|ruled\s+out|excluded\b|a\s+(?:trap|(?:common\s+)?mistake))"
-    r"|\s*(?:is|are|was|were|ca|would|does|do|did|wo|could)n't\b|\s*cannot\b|\s*(?:can|could|would|does)\s+not\b"
+    rf"\s*,?\s*{_VERB}\s+(?:\w+ly\s+)?(?:not\b|(?:the\s+|an?\s+)?(?:wrong|incorrect|false|impossible|invalid)\b|too\s|ruled\s+out|excluded\b|a\s+(?:trap|(?:common\s+)?mistake))"
+    r"|\s*(?:is|are|was|were|ca|would|does|do|did|wo|could)n't\b|\s*(?:cannot|fails?|is\s+rejected)\b|\s*(?:can|could|would|does)\s+not\b"
 )
 _PART = re.compile(r"\s*of\s+(?:them|which|whom|those|these)\b")
 _WHOLE = re.compile(r"\bout\s+of(?:\s+(?:the|all|a\s+total\s+of))?\s*\Z")
@@ -152,11 +154,13 @@ _OF = re.compile(r"\s*of\s+(?:(?:the|all|these|those|his|her|their|its|my|our)\s
 _COMPARED = re.compile(
     r"\s*(?:\w+\s+)?(?:more|less|fewer|greater|larger|smaller|higher|lower|older|younger)(?:\s+\w+)?\s+than\b"
 )
-_LINKED = re.compile(r"\s*(?:\w+\s+){0,3}(?:to|from|by|with|into|onto|against)\s*")
+_LINKED = re.compile(
+    r"\s*(?:\.\.+|(?:\w+\s+){0,3}(?:xor|through|until|versus|vs\.?|to|from|by|with|into|onto|against))\s*"
+)
 _BOUND_BEFORE = re.compile(
     r"(?:(?:more|less|fewer|greater|larger|bigger|smaller|higher|lower|better|worse)\s+than(?:\s+or\s+equal\s+to)?"
     r"|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|beyond|exceeds|exceeding|nearly|almost|near|barely)"
-    rf"|\bclose\s+to|\bno\s+(?:more|less|fewer)\s+than|\b(?:minimum|maximum)\s+of|\bsomewhat|[<>]|\\(?:ge|le|geq|leq|ne|neq)){_ARTICLE}"
+    rf"|\bclose\s+to|\bno\s+(?:more|less|fewer)\s+than|\bin\s+excess\s+of|\bas\s+\w+\s+as|\bat\s+(?:minimum|maximum)|\b(?:minimum|maximum)\s+of|\bsomewhat|[<>]|\\(?:ge|le|geq|leq|ne|neq)){_ARTICLE}"
 )
 _BOUND_AFTER = re.compile(
     r"\s*(?:or\s+(?:more|less|fewer|so|above|below|higher|lower|greater|better|over|under)\b|at\s+(?:least|most)\b"
@@ -166,14 +170,16 @@ _COMPUTED_BEFORE = re.compile(
     r"\b(?:(?:half|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|percent|per\s?cent|square|cube"
     r"|roots?|sum|product|difference|ratio|quotient|log(?:arithm)?|factorial|reciprocal|inverse|multiples?|divisors?|powers?"
     r"|factors?|remainder|average|mean|double|triple|negative|opposite)\s+(?:of|between)|half|twice|thrice|doubled?|tripled?"
-    rf"|times|plus|minus|divided\s+by|multiplied\s+by|modulo|mod|squared|cubed){_ARTICLE}|%\s+of{_ARTICLE}"
+    rf"|times|plus|minus|divided\s+by|multiplied\s+by|modulo|mod){_ARTICLE}|%\s+of{_ARTICLE}"
 )
 _COMPUTED_AFTER = re.compile(
-    r"\s*(?:squared|cubed|factorial|doubled|halved|plus|minus|times(?!\s+as)|divided|multiplied|over|raised|choose|rem|remainder|mod"
-    r"|modulo|to\s+the\s+\w*\s?power|(?:less|more|fewer|greater|larger|smaller|higher|lower)\s+than|(?:percent|%)\s*of\b"
-    r"|r\s*\Z|\^|!|pi\b|\\pi|theta\b|infinity\b)"
+    r"\s*(?:(?:squared|cubed|factorial|doubled|tripled|halved|plus|minus|times(?!\s+as)|divided|multiplied|over|raised|choose|rem"
+    r"|remainder|mod|modulo|to\s+the\s+\w*\s?power"
+    r"|(?:less|more|fewer|greater|larger|smaller|higher|lower)\s+than|pi|theta|infinity|r\s*\Z)(?![a-z])"
+    r"|(?:percent|%)\s*of\b|\^|!(?!!*\s*\Z)|\\pi)"
 )
 _CONDITION = re.compile(r"\s*,?\s*(?:if|unless|provided|depending)\b")
+_LABEL = re.compile(r"\b(?:case|guess|part|step|option|attempt)\s*\Z", re.IGNORECASE)  # of a number with a colon
 _NEGATIVE = re.compile(r"(?:\A|\s)(?:negative|minus)\s+\Z")
 _CONNECTIVE = r"(?:or|and|either|both|maybe|perhaps|possibly|alternatively|otherwise|else|also)"
 _GLUE = re.compile(
@@ -182,11 +188,11 @@ _GLUE = re.compile(
 _LISTING = re.compile(rf"[,;/|&]|\b{_CONNECTIVE}\b", re.IGNORECASE)
 OR = re.compile(
     r"\b(?:or|alternatively|otherwise|maybe|perhaps|possibly|versus|vs|(?:second|another|other)\s+(?:guess|possibility|option|answer|candidate)"
-    r"|guess\s+[2-9]|(?:could|might|may)\s+also\s+be)\b|\\lor",
+    r"|(?:guess|case)\s+[2-9]|(?:could|might|may)\s+also\s+be)\b|\\lor",
     re.IGNORECASE,
 )
 ALTERNATIVE = re.compile(  # how a sentence opens that only offers another answer
-    r"[.!?]?\s{1,3}(?:(?:second|another|other)\s+(?:guess|possibility|option|answer|candidate)|guess\s+[2-9]|or|maybe|perhaps|possibly|alternatively|otherwise"
+    r"[.!?]?\s{1,3}(?:(?:second|another|other)\s+(?:guess|possibility|option|answer|candidate)|(?:guess|case)\s+[2-9]|or|maybe|perhaps|possibly|alternatively|otherwise"
     r"|(?:it|this|that)\s+(?:could|might|may)(?:\s+also)?)\b",
     re.IGNORECASE,
 )
@@ -194,7 +200,7 @@ _LABELLED = re.compile(r"\s*[,;]\s*(?:and\s+)?[A-Za-z][A-Za-z ]{0,30}\s?[-—:=]
 _ABBREVIATION = re.compile(
     r"(?:\b(?:Rs|approx|i\.e|e\.g|etc|vs|Mr|Mrs|Ms|Dr|St|Prof|Mt|Jr|Sr|No|Fig|Eq|fl|sq|cu|ca|cf|[A-Z]|(?:[A-Za-z]\.)+[A-Za-z]))\Z"
 )
-_STOP = re.compile(r"[.!?](?=[\s\"')*]|\Z)|\n")
+_STOP = re.compile(r"(?:(?<!\.)\.|[!?])(?=[\s\"')*]|\Z)|\n")
 _GAP = 60  # characters between two candidates of one list
 
 
@@ -211,6 +217,8 @@ def alternatives(gap: str) -> bool:
     r"""Whether the text between two answers makes them alternatives: that in `\boxed{3} or \boxed{4}`."""
     if len(gap) > _GAP:
         return False
+    if _CONDITION.match(gap):
+        return True
     return _GLUE.fullmatch(gap) is not None or (OR.search(gap) is not None and _one_sentence(gap))
 
 
@@ -235,6 +243,7 @@ class Reading(NamedTuple):
     found: bool  # whether there was any item
     first: int  # where the first item starts
     spoiled: bool = False
+    last: int = 0  # where the last item of the answer starts
 
 
 def _clause(words: str) -> str:
@@ -250,7 +259,11 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
         opening: take the first item that is not dropped.
         keep: leave an equation whole, where otherwise its right side is the answer.
     """
-    found = items(sentence)
+    found = [
+        item
+        for item in items(sentence)
+        if sentence[item.end : item.end + 1] != ":" or not _LABEL.search(sentence, max(0, item.start - 12), item.start)
+    ]
     if not found:
         return Reading(None, False, len(sentence))
     if "(" in sentence:
@@ -260,12 +273,16 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
     before = [sentence[(found[i - 1].end if i else 0) : item.start].lower() for i, item in enumerate(found)]
     after = [*before[1:], sentence[found[-1].end :].lower()]
     kept, spoiled = [], set()
-    joined = [i > 0 and (enumerated(gap) or (opening and gap.isspace())) for i, gap in enumerate(before)]
+    joined = [
+        i > 0 and (enumerated(gap) or (opening and gap.isspace())) and not _step(found[i - 1].text)
+        for i, gap in enumerate(before)
+    ]
     for i, item in enumerate(found):
         left, right = before[i], after[i]
         clause = _clause(left)
         if (
             _DENIED_BEFORE.search(clause)
+            or _ALL_BUT.search(left)
             or _DENIED_AFTER.match(right)
             or _WHOLE.search(left)
             or (i and _PART.match(right))
@@ -288,7 +305,8 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
             spoiled.add(i)
         if i + 1 < len(found) and _LINKED.fullmatch(right):  # "5 added to 7"
             spoiled |= {i, i + 1}
-        if _BOUND_AFTER.match(right) or _CONDITION.match(right) or (joined[i] and i - 1 in spoiled):
+        conditional = _CONDITION.match(right) or (sentence.count(" when ") > 1 and right.startswith(" when "))
+        if _BOUND_AFTER.match(right) or conditional or (joined[i] and i - 1 in spoiled):
             spoiled.add(i)
         kept.append(i)
     if not kept:
@@ -301,7 +319,13 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
     if len(texts) == 1 and not keep:
         right = side(clean(texts[0]), prose=True) if "=" in texts[0] or "\\equiv" in texts[0] else ""
         texts = [right] if right and read_number(right) else texts
-    return Reading(", ".join(dict.fromkeys(texts)), True, found[kept[0]].start)
+    return Reading(", ".join(dict.fromkeys(texts)), True, found[kept[0]].start, last=found[run[-1]].start)
+
+
+def _step(item: str) -> bool:
+    """Whether an item is an equation that derives another, as `4x = 80` does in "4x = 80 and x = 20"."""
+    left, equals, _ = item.partition("=")
+    return equals != "" and re.search(r"[0-9]\s?[A-Za-z(]|[A-Za-z)]\s?[-+*/^]", left) is not None
 
 
 _RESULT = re.compile(r",?\s*(?:which|that|this|or|it)?\s*(?:is|equals|gives|makes|i\.e\.|=),?\s*", re.IGNORECASE)
