@@ -24,7 +24,7 @@ _TYPE = re.compile(
     r"[a-z](?<!\bis)(?<!\bor)(?<!\band)(?<!\b[Ss]o)(?<!\bbut)(?<!\bbe)(?<!\bnot)(?<!\bnor)(?<!\bthen)(?<!\bboth)\s\Z"
 )
 _CUE_BEFORE = re.compile(
-    rf"(?:{_CUE}|say|go\s+with|it's|neither|either|exclude|excludes|reject|rejects|than|only|just|clearly|definitely|therefore|hence|thus)\W*\Z",
+    rf"(?:{_CUE}|say|(?:go|left)\s+with|it's|neither|either|exclude|excludes|reject|rejects|than|only|just|clearly|definitely|therefore|hence|thus)\W*\Z",
     re.I,
 )
 _DENIED_BEFORE = re.compile(

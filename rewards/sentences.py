@@ -155,7 +155,7 @@ _COMPARED = re.compile(
     r"\s*(?:\w+\s+)?(?:more|less|fewer|greater|larger|smaller|higher|lower|older|younger)(?:\s+\w+)?\s+than\b"
 )
 _LINKED = re.compile(
-    r"\s*(?:\.\.+|(?:\w+\s+){0,3}(?:xor|through|until|versus|vs\.?|to|from|by|with|into|onto|against))\s*"
+    r"\s*(?:\.\.+|(?:\w+\s+){0,3}(?:xor|over|through|until|versus|vs\.?|to|from|by|with|into|onto|against))\s*"
 )
 _BOUND_BEFORE = re.compile(
     r"(?:(?:more|less|fewer|greater|larger|bigger|smaller|higher|lower|better|worse)\s+than(?:\s+or\s+equal\s+to)?"
@@ -173,7 +173,7 @@ _COMPUTED_BEFORE = re.compile(
     rf"|times|plus|minus|divided\s+by|multiplied\s+by|modulo|mod){_ARTICLE}|%\s+of{_ARTICLE}"
 )
 _COMPUTED_AFTER = re.compile(
-    r"\s*(?:(?:squared|cubed|factorial|doubled|tripled|halved|plus|minus|times(?!\s+as)|divided|multiplied|over|raised|choose|rem"
+    r"\s*(?:(?:squared|cubed|factorial|doubled|tripled|halved|plus|minus|times(?!\s+as)|divided|multiplied|raised|choose|rem"
     r"|remainder|mod|modulo|to\s+the\s+\w*\s?power"
     r"|(?:less|more|fewer|greater|larger|smaller|higher|lower)\s+than|pi|theta|infinity|r\s*\Z)(?![a-z])"
     r"|(?:percent|%)\s*of\b|\^|!(?!!*\s*\Z)|\\pi)"
@@ -292,13 +292,15 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
             continue  # "he has 5, which is more than 3"
         if i and "," in left and _COMPARED.match(right):
             continue  # "he has 5, 3 more than she has"
-        if i and _OF.fullmatch(left):  # "12 of the 20", but "50% of 20" and "1/2 of 20" are operations
+        if (
+            i and "=" not in item.text and _OF.fullmatch(left)
+        ):  # "12 of the 20", but "50% of 20" and "1/2 of 20" are operations
             if (whole := read_number(clean(found[i - 1].text))) and whole.value.denominator == 1 and not whole.percent:
                 continue
             spoiled |= {i - 1, i}
         if _NEGATIVE.search(left) and not (i and left.strip() in ("minus", "negative")):
             found[i] = item._replace(text=f"-{item.text}")
-        elif _COMPUTED_BEFORE.search(clause) or _BOUND_BEFORE.search(clause):
+        elif ("=" not in item.text and _COMPUTED_BEFORE.search(clause)) or _BOUND_BEFORE.search(clause):
             spoiled.add(i)
         computed = _COMPUTED_AFTER.match(right)
         if computed and (i + 1 < len(found) or not _COMPARED.match(right)):
@@ -325,10 +327,21 @@ def read(sentence: str, opening: bool = False, keep: bool = False) -> Reading:
 def _step(item: str) -> bool:
     """Whether an item is an equation that derives another, as `4x = 80` does in "4x = 80 and x = 20"."""
     left, equals, _ = item.partition("=")
-    return equals != "" and re.search(r"[0-9]\s?[A-Za-z(]|[A-Za-z)]\s?[-+*/^]", left) is not None
+    return equals != "" and _PLAIN_NAME.fullmatch(left) is None
+
+
+_PLAIN_NAME = re.compile(r"\s*(?:[A-Za-z]{1,3}(?:_?\{?\w\}?)?(?:\(\w\))?|\([A-Za-z, ]{1,20}\)|\\[a-z]{1,9})\s*")
 
 
 _RESULT = re.compile(r",?\s*(?:which|that|this|or|it)?\s*(?:is|equals|gives|makes|i\.e\.|=),?\s*", re.IGNORECASE)
+
+
+def _results(found: list[Item], after: list[str], i: int) -> bool:
+    """Whether an item is the result of the one before: "5 + 10 which is 15", "3 boxes x 4 = 12"."""
+    gap = after[i - 1]
+    if "=" in found[i].text:
+        return re.fullmatch(r"\s*(?:[a-z]+\s+){0,2}", gap) is not None
+    return _RESULT.fullmatch(gap) is not None and not read_number(found[i - 1].text)
 
 
 def _run(kept: list[int], joined: list[bool], opening: bool, found: list[Item], after: list[str]) -> list[int]:
@@ -338,13 +351,8 @@ def _run(kept: list[int], joined: list[bool], opening: bool, found: list[Item], 
         for i in kept[1:]:
             if i == run[-1] + 1 and joined[i]:
                 run.append(i)
-            elif (
-                len(run) == 1
-                and i == run[0] + 1
-                and _RESULT.fullmatch(after[run[0]])
-                and not read_number(found[run[0]].text)
-            ):
-                run = [i]  # "5 + 10 which is 15"
+            elif len(run) == 1 and i == run[0] + 1 and _results(found, after, i):
+                run = [i]
             else:
                 break
         return run
