@@ -77,6 +77,7 @@ _TEXT = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mb
 _TEXT += "|ensuremath|mathcal|mathop|mathord|boxed|fbox"
 _UNWRAP = re.compile(rf"\\({_TEXT})\s?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*+)\}}")
 _DOLLAR = re.compile(r"(?<![A-Za-z])(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)\s?\\?\$")
+_COMMA_DOLLAR = re.compile(r"(?<![0-9,.])([0-9]{1,9}),([0-9]{1,2})(?=\s?\\?\$)")
 _COLOR = re.compile(r"\\(?:textcolor|color)\s?\{[A-Za-z]{1,20}\}")
 _NOISE = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|bf|rm|it|tt|sf|bm|tiny|small|large|Large|LARGE|huge|Huge|limits"
@@ -109,6 +110,8 @@ def _unwrapped(command: re.Match[str]) -> str:
 def unset(answer: str) -> str:
     """An answer without what carries no meaning: spacing and fonts of LaTeX, markdown, a modulus, final stops."""
     answer = _DOLLAR.sub("$", plain(answer))
+    if answer.count("$") == 1:  # not a formula, as `$1,5$` is
+        answer = _COMMA_DOLLAR.sub(r"\1.\2", answer)
     if "\\" in answer:
         answer = _FRAC_STYLE.sub(r"\\frac", answer.replace(r"\$", "$").replace(r"\%", "%"))
         answer = _NOISE.sub("", _COLOR.sub("", _THIN_COMMA.sub(",", answer)))
