@@ -196,7 +196,7 @@ def _hashed(text: str, answer_type: str) -> list[Span]:
     spans = hashes(text)
     if answer_type == "number":
         for i, span in enumerate(spans[-20:], max(0, len(spans) - 20)):
-            content = open_formulas(span.content or "")
+            content = open_formulas((span.content or "")[:MAX_ANSWER])
             if read_number(clean(content)) is None and items(content):
                 spans[i] = span._replace(content=_sentence_answer(content, True).text)
     return spans

@@ -176,7 +176,9 @@ _BASED = re.compile(
 
 def _distinct(members: Sequence[str]) -> list[Number | None]:
     """The numbers of a list without those that say another again: in other units, or rounded."""
-    numbers = [read_number(side(member)) for member in members]
+    numbers = list(dict.fromkeys(read_number(side(member)) for member in members))
+    if len(numbers) > MAX_MEMBERS:
+        return numbers
     kept: list[Number | None] = []
     for i, number in enumerate(numbers):
         others = numbers[:i] + ([] if number is None or number.unit else numbers[i + 1 :])

@@ -249,11 +249,11 @@ WRAPPED = {
     "imports in a block": f"{IMPORT}{FENCE}\ndef area(r):\n    return pi * r * r\n{FENCE}\n",
     "a helper in a block": HELPER + HELPED,
     "a helper behind": HELPED + HELPER,
-    "tests that need what is not there": f"{FENCE}\n{WHOLE}{FENCE}\n{FENCE}\nimport no_such\nassert area(1)\n{FENCE}\n",
+    "tests that lack a package": f"{FENCE}\n{WHOLE}{FENCE}\n{FENCE}\nimport no_such\narea(1)\n{FENCE}\n",
     "an earlier attempt": f"{FENCE}\ndef area(r):\n    return 0\n{FENCE}\nNo:\n{FENCE}\n{WHOLE}{FENCE}\n",
     "carriage returns": f"{FENCE}python\n{WHOLE}{FENCE}\n".replace("\n", "\r\n"),
     "the future": f"{FENCE}python\nfrom __future__ import annotations\n{WHOLE}{FENCE}\n",
-    "a fence in the docstring": f'{FENCE}\ndef area(r):\n    """So:\n    {FENCE}\n    1\n    {FENCE}\n    """\n{BODY}{FENCE}\n',
+    "a fence in the docstring": f'{FENCE}\ndef area(r):\n    """\n  {FENCE}\n  1\n  {FENCE}\n    """\n{BODY}{FENCE}',
     "a lambda": f"{FENCE}\narea = lambda r: math.pi * r * r\n{FENCE}\n",
 }
 
