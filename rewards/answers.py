@@ -37,7 +37,7 @@ from rewards.comparison import (
     same,
 )
 from rewards.numbers import MAX_ANSWER, read_number
-from rewards.plain import clean, plain
+from rewards.plain import clean, plain, unset
 from rewards.sentences import ALTERNATIVE, OR, PROSE, Reading, alternatives, items, open_formulas, read, stop
 from rewards.units import read_unit
 
@@ -306,7 +306,7 @@ def _flexible(text: str, answer_type: str) -> str | None:
     if answer_type == "bool":
         return choices.truth(text[-_TAIL:])
     if len(whole := text.strip()) < 200 and whole:
-        if read_number(clean(whole)):
+        if read_number(unset(whole)):
             return whole
         if (formula := _DISPLAY.fullmatch(whole)) and not PROSE.search(inner := next(filter(None, formula.groups()))):
             return inner.strip()
@@ -335,7 +335,7 @@ def extract(text: str, answer_type: str = "number", strict: bool = False) -> str
     if "<think>" in text:  # it is still thinking
         return None
     text = plain(_SPECIAL.sub("", text) if "<" in text else text)
-    if "<answer>" in text and (tags := _TAG.findall(text)):
+    if "</" in text and (tags := _TAG.findall(text)):
         return _within(tags[-1].strip(), answer_type)
     answer: str | None = None
     spans = _boxed(text, answer_type) or _hashed(text, answer_type) or _statements(text, answer_type)

@@ -12,7 +12,7 @@ _LETTER = re.compile(
     r"(?<![A-Za-z0-9'&])(?:(A(?!\s(?!is\b|or\b|and\b|as\b|because\b|since\b|was\b|are\b|over\b|but\b|leaving\b)[a-z])|[B-HJ-Z]|I(?=[).:]|\Z))"
     r"|(?<=\()([a-z])(?=\)))(?![A-Za-z0-9'])(?!-[A-Za-z])"
 )
-_CUE = r"(?:options?|choices?|answers?|choose|pick|select|chose|picked|letter|leaving|prefer|ans|选|是)"
+_CUE = r"(?:options?|choices?|answers?|choose|pick|select|chose|picked|letter|leav\w+|prefer|ans|选|是)"
 _CUED = re.compile(
     rf"\b{_CUE}\s*(?:\w{{2,12}}\s+){{0,2}}(?:is|would\s+be|:|=)?\s*[*\"'(\[]*([a-z])(?![A-Za-z0-9'])(?=[).:\]\s*\"']|\Z)",
     re.I,
@@ -63,6 +63,10 @@ def _opens_with(text: str, opening: bool) -> Item | None:
     return Item(first.start(1), first.end(1), first[1]) if shown else None
 
 
+def _listed(gap: str) -> bool:
+    return ";" not in gap and enumerated(gap)
+
+
 def letter(text: str, opening: bool = False) -> str | None:
     """The letter that a text chooses, or the list of those that it leaves open; None if there is none.
 
@@ -97,13 +101,13 @@ def letter(text: str, opening: bool = False) -> str | None:
         return None
     start = kept[0] if opening else chosen[-1] if chosen else kept[-1]
     run = [start]
-    while run[-1] + 1 in kept and enumerated(text[found[run[-1]].end : found[run[-1] + 1].start]) and not chosen:
+    while run[-1] + 1 in kept and _listed(text[found[run[-1]].end : found[run[-1] + 1].start]) and not chosen:
         run.append(run[-1] + 1)
     while (
         not opening
         and not chosen
         and run[0] - 1 in kept
-        and enumerated(text[found[run[0] - 1].end : found[run[0]].start])
+        and _listed(text[found[run[0] - 1].end : found[run[0]].start])
     ):
         run.insert(0, run[0] - 1)
     return ", ".join(dict.fromkeys(found[i].text.upper() for i in run))
@@ -143,9 +147,7 @@ def truth(text: str, opening: bool = False) -> str | None:
     while first > 0 and stop(text, found[first - 1].end, found[first].start) == found[first].start:
         first -= 1  # to the opening of the last sentence that takes a side
     last = first
-    while (
-        last + 1 < len(found) and enumerated(gap := text[found[last].end : found[last + 1].start]) and ";" not in gap
-    ):
+    while last + 1 < len(found) and _listed(text[found[last].end : found[last + 1].start]):
         last += 1
     return ", ".join(dict.fromkeys(item.text for item in found[first : last + 1]))
 

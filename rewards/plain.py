@@ -57,6 +57,7 @@ _SET_THOUSANDS = re.compile(r"(?<=[0-9])\\[,;:!]\s?(?=[0-9]{3}(?![0-9]))")
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]{1,9}")
 _DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _MINUS_LIKE = re.compile(r"[—―](?=[0-9.$])(?<![0-9A-Za-z\s].)|(?<=[0-9])[—―](?=[0-9])")
+_MINUS = re.compile(r"(?<=[A-Za-z:=]\s)−\s+(?=[0-9.$])")  # unlike a hyphen it is a minus behind words, too
 _ROOT = re.compile(r"√\s?(?:([0-9]+(?:\.[0-9]+)?|[A-Za-z])|\(([^()]{1,100})\))")
 
 
@@ -65,7 +66,7 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = _THIN_THOUSANDS.sub("", text)
         text = _SUPERSCRIPTS.sub(lambda match: "^{" + match[0].translate(_DIGITS) + "}", text)
-        text = _MINUS_LIKE.sub("-", text)
+        text = _MINUS.sub("-", _MINUS_LIKE.sub("-", text))
         text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
         text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text).replace("√", r"\sqrt ")
     if "\\" in text:
@@ -84,7 +85,7 @@ _NOISE = re.compile(
     r"|normalsize|footnotesize)(?![A-Za-z])|\\[hv]?(?:space|phantom)\*?\s?\{[^{}]*\}"
     r"|\\(?:begin|end)\{(?:aligned|align|gathered|equation|split)\*?\}&?|(?<!\\)\\[!()\[\]](?![A-Za-z])"
 )
-_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~(?=\\|[A-Za-z]|[0-9]{1,9}/[0-9])|\\q?quad(?![A-Za-z])|\$")
+_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~(?![0-9])|(?<![0-9])~|~(?=[0-9]{1,9}/[0-9])|\\q?quad(?![A-Za-z])|\$")
 _FRAC_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _OVER = re.compile(r"\{\s?([^{}\\]{1,50}|\\[a-z]{1,9})\s?\\over(?![A-Za-z])\s?([^{}\\]{1,50}|\\[a-z]{1,9})\}")
 _TOP_OVER = re.compile(r"\A\s*([^{}\\]{1,50}?)\s?\\over(?![A-Za-z])\s?([^{}\\]{1,50}?)\s*\Z")
@@ -94,6 +95,7 @@ _RESIDUE = re.compile(r"\s*\\pmod\s?(?:\{[^{}]*\}|[0-9])\s*\Z|\s*\((?:\\?mod|mod
 _EMPTY = re.compile(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}")
 _BEFORE = re.compile(  # words that may stand before an answer
     r"\s*(?:(?:(?:so|thus|therefore|hence)[\s,]+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?answers?\s*(?:is|are|:|=)\s*:?\s*"
+    r"|(?:so|thus|therefore|hence)[\s,]+|(?:it|the\s+(?:value|result|total|sum|solution))\s+(?:is|=)\s+"
     r"|\([A-E]\)\s*(?=\S)|(?:approximately|about|around|roughly|exactly|equal\s+to|\\approx(?![A-Za-z]))\s*)+",
     re.IGNORECASE,
 )

@@ -198,7 +198,7 @@ ALTERNATIVE = re.compile(  # how a sentence opens that only offers another answe
 )
 _LABELLED = re.compile(r"\s*[,;]\s*(?:and\s+)?[A-Za-z][A-Za-z ]{0,30}\s?[-—:=]\s*")
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:Rs|approx|i\.e|e\.g|etc|vs|Mr|Mrs|Ms|Dr|St|Prof|Mt|Jr|Sr|No|Fig|Eq|fl|sq|cu|ca|cf|[A-Z]|(?:[A-Za-z]\.)+[A-Za-z]))\Z"
+    r"(?:\b(?:Rs|approx|i\.e|e\.g|etc|vs|Mr|Mrs|Ms|Dr|St|Ft|Lt|Col|Gen|Gov|Sgt|Capt|Rev|Inc|Ltd|Co|Prof|Mt|Jr|Sr|No|Fig|Eq|fl|sq|cu|ca|cf|[A-Z]|(?:[A-Za-z]\.)+[A-Za-z]))\Z"
 )
 _STOP = re.compile(r"(?:(?<!\.)\.|[!?])(?=[\s\"')*]|\Z)|\n")
 _GAP = 60  # characters between two candidates of one list

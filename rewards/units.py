@@ -49,7 +49,7 @@ TND GHS ETB RMB Rs Rs. Re Re. kr kr.
 CODES = frozenset(_CODES.split())
 SYMBOLS = "$€£¥₹₩₽₱₺₴₦₫₪₡₲₵₸¢฿₭₮₨₼₾"
 CURRENCY = (  # in front of a number
-    rf"(?:(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)?\s?\\?\$|[{SYMBOLS}]|\\(?:pounds|euro|yen|cents?)(?![A-Za-z])"
+    rf"(?:(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)?\s?\\?\$|[{SYMBOLS}]|\\(?:pounds|textsterling|(?:text)?(?:euro|yen|cent)s?)(?![A-Za-z])"
     r"|(?P<code>[A-Z]{3}|Rs\.?|Re\.?|kr\.?)(?![A-Za-z]))"
 )
 _SHORT = {"p": -12, "n": -9, "µ": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9, "T": 12}
