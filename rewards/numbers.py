@@ -182,6 +182,8 @@ def read_number(answer: str) -> Number | None:
             return None
         negative = start["inner"] == "-"
     rest = answer[start.end() :]
+    if start["currency"] and (group := _GROUP.match(rest)):  # \euro{5}
+        rest = group[1] + group[2].strip() + rest[group.end(2) + 1 :]
     if rest[:1].isalpha():
         rest = _from_words(rest)
     comma = _COMMA.match(rest)
