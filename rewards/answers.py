@@ -37,7 +37,7 @@ from rewards.comparison import (
     same,
 )
 from rewards.numbers import MAX_ANSWER, read_number
-from rewards.plain import clean, plain
+from rewards.plain import clean, plain, unset
 from rewards.sentences import ALTERNATIVE, OR, PROSE, Reading, alternatives, items, open_formulas, read, stop
 from rewards.units import read_unit
 
@@ -101,14 +101,18 @@ _STATEMENT = re.compile(
     re.IGNORECASE,
 )
 _CORRECTION = re.compile(
-    r"(?:\b(?:wait|actually|correction|sorry|oops|scratch\s+that|I\s+mean)|,\s*no\b|\bno)\b(?:[,:]\s*(?=[-$0-9\\])|(?<!no)\s+(?=[-$0-9\\])"
+    r"(?:\b(?:wait|actually|correction|sorry|oops|scratch\s+that|I\s+mean|on\s+second\s+thoughts?|let\s+me\s+correct(?:\s+that)?)|,\s*no\b|\bno)\b(?:[,:]\s*(?=[-$0-9\\])|(?<!no)\s+(?=[-$0-9\\])"
     r"|[^\n]{0,60}?\b(?:it\s+is|it's|that\s+is|that's|should\s+be|must\s+be|make\s+(?:it|that)|I\s+mean)\b(?=\s+[^\sA-Za-z]))",
     re.IGNORECASE,
 )
-_DOUBT = re.compile(r"\b(?:not|n't|doubt\w*|unlikely|false|wrong|untrue|nor|never)\b|n't\b", re.IGNORECASE)
-_OPENING = re.compile(r"(?:[\s:*$~—\"'`]|\\[(\[]|-(?=\s+[^\s0-9])|(?<=\n)[-*•]\s)*+")
+_DOUBT = re.compile(
+    r"\b(?:not|n't|doubt\w*|unlikely|false|wrong|untrue|nor|never|impossible|no\s+way)\b|n't\b", re.IGNORECASE
+)
+_OPENING = re.compile(
+    r"(?:[\s:*$~—\"'`]|[=-]>|\\to(?![A-Za-z])|\\Rightarrow(?![A-Za-z])|\\[(\[]|-(?=\s+[^\s0-9])|(?<=\n)[-*•]\s)*+"
+)
 _LEAD = re.compile(
-    r"(?:(?:approximately|about|around|roughly|equal\s+to|just|(?!(?:near|hard|bare|scarce|certain|definite)ly)[a-z]{2,12}ly|therefore"
+    r"(?:(?:approximately|about|around|roughly|equal\s+to|given\s+by|just|(?!(?:near|hard|bare|scarce|certain|definite)ly)[a-z]{2,12}ly|therefore"
     r"|thus|indeed|now|still|then|both|either|the\s+(?:number|value|expression|interval|set|point|pair)|\\approx|negative|minus|[A-Z]{3}"
     r")[\s:$,]+)*+[\s$(\[\"'~]*+",
     re.IGNORECASE,
@@ -128,8 +132,22 @@ def _sentence_answer(text: str, verb: bool) -> Reading:
         return Reading(whole if spelled else None, spelled, 0)
     if (lead := _LEAD.match(sentence)) and lead.end() >= reading.first:
         return reading
+    # After "is" unknown words make no number known: only a clause, an equation or what is called the result has one.
     last = read(sentence)
+    clause = (
+        _CLAUSE.match(sentence)
+        or _RESULTING.search(sentence, 0, last.last + (sentence[last.last :][:1] == "("))
+        or (last.text and "=" in sentence)
+    )
+    if verb and not clause and not last.spoiled:
+        last = last._replace(text=None if read_number(clean(sentence)) else sentence.strip()[:200], spoiled=True)
     return last._replace(found=verb and last.text is not None and not last.spoiled)
+
+
+_CLAUSE = re.compile(r"that\s|(?:he|she|it|they|we|there|this|I|you)\s", re.IGNORECASE)
+_RESULTING = re.compile(
+    r"(?:\bi\.e\.,?|\b(?:which|that|it)\s+(?:is|equals|gives|makes),?|\bnamely|\bor|\(|,)\s*\Z", re.IGNORECASE
+)
 
 
 def _stated(text: str, answer_type: str, start: int, limit: int, verb: bool) -> Reading:
@@ -139,7 +157,12 @@ def _stated(text: str, answer_type: str, start: int, limit: int, verb: bool) -> 
         opened = open_formulas(region[: 2 * MAX_ANSWER])
         opening = _OPENING.match(opened)
         reading = _sentence_answer(opened[opening.end() if opening else 0 :], verb)
-        return reading if reading.found else _last_number(region)
+        if reading.found:
+            return reading
+        rest = _last_number(region[stop(region, opening.end() if opening else 0) + 1 :] if verb else region)
+        return (
+            rest if rest.found or not verb else reading._replace(found=reading.spoiled or reading.first < len(opened))
+        )
     start = _OPENING.match(text, start, limit).end()  # type: ignore[union-attr]
     end = stop(text, start, min(limit, start + MAX_ANSWER))
     if answer_type == "free":
@@ -173,7 +196,7 @@ def _hashed(text: str, answer_type: str) -> list[Span]:
     spans = hashes(text)
     if answer_type == "number":
         for i, span in enumerate(spans[-20:], max(0, len(spans) - 20)):
-            content = open_formulas(span.content or "")
+            content = open_formulas((span.content or "")[:MAX_ANSWER])
             if read_number(clean(content)) is None and items(content):
                 spans[i] = span._replace(content=_sentence_answer(content, True).text)
     return spans
@@ -248,12 +271,12 @@ def _last_number(text: str) -> Reading:
             line = f"{lines.pop()}\n{line}"
         for sentence in reversed(_sentences(open_formulas(line))):
             reading = read(_BULLET.sub("", sentence))
-            if reading.found:
+            if reading.found and not sentence.endswith("?"):
                 return reading
     return Reading(None, False, 0)
 
 
-_BULLET = re.compile(r"\A\s*+[-*•]\s+")
+_BULLET = re.compile(r"\A\s*+(?:[-*•]\s+|(?:[=-]>|\\to(?![A-Za-z])|\\Rightarrow(?![A-Za-z]))\s*)")
 
 
 def _sentences(text: str) -> list[str]:
@@ -264,7 +287,7 @@ def _sentences(text: str) -> list[str]:
         while alternative := ALTERNATIVE.match(text, end):
             end = stop(text, alternative.end())
         if text[start:end].strip():
-            found.append(text[start:end])
+            found.append(text[start : end + 1].rstrip("\n"))
         start = end + 1
     return found
 
@@ -283,7 +306,7 @@ def _flexible(text: str, answer_type: str) -> str | None:
     if answer_type == "bool":
         return choices.truth(text[-_TAIL:])
     if len(whole := text.strip()) < 200 and whole:
-        if read_number(clean(whole)):
+        if read_number(unset(whole)):
             return whole
         if (formula := _DISPLAY.fullmatch(whole)) and not PROSE.search(inner := next(filter(None, formula.groups()))):
             return inner.strip()
@@ -294,7 +317,7 @@ def _flexible(text: str, answer_type: str) -> str | None:
 
 
 _TAG = re.compile(r"<answer>(.{0,4000}?)</answer>", re.DOTALL | re.IGNORECASE)
-_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>")
+_SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|endoftext)>")
 
 
 def extract(text: str, answer_type: str = "number", strict: bool = False) -> str | None:
@@ -311,8 +334,8 @@ def extract(text: str, answer_type: str = "number", strict: bool = False) -> str
     text = text.rpartition("</think>")[2]
     if "<think>" in text:  # it is still thinking
         return None
-    text = plain(_SPECIAL.sub("", text) if "<|" in text else text)
-    if "<answer>" in text and (tags := _TAG.findall(text)):
+    text = plain(_SPECIAL.sub("", text) if "<" in text else text)
+    if "</" in text and (tags := _TAG.findall(text)):
         return _within(tags[-1].strip(), answer_type)
     answer: str | None = None
     spans = _boxed(text, answer_type) or _hashed(text, answer_type) or _statements(text, answer_type)
