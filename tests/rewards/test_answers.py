@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 
 from rewards import symbolic
-from rewards.answers import extract, judge, judge_many
+from rewards.answers import judge, judge_many
 from rewards.comparison import ANSWER_TYPES
+from rewards.extraction import extract
 from rewards.numbers import Number, read_number
 from rewards.units import read_unit
 
