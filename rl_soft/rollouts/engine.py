@@ -26,7 +26,6 @@ from rl_soft.model.think import disturb, mix_embeddings, position_ids, thought_i
 from rl_soft.rollouts.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
-from rl_soft.rollouts.kernels.gpu import gpu_kernels, usable
 from rl_soft.rollouts.state_machine import DONE, Live, Walk
 from rl_soft.rollouts.state_machine import Rollout as Rollout
 from rl_soft.thoughts.decoding import Decoding
@@ -149,8 +148,7 @@ class Engine:
         self.replay = Replay(self.device)
 
     def run(self) -> Rollout:
-        kernels = gpu_kernels if usable(self.embedding.weight) else cpu_kernels
-        with kernels(self.model):
+        with cpu_kernels(self.model):  # which a GPU does not take
             self._run()
         failed = int(self.walk.out.failed.sum())
         if failed:
