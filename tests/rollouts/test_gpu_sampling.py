@@ -178,7 +178,7 @@ def test_in_the_interpreter():
 KERNELS = {  # of Qwen2.5-1.5B: constants, and what is no pointer to the logits' dtype
     "_draw_kernel": (
         {"V": 151936, "K": 8, "BLOCK": 4096},
-        {"stride": "i32", "temperatures": "*fp32", "seeds": "*i64", "steps": "*i64", "hashes": "*i32",
+        {"stride": "i32", "temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "hashes": "*i32",
          "values": "*fp32", "ids": "*i32", "sums": "*fp32", "count": "i32"},
     ),
     "_outside_kernel": (
@@ -187,7 +187,7 @@ KERNELS = {  # of Qwen2.5-1.5B: constants, and what is no pointer to the logits'
     ),
     "_best_kernel": (
         {"K": 8, "COUNT": 304, "BLOCKS": 38, "WIDE": 512, "BLOCKS_WIDE": 64},
-        {"stride": "i32", "temperatures": "*fp32", "seeds": "*i64", "steps": "*i64", "hashes": "*i32",
+        {"stride": "i32", "temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "hashes": "*i32",
          "values": "*fp32", "ids": "*i32", "sums": "*fp32", "count": "i32", "found": "*fp32", "support": "*i64",
          "tops": "*fp32", "totals": "*fp32", "dots": "*fp32"},
     ),
