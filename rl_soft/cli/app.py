@@ -177,11 +177,15 @@ def report(
 def compare(
     evaluations: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Directories of evaluations.")],
     out: Annotated[Path, typer.Option(help="Directory of the report.")],
+    names: Annotated[str | None, typer.Option(metavar="A,B", help="Their names in the report.")] = None,
 ) -> None:
-    """Compare evaluations with the first one, problem by problem."""
+    """Compare evaluations with the first one, problem by problem; what else differs between them is said."""
     from rl_soft.evaluation import report as reports
 
-    reports.compare(evaluations, out=out)
+    made = reports.compare(evaluations, out=out, names=None if names is None else names.split(","))
+    for note in made["warnings"]:
+        print(note)
+    print(made["title"])
     print(out / "report.md")
 
 
