@@ -334,6 +334,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             lists[name].append(value)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds seconds per section, tokens per second, the density gap and the memory held at most."""
         if self.model.training and "loss" in logs:
             logs |= self._clock.take()
             logs["rollout/density_gap"] = self._density_gap
