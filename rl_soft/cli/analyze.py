@@ -22,6 +22,7 @@ from rl_soft.evaluation.generation import layout_for
 from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import GREEDY, read_header
 from rl_soft.evaluation.samples import sample_records
+from rl_soft.model.adapters import merged
 from rl_soft.model.policy import Policy, context_length, read_thinking
 from rl_soft.thoughts.fit import check_lengths
 from rl_soft.thoughts.layout import Layout, tell_template
@@ -88,7 +89,7 @@ def run_cost(arguments: AnalysisArguments, changes: dict[str, Any], rows: list[R
     names = [arguments.model_name_or_path, str(arguments.against)]
     models = [load(names[0], arguments, changes, rows), load(names[1], arguments, {}, rows)]
     # In bfloat16 too, where `load_policy` leaves adapters beside the weights: here time counts, not the last digit.
-    models = [(m.merge_and_unload() if hasattr(m, "merge_and_unload") else m, layout) for m, layout in models]
+    models = [(merged(m), layout) for m, layout in models]
     costs = cost.measure(models, rows)
     return cost.report(names, costs, Path(arguments.output_dir) if arguments.output_dir else None)
 

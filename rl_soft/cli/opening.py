@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments, GenerateArguments
 from rl_soft.data import sources as data
 from rl_soft.model import policy
+from rl_soft.model.adapters import merged
 from rl_soft.thoughts.thinking import Thinking
 
 logger = logging.getLogger("rl_soft")
@@ -50,12 +50,12 @@ def load_rows(arguments: EvaluationArguments | GenerateArguments | AnalysisArgum
 
 
 def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> policy.Policy:
-    """An adapter in float32 is added into its weights, which is faster, and the same up to rounding."""
+    """An adapter in float32 is added into its weights where it can be: faster, and the same up to rounding."""
     try:
         loaded = policy.load_policy(model, arguments.dtype, arguments.attn_implementation)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model {model!r} is neither a folder here nor to be had from the hub: {first}") from None
-    if isinstance(loaded.model, PeftModel) and loaded.model.dtype == torch.float32:
-        loaded.model = loaded.model.merge_and_unload()
+    if loaded.model.dtype == torch.float32:
+        loaded.model = merged(loaded.model)
     return loaded

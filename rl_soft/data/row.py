@@ -37,10 +37,17 @@ def side_of(digest: str) -> str:
     return "evaluation" if int(digest, 16) % 10 == 0 else "train"
 
 
+# Thousands in groups of three behind a first figure that is not 0: `12, 15`, `3,5` and `0,500` are no single numbers.
+_NUMBER = re.compile(
+    r"([-+]?)\s*\$?\s*([-+]?)((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)((?:[eE][-+]?\d+)?)\s*\$?"
+)
+
+
 def plain_number(text: str) -> str:
     """Exact plain decimal notation: `-1,200.50` -> `-1200.5`, `1e3` -> `1000`."""
+    found = _NUMBER.fullmatch(text.strip().removeprefix("$").strip().replace("−", "-"))
     try:
-        value = Decimal(re.sub(r"[,$\s]", "", text).replace("−", "-"))
+        value = Decimal("".join(found.groups()).replace(",", "")) if found else Decimal("nan")
     except InvalidOperation:
         value = Decimal("nan")
     if not value.is_finite() or abs(value.adjusted()) > 1000:

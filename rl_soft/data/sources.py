@@ -5,7 +5,7 @@ Three kinds of source, told apart by their name:
 * generated (`generated.py`): a reasoning-gym task (`chain_sum`, `gsm_symbolic`, any other by name) or our `chain_mod`.
   The hash of a question decides whether it is for training or for evaluation, so the two never overlap, whatever the
   seeds.
-* a local `.jsonl`, `.json`, `.csv` or `.parquet` file (`stored.py`).
+* a local `.jsonl`, `.json`, `.csv` or `.parquet` file (`readers.py`; its values: `values.py`).
 * the hub: a name of `CATALOGUE` (`gsm8k`, `svamp`, ...), whose fields and splits are known, or any `owner/name` id.
 
 `docs/data.md` lists the options of each. Where we differ from CODI's loaders: negative and decimal answers are kept,
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_soft.data import generated, stored
+from rl_soft.data.readers import READERS
 from rl_soft.data.row import Row as Row
 from rl_soft.data.row import question_hash as question_hash
 from rl_soft.keys import nearest
@@ -49,7 +50,9 @@ def load_rows(
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, not {size}")
     options = dict(options or {})
-    if source in stored.CATALOGUE or "/" in source or Path(source).suffix in stored.READERS:
+    if source not in stored.CATALOGUE and source not in generated.OWN_TASKS:
+        _check_path(source)
+    if source in stored.CATALOGUE or "/" in source or Path(source).suffix in READERS:
         rows = stored.read(source, split, options, columns or {})
         return rows if size is None else _draw(rows, size, seed, f"{source} ({split})")
     if columns:
@@ -59,7 +62,7 @@ def load_rows(
         raise ValueError(
             f"unknown data source {source!r}{hint} A source is one of "
             f"{', '.join((*stored.CATALOGUE, *generated.OWN_TASKS))}; a reasoning-gym task; a file "
-            f"({', '.join(stored.READERS)}); or a hub id owner/name"
+            f"({', '.join(READERS)}); or a hub id owner/name"
         )
     return generated.generate(source, split, size, seed, options)
 
@@ -75,6 +78,16 @@ def assert_disjoint(train: Sequence[Row], evaluation: Sequence[Row]) -> None:
             f"{len(shared)} evaluation questions are also training questions, "
             f"the first being {first.id} = {twin.id}: {first.question!r}"
         )
+
+
+def _check_path(source: str) -> None:
+    """A path that is no data file would be looked up on the hub, which has no such name."""
+    path, endings = Path(source), ", ".join(READERS)
+    if path.is_dir():
+        raise ValueError(f"data source {source} is a folder; name a file in it ({endings})")
+    looks_local = path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1
+    if path.suffix not in READERS and (path.is_file() or looks_local):
+        raise ValueError(f"data source {source}: a data file ends in {endings}")
 
 
 def _draw(rows: list[Row], size: int, seed: int, name: str) -> list[Row]:

@@ -1,7 +1,5 @@
 """Rows of a file or of a hub set: the sets that we know, and how the columns of any other are read."""
 
-import csv
-import gzip
 import importlib.util
 import json
 import random
@@ -13,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rl_soft.data.equations import lines_of
-from rl_soft.data.row import (
-    ANSWER_TYPES,
-    SPLITS,
-    STEP_FORMS,
-    Row,
-    check,
-    encodable,
-    plain_number,
-    question_hash,
-    side_of,
-)
+from rl_soft.data.readers import READERS, Records, read_records
+from rl_soft.data.row import ANSWER_TYPES, SPLITS, STEP_FORMS, Row, check, question_hash, side_of
+from rl_soft.data.values import EXPRESSION, gold_of, question_of, steps_of, text_of
 
-EXPRESSION = "expression"  # of a stored row: a `number` kept as it is written, such as \frac{1}{2} or x^2 + 1
 COLUMNS = ("question", "answer", "steps", "id", "family", "answer_type")
 
 
@@ -64,26 +53,36 @@ class Stored:
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
+def _needed(record: dict[str, Any], column: str) -> str:
+    text = text_of(record[column], column)
+    if not text.strip():
+        raise ValueError(f"no {column}")
+    return text
+
+
 def _gpqa(record: dict[str, Any]) -> dict[str, Any]:
     """Four choices, in an order drawn from the question."""
     columns = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    order = random.Random(question_hash(record["Question"])).sample(columns, 4)
-    choices = [f"{letter}) {record[column].strip()}" for letter, column in zip("ABCD", order, strict=True)]
-    return {"question": "\n".join([record["Question"].strip(), *choices]), "answer": "ABCD"[order.index(columns[0])]}
+    question = _needed(record, "Question")
+    order = random.Random(question_hash(question)).sample(columns, 4)
+    choices = [f"{letter}) {_needed(record, column).strip()}" for letter, column in zip("ABCD", order, strict=True)]
+    return {"question": "\n".join([question.strip(), *choices]), "answer": "ABCD"[order.index(columns[0])]}
 
 
 def _humaneval(record: dict[str, Any]) -> dict[str, Any]:
     """The question is the head of a function; its tests end in the call that the set asks for."""
-    tests = f"{record['test']}\n\ncheck({record['entry_point']})\n"
-    metadata = json.dumps({"prompt": record["prompt"], "entry_point": record["entry_point"]})
-    return {"id": record["task_id"], "question": record["prompt"], "answer": tests, "metadata": metadata}
+    prompt, entry_point = _needed(record, "prompt"), _needed(record, "entry_point")
+    tests = f"{_needed(record, 'test')}\n\ncheck({entry_point})\n"
+    metadata = json.dumps({"prompt": prompt, "entry_point": entry_point})
+    return {"id": record["task_id"], "question": prompt, "answer": tests, "metadata": metadata}
 
 
 def _mbpp(record: dict[str, Any]) -> dict[str, Any]:
     """The task in words with its tests, in the form of its authors (arXiv:2108.07732)."""
-    setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
-    tests = "\n".join(record["test_list"])
-    task = record.get("text") or record["prompt"]  # the sanitized set calls it a prompt
+    imports = steps_of(record.get("test_imports") or [], "test_imports", lines_of)
+    setup = text_of(record.get("test_setup_code"), "test_setup_code") or "\n".join(imports)
+    tests = "\n".join(steps_of(record["test_list"], "test_list", lines_of))
+    task = _needed(record, "text" if "text" in record else "prompt")  # the sanitized set calls it a prompt
     question = f"{task}\nYour code should pass these tests:\n\n{tests}"
     return {"id": record["task_id"], "question": question, "answer": f"{setup}\n{tests}\n"}
 
@@ -139,12 +138,9 @@ def read(source: str, split: str, options: dict[str, Any], columns: Mapping[str,
         raise ValueError(f"{source} has no option {min(options)!r}")
 
     place = str(path or spec.hub)
-    records = _records(Path(path)) if path else _download(spec, "train" if holdout else split, **hub_options)
+    records = read_records(Path(path)) if path else _download(spec, "train" if holdout else split, **hub_options)
     if spec.prepare:
-        try:
-            records = [spec.prepare(record) for record in records]
-        except KeyError as missing:
-            raise ValueError(f"{place} has no column {missing}; it has {', '.join(map(str, records[0]))}") from None
+        records = _prepared(records, spec.prepare, place)
     if not records:
         raise ValueError(f"{place} has no rows")
     for column in (spec.question, spec.answer, *columns.values()):
@@ -152,7 +148,7 @@ def read(source: str, split: str, options: dict[str, Any], columns: Mapping[str,
             raise ValueError(f"{place} has no column {column!r}; it has {', '.join(map(str, records[0]))}")
 
     prefix = Path(source).stem if path and not known else f"{source}/{split}"
-    names = [f"{prefix}/{_text(record, spec.id) or i}" for i, record in enumerate(records)]
+    names = [f"{prefix}/{_name(record.get(spec.id), i)}" for i, record in enumerate(records)]
     if unknown := dropped - set(names):
         raise ValueError(f"drop: {place} has no row {min(unknown)!r}; its first is {names[0]!r}")
     rows: dict[str, Row] = {}
@@ -194,123 +190,52 @@ def _renamed(spec: Stored, columns: Mapping[str, str]) -> Stored:
     return replace(spec, **names)
 
 
-def _text(record: Mapping[str, Any], column: str) -> str:
-    value = record.get(column)
-    return "" if value is None else str(value).strip()
+def _prepared(records: Records, prepare: Callable[[dict[str, Any]], dict[str, Any]], place: str) -> Records:
+    made = []
+    for i, record in enumerate(records, 1):
+        try:
+            made.append(prepare(record))
+        except KeyError as missing:
+            raise ValueError(f"{place} has no column {missing}; it has {', '.join(map(str, record))}") from None
+        except ValueError as error:
+            raise ValueError(f"{place}, row {i}: {error}") from None
+    return made
+
+
+def _name(value: Any, position: int) -> str:
+    try:
+        return text_of(value, "id").strip() or str(position)
+    except ValueError:  # which refuses its row
+        return str(position)
 
 
 def _row(record: Mapping[str, Any], spec: Stored, source: str, name: str) -> Row:
-    text = partial(_text, record)
-    for column in (spec.question, spec.answer):
-        if not text(column):
-            raise ValueError(f"no {column}")
-        encodable(text(column), column)
+    def text(column: str) -> str:
+        return text_of(record.get(column), column).strip()
+
+    text(spec.id)
+    question = question_of(record.get(spec.question), spec.question)
     answer_type = text(spec.type_column) or spec.answer_type
-    if answer_type is None:
-        answer_type = "number" if _is_number(text(spec.answer)) else "free"
-    check("answer_type", answer_type, (*ANSWER_TYPES, EXPRESSION))
-    solution = next((record[column] for column in spec.steps if record.get(column) is not None), ())
+    if answer_type is not None:
+        check("answer_type", answer_type, (*ANSWER_TYPES, EXPRESSION))
+    answer, answer_type = gold_of(record.get(spec.answer), spec.answer, answer_type)
+    column = next((column for column in spec.steps if record.get(column) is not None), None)
     return Row(
         id=name,
-        question=text(spec.question),
-        steps=spec.split_steps(solution) if isinstance(solution, str) else tuple(map(str, solution)),
-        answer=_answer(text(spec.answer), answer_type),
-        answer_type="number" if answer_type == EXPRESSION else answer_type,
+        question=question,
+        steps=() if column is None else steps_of(record[column], column, spec.split_steps),
+        answer=answer,
+        answer_type=answer_type,
         source=source,
         family=text(spec.family) or None,
         metadata=str(record["metadata"]) if spec.prepare and "metadata" in record else "",
     )
 
 
-_BOOLEANS = {"true": "true", "yes": "true", "false": "false", "no": "false"}
-
-
-def _answer(text: str, answer_type: str) -> str:
-    """The gold answer in one form: `#### 1,234.0` -> `1234`, `The answer is: B.` -> `B`."""
-    if answer_type in ("free", "code", EXPRESSION):
-        return text
-    text = text.rpartition("####")[2].strip()
-    if answer_type == "number":
-        return plain_number(text)
-    word = re.sub(r"\W", "", text.split()[-1]) if text else ""
-    if answer_type == "choice" and re.fullmatch("[A-Za-z]", word):
-        return word.upper()
-    if answer_type == "bool" and word.lower() in _BOOLEANS:
-        return _BOOLEANS[word.lower()]
-    raise ValueError(f"the answer {text!r} is not a {answer_type}")
-
-
-def _is_number(text: str) -> bool:
-    """Whether an answer of no known type is a number; `3,5` is a list, and only `3,500` is one number."""
-    if "," in text and not re.fullmatch(r"\D{0,3}\d{1,3}(,\d{3})+(\.\d+)?", text.strip()):
-        return False
-    try:
-        plain_number(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _download(
-    spec: Stored, split: str, config: str | None = None, revision: str | None = None
-) -> list[dict[str, Any]]:
+def _download(spec: Stored, split: str, config: str | None = None, revision: str | None = None) -> Records:
     from datasets import load_dataset
 
     name = {"train": spec.train, "evaluation": spec.evaluation}.get(split, split)
     if name is None:
         raise ValueError(f"{spec.hub} has no {split} split")
     return list(load_dataset(spec.hub, config or spec.config, split=name, revision=revision))
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: a data file ends in {', '.join(READERS)}")
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
-    return READERS[path.suffix](path)
-
-
-def _read_jsonl(path: Path, opened: Callable[..., Any] = open) -> list[dict[str, Any]]:
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        lines = [(line, f"{path}, line {i}") for i, line in enumerate(file, 1) if line.strip()]
-    return [_object(_parse(line, where), where) for line, where in lines]
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    records = _parse(path.read_text(encoding="utf-8-sig"), str(path))
-    if not isinstance(records, list):
-        raise ValueError(f"{path} must hold a list of objects; for one object per line use .jsonl")
-    return [_object(record, f"{path}, row {i}") for i, record in enumerate(records, 1)]
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import parquet
-
-    return parquet.read_table(path).to_pylist()
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-
-
-def _object(record: Any, where: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is not an object")
-    return record
-
-
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".gz": partial(_read_jsonl, opened=gzip.open),
-}

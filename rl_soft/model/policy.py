@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -29,9 +27,11 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rl_soft.files import write_atomic
+from rl_soft.model.adapters import is_adapter, load_adapter
 from rl_soft.model.float64_attention import float64_attention
 from rl_soft.model.projector import PROJECTOR, load_projector
 from rl_soft.model.side_modules import language_model, module_file
+from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.layout import BOT, EOT, PAD
 from rl_soft.thoughts.thinking import Thinking
 
@@ -113,7 +113,8 @@ def load_policy(
         not ours. A tokenizer without a padding token takes its end of text for it.
 
     Raises:
-        ValueError: the path looks like a folder and does not exist.
+        ValueError: the path looks like a folder and does not exist; a tokenizer that is missing or does not fit; an
+            adapter whose base is missing, or of a kind that soft tokens cannot have.
         OSError: transformers', for a name that is neither a folder nor to be had from the hub.
     """
     path = Path(name_or_path)
@@ -124,26 +125,16 @@ def load_policy(
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         kwargs["attn_implementation"] = attn_implementation
-    if (path / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        with warnings.catch_warnings():  # the projector, which the adapter leaves out, comes after it
-            warnings.filterwarnings("ignore", message=".*exclude_modules.* but no modules were excluded")
-            model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, is_trainable=trainable, **kwargs)
+    tokenizer = load_tokenizer(name_or_path)
+    if is_adapter(path):
+        model = load_adapter(path, tokenizer, trainable, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    check_tokenizer(tokenizer, model, name_or_path)
     align(model)
     if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
-    return Policy(model, load_tokenizer(name_or_path), read_thinking(path))
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a hub id, which pads on the left, with <eos> where it has no pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return Policy(model, tokenizer, read_thinking(path))
 
 
 def align(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from rl_soft.config.refusals import check_features, refuse_checkpointing
+from rl_soft.model.adapters import check_kind
 from rl_soft.model.side_modules import language_model
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.thinking import Thinking
@@ -57,10 +58,14 @@ def check_config(
 
 
 def check_model(model: Any, args: Any, thinking: Thinking, peft_config: Any) -> None:
-    """Raises ValueError where a model cannot have thoughts that read its hidden states.
+    """Raises ValueError for an adapter that is not in the model's layers, and where a model cannot have thoughts that
+    read its hidden states.
 
-    Each is fed with a state that is made again, so the training pass takes them one after another, on a cache.
+    Each of these is fed with a state that is made again, so the training pass takes them one after another, on a cache.
     """
+    for name, config in {**getattr(model, "peft_config", {}), "peft_config": peft_config}.items():
+        if config is not None:
+            check_kind(config, name if config is peft_config else f"the model's {name}")
     if not KINDS[thinking.thought].reads_hidden:
         return
     thought = f"thought {thinking.thought}"

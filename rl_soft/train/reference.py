@@ -29,7 +29,7 @@ class Reference:
 
     def __init__(self, trainer: Any, chunk_size: int | None) -> None:
         self._trainer, model = trainer, trainer.accelerator.unwrap_model(trainer.model)
-        copy_reference_rows(model)
+        copy_reference(model)
         if trainer.ref_model is not None:
             own = trainer.accelerator.unwrap_model(trainer.ref_model)
             add_soft_forward(own, chunk_size)
@@ -88,14 +88,13 @@ def reference_head(model: Any) -> Any:
     return head.modules_to_save["ref"] if isinstance(head, ModulesToSaveWrapper) else _StartingRows(head)
 
 
-def copy_reference_rows(model: Any) -> None:
-    """Copy the single tokens that an adapter trains into its copy "ref", where TRL puts the matrices alone."""
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer) and "ref" in module.trainable_tokens_delta:
-            rows = module.trainable_tokens_delta
-            rows["ref"].data.copy_(rows["default"].data)
+def copy_reference(model: Any) -> None:
+    """Copy all that an adapter trains into its copy "ref". TRL copies what is named `.default.`, the matrices of
+    layers; those of embeddings, single tokens and IA3's factors are named `.default`."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if name.endswith(".default") and (copy := parameters.get(f"{name.removesuffix('default')}ref")) is not None:
+            copy.data.copy_(parameter.data)
 
 
 class _StartingRows(torch.nn.Module):

@@ -18,6 +18,7 @@ from rl_soft.config.refusals import IN_MEMORY
 from rl_soft.data.row import question_hash
 from rl_soft.model import policy
 from rl_soft.model.projector import beside_adapter
+from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.kinds import KINDS
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
@@ -85,12 +86,17 @@ def policy_of(model: Any, args: Any, tokenizer: Any) -> policy.Policy:
                 "model yourself and give it as `model`"
             )
         loaded = policy.load_policy(str(model), dtype, attention, trainable=True)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, loaded.model, "processing_class")
         return policy.Policy(loaded.model, tokenizer or loaded.tokenizer, loaded.thinking)
     source = getattr(model, "name_or_path", "")
     if tokenizer is None and not source:
         raise ValueError("processing_class is missing: this model was made in memory and has no tokenizer beside it")
     trained = policy.read_thinking(Path(source)) if source and not hasattr(model, "peft_config") else None
-    return policy.Policy(model, tokenizer or policy.load_tokenizer(source), trained)
+    name = "processing_class" if tokenizer else source
+    tokenizer = tokenizer or load_tokenizer(source)
+    check_tokenizer(tokenizer, model, name)
+    return policy.Policy(model, tokenizer, trained)
 
 
 def fitting(thinking: Thinking | None, start: policy.Policy) -> Thinking:
@@ -143,6 +149,12 @@ def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
         )
     if not m.use_peft:
         raise ValueError(f"model {source} is an adapter, and training goes on with it: set use_peft true")
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    if kind != "LORA":
+        raise ValueError(
+            f"model {source} is an adapter of the kind {kind}, and a recipe describes a LoRA one (lora_r, lora_alpha); "
+            "train it in Python, with SoftGRPOTrainer"
+        )
     for name, theirs in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
         if getattr(m, name) != theirs:
             raise ValueError(

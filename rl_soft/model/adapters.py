@@ -1,0 +1,116 @@
+"""PEFT adapters: which are taken, where their base is, and when they may be merged into it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+CONFIG = "adapter_config.json"
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).exists()
+
+
+def base_of(folder: Path) -> str:
+    """The base of an adapter: a folder, from here or from the adapter's folder, or else a hub id.
+
+    Raises:
+        ValueError: the adapter names no base, or a folder that is in neither place.
+    """
+    try:
+        name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from None
+    if not name:
+        raise ValueError(f"adapter {folder} names no base; set base_model_name_or_path in its {CONFIG}")
+    if Path(name).exists():
+        return str(name)
+    if (folder / name).exists():
+        return str((folder / name).resolve())
+    if Path(name).is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1:
+        raise ValueError(
+            f"adapter {folder}: its base {name} does not exist, neither from here nor from the adapter's folder; "
+            f"set base_model_name_or_path in its {CONFIG}"
+        )
+    return str(name)
+
+
+def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -> Any:
+    """The base of an adapter in a PEFT wrapper with it, on the CPU.
+
+    Args:
+        tokenizer: what is read with; a base with fewer rows than its tokens gets more, which the adapter fills.
+        trainable: whether the weights of the adapter take gradients.
+        kwargs: of the base's `from_pretrained`.
+
+    Raises:
+        ValueError: a kind of adapter that soft tokens cannot have; a base that is missing or does not fit.
+    """
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder))
+    check_kind(config, str(folder))
+    base = base_of(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"adapter {folder}: its base {base} cannot be loaded: {first}") from None
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0] and (folder / "tokenizer_config.json").exists():
+        model.resize_token_embeddings(len(tokenizer))
+    config.base_model_name_or_path = base  # what is trained on from here is saved elsewhere
+    with warnings.catch_warnings():  # the projector, which the adapter leaves out, comes after it
+        warnings.filterwarnings("ignore", message=".*exclude_modules.* but no modules were excluded")
+        try:
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ValueError(
+                f"adapter {folder} does not fit its base {base}: {lines[min(1, len(lines) - 1)]}"
+            ) from None
+
+
+def check_kind(config: Any, name: str) -> None:
+    """Raises ValueError for an adapter that is not in the model's own layers.
+
+    Prompt and prefix tuning put vectors before the input ids in the wrapper's forward, and some others read the input
+    ids there. Soft tokens are embeddings, which go through the model itself.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    in_layers = isinstance(tuner, type) and issubclass(tuner, BaseTuner) and not config.is_prompt_learning
+    if not in_layers or kind in ("POLY", "XLORA") or getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"{name} is a {kind} adapter, which does not change the model's layers alone; soft tokens take those that "
+            "do, such as LORA and IA3"
+        )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{name} is an adapter for the task {config.task_type}, not for CAUSAL_LM")
+
+
+def merged(model: Any) -> Any:
+    """The plain model with its adapter added into the weights, or the same wrapper where that would be another model.
+
+    A head that is tied to the embeddings shares their matrix: adding an adapter of one of them changes both. And a
+    bias of an adapter has no place in a layer that has none.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        return model
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    inside = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    tied = getattr(inside[0], "weight", None) is getattr(inside[1], "weight", None)
+    adapted = any(isinstance(end, BaseTunerLayer) for end in ends)
+    if (tied and adapted) or any(getattr(config, "lora_bias", False) for config in model.peft_config.values()):
+        return model
+    return model.merge_and_unload()
