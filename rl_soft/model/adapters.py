@@ -61,7 +61,8 @@ def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"adapter {folder}: its base {base} cannot be loaded: {first}") from None
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0] and (folder / "tokenizer_config.json").exists():
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0] and (folder / "tokenizer_config.json").exists():
         model.resize_token_embeddings(len(tokenizer))
     config.base_model_name_or_path = base  # what is trained on from here is saved elsewhere
     with warnings.catch_warnings():  # the projector, which the adapter leaves out, comes after it
