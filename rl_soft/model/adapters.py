@@ -40,6 +40,10 @@ def base_of(folder: Path) -> str:
     return str(name)
 
 
+def base_missing(folder: Path, base: str, error: OSError) -> ValueError:
+    return ValueError(f"adapter {folder}: its base {base} cannot be loaded: {str(error).strip().splitlines()[0]}")
+
+
 def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -> Any:
     """The base of an adapter in a PEFT wrapper with it, on the CPU.
 
@@ -57,10 +61,9 @@ def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -
     check_kind(config, str(folder))
     base = base_of(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"adapter {folder}: its base {base} cannot be loaded: {first}") from None
+        raise base_missing(folder, base, error) from None
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0] and (folder / "tokenizer_config.json").exists():
         model.resize_token_embeddings(len(tokenizer))
     config.base_model_name_or_path = base  # what is trained on from here is saved elsewhere

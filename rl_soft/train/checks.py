@@ -61,7 +61,7 @@ def check_model(model: Any, args: Any, thinking: Thinking, peft_config: Any) -> 
     """Raises ValueError for an adapter that is not in the model's layers, and where a model cannot have thoughts that
     read its hidden states.
 
-    Each of these is fed with a state that is made again, so the training pass takes them one after another, on a cache.
+    Such a thought is fed with a state that is made again, so the training pass takes them one by one, on a cache.
     """
     for name, config in {**getattr(model, "peft_config", {}), "peft_config": peft_config}.items():
         if config is not None:
