@@ -111,8 +111,7 @@ def merged(model: Any) -> Any:
     if not isinstance(model, PeftModel):
         return model
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    inside = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
-    tied = getattr(inside[0], "weight", None) is getattr(inside[1], "weight", None)
+    tied = {id(p) for p in ends[0].parameters()} & {id(p) for p in ends[1].parameters()}  # whatever wraps them
     adapted = any(isinstance(end, BaseTunerLayer) for end in ends)
     if (tied and adapted) or any(getattr(config, "lora_bias", False) for config in model.peft_config.values()):
         return model

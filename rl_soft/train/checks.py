@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOConfig
 
 from rl_soft.config.refusals import check_features, refuse_checkpointing
@@ -63,9 +64,15 @@ def check_model(model: Any, args: Any, thinking: Thinking, peft_config: Any) -> 
 
     Such a thought is fed with a state that is made again, so the training pass takes them one by one, on a cache.
     """
-    for name, config in {**getattr(model, "peft_config", {}), "peft_config": peft_config}.items():
-        if config is not None:
-            check_kind(config, name if config is peft_config else f"the model's {name}")
+    if peft_config is not None:
+        check_kind(peft_config, "peft_config")
+    for name, config in getattr(model, "peft_config", {}).items():
+        check_kind(config, f"the model's {name}")
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                f"the model's {name} adapter is on its head, which TRL does not train; leave the head out of "
+                "target_modules, and ensure_weight_tying false"
+            )
     if not KINDS[thinking.thought].reads_hidden:
         return
     thought = f"thought {thinking.thought}"

@@ -36,8 +36,10 @@ KINDS: dict[str, tuple[bool, Any, bool]] = {
     "embeddings, untied": (False, lora("o_proj", "embed_tokens"), True),
     "head": (True, lora("o_proj", "lm_head"), False),
     "head, untied": (False, lora("o_proj", "lm_head"), True),
+    "head and tokens": (True, lora("o_proj", "lm_head", trainable_token_indices={"embed_tokens": [5, 6]}), False),
     "both ends": (True, lora("embed_tokens", "lm_head"), False),
     "both ends, untied": (False, lora("embed_tokens", "lm_head"), True),
+    "both ends, tied": (True, lora("embed_tokens", ensure_weight_tying=True), False),
     "bias": (True, lora("o_proj", lora_bias=True), False),
     "whole embeddings": (True, lora("o_proj", modules_to_save=["embed_tokens"]), True),
     "whole head": (True, lora("o_proj", modules_to_save=["lm_head"]), True),
@@ -49,7 +51,7 @@ KINDS: dict[str, tuple[bool, Any, bool]] = {
     "loha": (True, peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["o_proj"]), True),
     "vera": (True, peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["o_proj"]), True),
 }  # fmt: skip
-ON_THE_HEAD = {"head", "head, untied", "both ends", "both ends, untied"}  # which TRL refuses to train
+ON_THE_HEAD = {kind for kind in KINDS if kind.startswith(("head", "both ends"))}  # which TRL refuses to train
 REFUSED = {
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
@@ -113,8 +115,25 @@ def test_the_reference_of_an_adapter_is_the_start_that_it_had(tmp_path: Path, ki
 @pytest.mark.parametrize("kind", sorted(ON_THE_HEAD))
 def test_training_refuses_an_adapter_on_the_head(tmp_path: Path, kind: str) -> None:
     folder, _ = saved(tmp_path, *KINDS[kind][:2])
-    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+    with pytest.raises(ValueError, match="the model's default adapter is on its head, which TRL does not train"):
         soft_trainer(tmp_path / "run", made=policy.load_policy(str(folder), trainable=True), beta=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (lora("o_proj", bias="all"), "bias 'all'"),
+        (lora("o_proj", bias="lora_only"), "bias 'lora_only'"),
+        (peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"], total_step=10), "ADALORA"),
+    ],
+)
+def test_an_adapter_that_has_no_copy_is_trained_without_a_reference(tmp_path: Path, config: Any, kind: str) -> None:
+    folder, _ = saved(tmp_path, True, config)
+    with pytest.raises(ValueError, match=f"beta 0.1: .* no second adapter with {kind}; set beta 0"):
+        soft_trainer(tmp_path / "run", made=policy.load_policy(str(folder), trainable=True), beta=0.1)
+    logs = train(soft_trainer(tmp_path / "run", made=policy.load_policy(str(folder), trainable=True), max_steps=1))
+    assert logs[0]["rollout/density_gap"] < 1e-3
 
 
 @pytest.mark.filterwarnings("ignore")
