@@ -40,6 +40,10 @@ def base_of(folder: Path) -> str:
     return str(name)
 
 
+def base_missing(folder: Path, base: str, error: OSError) -> ValueError:
+    return ValueError(f"adapter {folder}: its base {base} cannot be loaded: {str(error).strip().splitlines()[0]}")
+
+
 def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -> Any:
     """The base of an adapter in a PEFT wrapper with it, on the CPU.
 
@@ -57,12 +61,10 @@ def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -
     check_kind(config, str(folder))
     base = base_of(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"adapter {folder}: its base {base} cannot be loaded: {first}") from None
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.weight.shape[0] and (folder / "tokenizer_config.json").exists():
+        raise base_missing(folder, base, error) from None
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0] and (folder / "tokenizer_config.json").exists():
         model.resize_token_embeddings(len(tokenizer))
     config.base_model_name_or_path = base  # what is trained on from here is saved elsewhere
     with warnings.catch_warnings():  # the projector, which the adapter leaves out, comes after it
@@ -109,8 +111,7 @@ def merged(model: Any) -> Any:
     if not isinstance(model, PeftModel):
         return model
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    inside = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
-    tied = getattr(inside[0], "weight", None) is getattr(inside[1], "weight", None)
+    tied = {id(p) for p in ends[0].parameters()} & {id(p) for p in ends[1].parameters()}  # whatever wraps them
     adapted = any(isinstance(end, BaseTunerLayer) for end in ends)
     if (tied and adapted) or any(getattr(config, "lora_bias", False) for config in model.peft_config.values()):
         return model

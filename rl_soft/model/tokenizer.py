@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rl_soft.model.adapters import base_of, is_adapter
+from rl_soft.model.adapters import base_missing, base_of, is_adapter
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "vocab-*", "*.tiktoken", "*.vocab")  # one of them is needed
 
@@ -25,7 +25,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     folder = Path(name_or_path)
     if folder.is_dir() and not has_tokenizer(folder):
         if is_adapter(folder):
-            return load_tokenizer(base_of(folder))
+            base = base_of(folder)
+            try:
+                return load_tokenizer(base)
+            except OSError as error:
+                raise base_missing(folder, base, error) from None
         raise ValueError(f"{name_or_path} has no tokenizer: tokenizer.json, or another vocabulary, is missing there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", trust_remote_code=False)

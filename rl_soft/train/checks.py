@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOConfig
 
 from rl_soft.config.refusals import check_features, refuse_checkpointing
@@ -74,9 +75,15 @@ def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_conf
     A thought that reads hidden states is fed with one that is made again, so the training pass takes thoughts one
     after another, on a cache; so do the ratios that remake them.
     """
-    for name, config in {**getattr(model, "peft_config", {}), "peft_config": peft_config}.items():
-        if config is not None:
-            check_kind(config, name if config is peft_config else f"the model's {name}")
+    if peft_config is not None:
+        check_kind(peft_config, "peft_config")
+    for name, config in getattr(model, "peft_config", {}).items():
+        check_kind(config, f"the model's {name}")
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                f"the model's {name} adapter is on its head, which TRL does not train; leave the head out of "
+                "target_modules, and ensure_weight_tying false"
+            )
     check_rollout_model(model)
     logit_map(language_model(model))
     reads_hidden = KINDS[thinking.thought].reads_hidden

@@ -117,6 +117,14 @@ def check_reference(model: Any, args: Any, peft_config: Any) -> None:
             f"beta {args.beta}: the reference is the starting model, loaded again by its path, and this one was made "
             "in memory; save it and load it by its path, train an adapter (use_peft), or set beta 0"
         )
+    for config in getattr(model, "peft_config", {}).values():
+        bias = getattr(config, "bias", "none")
+        if bias != "none" or config.peft_type == "ADALORA":
+            kind = f"bias {bias!r}" if bias != "none" else config.peft_type.value
+            raise ValueError(
+                f"beta {args.beta}: the reference is a copy of the adapter that training starts from, and PEFT holds "
+                f"no second adapter with {kind}; set beta 0, or merge the adapter into its base"
+            )
     steps = -(-args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
     if args.sync_ref_model and args.ref_model_sync_steps % steps:
         raise ValueError(

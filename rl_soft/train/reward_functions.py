@@ -10,10 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rl_soft.keys import nearest
+
+logger = logging.getLogger("rl_soft")
 
 # What TRL or our rollout passes by keyword at each call: no parameters of a recipe.
 PASSED = {
@@ -23,13 +27,26 @@ PASSED = {
 
 
 def reward_functions(entries: list[str | dict[str, Any]]) -> list[Callable]:
-    """The functions, in the order of the entries; a function with parameters is logged under its own name.
+    """The functions, in the order of the entries; one with parameters is logged under its own name (`own_names`).
 
     Raises:
         ValueError: an entry that is neither a name nor one name with a mapping, a name that is not found, or a
             parameter that the reward does not have (with those that it has).
     """
     return [_reward(entry) for entry in entries]
+
+
+def own_names(names: Sequence[str]) -> list[str]:
+    """The names that rewards are logged under: TRL's, which are those of the functions, and `NAME_2` for a second one
+    of a name, whose metrics would be mixed with those of the first."""
+    own: list[str] = []
+    for i, name in enumerate(names):
+        taken = {*own, *names[i + 1 :]} if name in own else set()
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        own.append(next(other for other in numbered if other not in taken) if taken else name)
+        if own[-1] != name:
+            logger.info("reward %d is logged as %s: another one is called %s too", i + 1, own[-1], name)
+    return own
 
 
 def _reward(entry: Any) -> Callable:

@@ -4,16 +4,19 @@ pytest tests/train/test_reward_functions.py
 """
 
 import inspect
+import logging
 import pickle
 import sys
 import types
 
 import pytest
+from conftest import tiny_policy
 from trl.trainer.utils import get_callable_name
 
 from rewards import StrictFormat, math_accuracy
 from rl_soft.train import pipeline as train
-from rl_soft.train.reward_functions import reward_functions
+from rl_soft.train.grpo import SoftGRPOTrainer
+from rl_soft.train.reward_functions import own_names, reward_functions
 
 BATCH = {"prompts": ["?", "?"], "completions": ["It is 3.", "#### 3"], "answer": ["3", "3"]}
 
@@ -75,3 +78,50 @@ def test_check_tells_it_before_anything_runs(tmp_path):
     for command in (train.describe, train.run):
         with pytest.raises(ValueError, match="math_accuracy has no parameter 'bogus'"):
             command(load_recipe(path))
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names,own",
+    [
+        (["a", "b"], ["a", "b"]),
+        (["a", "a"], ["a", "a_2"]),
+        (["a", "b", "a", "a", "b"], ["a", "b", "a_2", "a_3", "b_2"]),
+        (["a", "a", "a_2"], ["a", "a_3", "a_2"]),
+        (["a_2", "a", "a"], ["a_2", "a", "a_3"]),
+        (["a", "a_2", "a_2", "a"], ["a", "a_2", "a_2_2", "a_3"]),
+        ([], []),
+    ],
+)
+def test_each_reward_has_a_name_of_its_own_and_the_first_keeps_its(names, own):
+    assert own_names(names) == own
+    assert len(set(own)) == len(own)
+
+
+def one(completions, *, value=1.0, **columns):
+    return [value] * len(completions)
+
+
+def test_two_rewards_of_one_function_keep_their_metrics(tmp_path, caplog):
+    from test_grpo import THINKING, config, dataset, train
+
+    made = tiny_policy()
+    functions = reward_functions(
+        [{f"{__name__}.one": {"value": 3.0}}, f"{__name__}.one", {f"{__name__}.one": {"value": 5.0}}]
+    )
+    with caplog.at_level(logging.INFO, "rl_soft"):
+        trainer = SoftGRPOTrainer(
+            made.model, functions, config(tmp_path, reward_weights=[1.0, 10.0, 100.0], max_steps=2), dataset(),
+            processing_class=made.tokenizer, thinking=THINKING, ratio="joint",
+        )  # fmt: skip
+        logs = train(trainer)
+    assert [line for line in caplog.messages if "is logged as" in line] == [
+        "reward 2 is logged as one_2: another one is called one too",
+        "reward 3 is logged as one_3: another one is called one too",
+    ]
+    for log in logs:
+        means = [log[f"rewards/{name}/mean"] for name in ("one", "one_2", "one_3")]
+        assert means == [3.0, 1.0, 5.0]
+        assert log["reward"] == pytest.approx(3.0 + 10.0 + 500.0)

@@ -130,3 +130,14 @@ def test_supervised_methods_refuse_to_start_from_an_adapter(codi, tmp_path):
     path = write(tmp_path / "again.yaml", {**CODI, **given, "output_dir": str(tmp_path / "again")})
     with pytest.raises(ValueError, match="is an adapter, and method codi makes a new one"):
         train.run(load_recipe(path))
+
+
+def test_a_recipe_does_not_describe_an_adapter_of_another_kind(codi, tmp_path):
+    from peft import IA3Config, get_peft_model
+
+    base = policy.load_policy(str(codi / "base"))
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])
+    get_peft_model(base.model, config).save_pretrained(tmp_path / "ia3")
+    values = {"warm_start": None, "model_name_or_path": str(tmp_path / "ia3"), "phase": "explicit"}
+    with pytest.raises(ValueError, match=r"ia3 is an adapter of the kind IA3, and a recipe describes a LoRA one"):
+        starting_policy(grpo(codi, tmp_path, end_of_thinking="#", **values), None)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rl_soft.files import replacing, write_atomic
 from rl_soft.thoughts.thinking import Thinking
+from rl_soft.train.reward_functions import own_names
 from rl_soft.train.soft_batch import SoftBatch
 
 logger = logging.getLogger("rl_soft")
@@ -210,6 +211,7 @@ class Guarded:
         super().__init__(*args, **kwargs)
         self._output = Path(self.args.output_dir)
         self._watch = RewardWatch(self._output / "failed_reward.json")
+        self.reward_func_names = own_names(self.reward_func_names)
         self.reward_funcs = [
             function if isinstance(function, torch.nn.Module) else self._watch.wrap(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
