@@ -202,6 +202,7 @@ def test_a_run_made_before_the_field_existed_is_still_that_run(tmp_path):
     write_config(recipe)
     file = tmp_path / "run/config.yaml"
     file.write_text("".join(x for x in file.read_text().splitlines(True) if not x.startswith("thought_gamma")))
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     assert check_output_dir(recipe)
     with pytest.raises(ValueError, match=r"holds a run with thought_gamma = 4.0, this one has 5.0"):
         check_output_dir(load_recipe(ROOT / "recipes/codi.yaml", {**values, "thought_gamma": 5.0}))
