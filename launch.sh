@@ -70,6 +70,9 @@ case $1 in
     shift
     setup
     cd "$root"
+    if [[ $# == 0 ]]; then # the whole suite, on two cores; a file's tests share what they made
+      set -- -n 2 --dist loadfile
+    fi
     exec "$venv/bin/python" -m pytest "$@"
     ;;
   *.yaml | *.yml | eval) ;;

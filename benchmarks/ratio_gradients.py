@@ -93,7 +93,7 @@ def parts_of(model, layout: Layout, rows: list[data.Row], step: int) -> tuple[di
     )
     n = out.action_mask.sum()
 
-    hidden = scored._recorded_states(model, None, soft, attention)
+    hidden = scored._recorded_states(scored.Causal(model, model.forward, scored.LogitMap()), soft, attention)
     logits = model.get_output_embeddings()(hidden).float()  # (B, C, V): V is 20 here
     phi = logits.log_softmax(-1)
     support = out.support.masked_fill(out.log_weights.isneginf(), -1)

@@ -27,6 +27,7 @@ def math_accuracy(
     answer: Sequence[Any],
     *,
     answer_type: Sequence[str] | None = None,
+    answer_text: Sequence[str] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     strict: bool = False,
     **columns: Any,
@@ -42,9 +43,11 @@ def math_accuracy(
         completions: strings, or lists of messages.
         answer: gold answers; one that is None or empty takes its completion out of the reward.
         answer_type: "number", "choice", "bool" or "free" for each; all "number" by default.
+        answer_text: for each completion what stands behind its thinking, which is then judged alone; the trainers of
+            rl_soft pass it.
         strict: accept only marked answers; `functools.partial(math_accuracy, strict=True)` is the strict reward.
     """
-    texts = [completion_text(completion) for completion in completions]
+    texts = [completion_text(completion) for completion in completions] if answer_text is None else list(answer_text)
     golds = ["" if gold is None else str(gold).strip() for gold in answer]
     judgements = judge_many(texts, golds, answer_type or ["number"] * len(texts), strict)
     applies = [gold != "" and judgement.failure != "gold" for gold, judgement in zip(golds, judgements, strict=True)]

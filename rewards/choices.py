@@ -12,7 +12,7 @@ _LETTER = re.compile(
     r"(?<![A-Za-z0-9'&])(?:(A(?!\s(?!is\b|or\b|and\b|as\b|because\b|since\b|was\b|are\b|over\b|but\b|leaving\b)[a-z])|[B-HJ-Z]|I(?=[).:]|\Z))"
     r"|(?<=\()([a-z])(?=\)))(?![A-Za-z0-9'])(?!-[A-Za-z])"
 )
-_CUE = r"(?:options?|choices?|answers?|choose|pick|select|chose|picked|letter|leaving|prefer|选|是)"
+_CUE = r"(?:options?|choices?|answers?|choose|pick|select|chose|picked|letter|leav\w+|prefer|ans|选|是)"
 _CUED = re.compile(
     rf"\b{_CUE}\s*(?:\w{{2,12}}\s+){{0,2}}(?:is|would\s+be|:|=)?\s*[*\"'(\[]*([a-z])(?![A-Za-z0-9'])(?=[).:\]\s*\"']|\Z)",
     re.I,
@@ -24,7 +24,7 @@ _TYPE = re.compile(
     r"[a-z](?<!\bis)(?<!\bor)(?<!\band)(?<!\b[Ss]o)(?<!\bbut)(?<!\bbe)(?<!\bnot)(?<!\bnor)(?<!\bthen)(?<!\bboth)\s\Z"
 )
 _CUE_BEFORE = re.compile(
-    rf"(?:{_CUE}|say|go\s+with|it's|neither|either|exclude|excludes|reject|rejects|than|only|just|clearly|definitely|therefore|hence|thus)\W*\Z",
+    rf"(?:{_CUE}|say|(?:go|left)\s+with|it's|neither|either|exclude|excludes|reject|rejects|than|only|just|clearly|definitely|therefore|hence|thus)\W*\Z",
     re.I,
 )
 _DENIED_BEFORE = re.compile(
@@ -34,7 +34,7 @@ _DENIED_BEFORE = re.compile(
 )
 _DENIED_AFTER = re.compile(
     r"[)*\s]*(?:(?:is|are|was|were|seems|being)\s+(?:\w+ly\s+)?(?:not|wrong|incorrect|false|impossible|out\b|too\b|a\s+(?:trap|(?:common\s+)?mistake))"
-    r"|(?:is|was|are|ca|would|could)n't|cannot|can\s+not|(?:is\s+)?ruled\s+out|fails)",
+    r"|(?:is|was|are|ca|would|could)n't|cannot|can\s+not|(?:is\s+|can\s+be\s+)?(?:ruled\s+out|excluded|eliminated|discarded)|fails)",
     re.I,
 )
 _RIGHT = re.compile(
@@ -63,6 +63,10 @@ def _opens_with(text: str, opening: bool) -> Item | None:
     return Item(first.start(1), first.end(1), first[1]) if shown else None
 
 
+def _listed(gap: str) -> bool:
+    return ";" not in gap and enumerated(gap)
+
+
 def letter(text: str, opening: bool = False) -> str | None:
     """The letter that a text chooses, or the list of those that it leaves open; None if there is none.
 
@@ -86,7 +90,7 @@ def letter(text: str, opening: bool = False) -> str | None:
         while last + 1 < len(found) and enumerated(after) and len(after) < 12:
             last += 1
             after = text[found[last].end : (found[last + 1].start if last + 1 < len(found) else len(text))]
-        denied = denied or bool(_DENIED_AFTER.match(after))
+        denied = (denied and not _RIGHT.match(after)) or bool(_DENIED_AFTER.match(after))
         denied_before = bool(_DENIED_BEFORE.search(gap)) or (denied_before and enumerated(gap))
         if denied or (_TYPE.search(gap) and not _CUE_BEFORE.search(gap) and i > 0) or (i > 0 and gap.endswith("-")):
             continue
@@ -97,13 +101,13 @@ def letter(text: str, opening: bool = False) -> str | None:
         return None
     start = kept[0] if opening else chosen[-1] if chosen else kept[-1]
     run = [start]
-    while run[-1] + 1 in kept and enumerated(text[found[run[-1]].end : found[run[-1] + 1].start]) and not chosen:
+    while run[-1] + 1 in kept and _listed(text[found[run[-1]].end : found[run[-1] + 1].start]) and not chosen:
         run.append(run[-1] + 1)
     while (
         not opening
         and not chosen
         and run[0] - 1 in kept
-        and enumerated(text[found[run[0] - 1].end : found[run[0]].start])
+        and _listed(text[found[run[0] - 1].end : found[run[0]].start])
     ):
         run.insert(0, run[0] - 1)
     return ", ".join(dict.fromkeys(found[i].text.upper() for i in run))
@@ -113,7 +117,8 @@ _BOOL = re.compile(
     r"\b(?:yes|true|false|no(?!\s+(?!it|he|she|they|we|this|that|there|because|since|as|or|and)[a-z]))\b", re.I
 )
 _NOT = re.compile(
-    r"(?:\b(?:not|never|hardly|cannot)|n't)(?:\s+(?:be|necessarily|always|quite|the|a|really|at|all))*\s*\Z", re.I
+    r"(?:\b(?:not|never|hardly|cannot|neither|nor)|n't)(?:\s+(?:be|say|necessarily|always|quite|the|a|really|at|all))*\s*\Z",
+    re.I,
 )
 
 
@@ -142,7 +147,7 @@ def truth(text: str, opening: bool = False) -> str | None:
     while first > 0 and stop(text, found[first - 1].end, found[first].start) == found[first].start:
         first -= 1  # to the opening of the last sentence that takes a side
     last = first
-    while last + 1 < len(found) and enumerated(text[found[last].end : found[last + 1].start]):
+    while last + 1 < len(found) and _listed(text[found[last].end : found[last + 1].start]):
         last += 1
     return ", ".join(dict.fromkeys(item.text for item in found[first : last + 1]))
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rewards.forms import BUILDER, OPEN, form, interval, side, split, squeeze, value, variable
+from rewards.forms import BUILDER, OPEN, form, intervals, side, split, squeeze, value, variable
 from rewards.numbers import MAX_ANSWER, Number, agree, read_number, repeats
 from rewards.plain import clean, unset
 from rewards.units import read_unit
@@ -176,7 +176,9 @@ _BASED = re.compile(
 
 def _distinct(members: Sequence[str]) -> list[Number | None]:
     """The numbers of a list without those that say another again: in other units, or rounded."""
-    numbers = [read_number(side(member)) for member in members]
+    numbers = list(dict.fromkeys(read_number(side(member)) for member in members))
+    if len(numbers) > MAX_MEMBERS:
+        return numbers
     kept: list[Number | None] = []
     for i, number in enumerate(numbers):
         others = numbers[:i] + ([] if number is None or number.unit else numbers[i + 1 :])
@@ -231,7 +233,7 @@ def _asked(prediction: str) -> str:
 def _same_form(prediction: str, gold: str) -> Question:
     prediction, gold = (m["inside"].strip() if (m := BUILDER.fullmatch(a)) else a for a in (prediction, gold))
     if prediction.startswith(OPEN) != gold.startswith(OPEN):
-        prediction, gold = interval(prediction), interval(gold)
+        prediction, gold = intervals(prediction), intervals(gold)
     ours, theirs = form(prediction), form(gold)
     parts, gold_parts = split(value(prediction), r"\cup"), split(value(gold), r"\cup")
     if len(gold_parts) > 1 and "{}" not in (ours.bracket, theirs.bracket):

@@ -21,7 +21,9 @@ _COMMA = re.compile(r",(?=(?:[0-9]{2},){0,6}[0-9]{3}(?![0-9]))")
 _EQUALS = re.compile(r"(?<![<>!:=])=(?![=<>])|\\equiv(?![A-Za-z])")
 # A name is anything without digits of its own: x_1, f(2), p+q, AB, P(A), Total, \angle ABC.
 _LABELS = re.compile(r"(?:[A-Za-z]_?\{?[0-9]{1,3}\}?|[A-Za-z]\([^()]{0,20}\)|_\{[^{}]{0,20}\})")
-_ARITHMETIC = re.compile(r"(?:[0-9\s.,+*/^(){}%!-]|x(?=\s?[0-9])|\\(?:times|cdot|frac|div|sqrt)(?![A-Za-z]))+")
+_ARITHMETIC = re.compile(
+    r"(?:[0-9\s.,+*/^(){}%!-]|x(?=\s?[0-9])|\\(?:times|cdots?|[ld]?dots|frac|div|sqrt|binom)(?![A-Za-z]))+"
+)
 _ASSIGNMENT = re.compile(
     r"(?:[A-Za-z]{1,2}(?:_\{?[A-Za-z0-9]{1,4}\}?)?(?:\([A-Za-z]\))?|\([A-Za-z](?:,\s?[A-Za-z]){1,5}\))\s?=(?![^=]*=)"
 )
@@ -44,6 +46,9 @@ def split(answer: str, mark: str = "") -> list[str]:
     return [member for member in (*members, answer[start:].strip()) if member] or [answer]
 
 
+_DERIVED = re.compile(r"[0-9]{1,9}\s?[A-Za-z]{1,2}|[A-Za-z]\^\{?[0-9]\}?(?:\s?[-+*/]?\s?[A-Za-z]\^\{?[0-9]\}?){1,3}")
+
+
 def side(answer: str, prose: bool = False) -> str:
     r"""What an equation answers: 5 for `x = 5` and `2 + 3 = 5`, 16/3 for `16/3 \approx 5.33`; the equation where its
     left side is neither a name nor arithmetic (`x^2 - 5x + 6 = 0`); in prose also 6 for `2x = 6`."""
@@ -56,7 +61,7 @@ def side(answer: str, prose: bool = False) -> str:
     if re.fullmatch(r"[A-Za-z]", right) and read_number(left):
         return left
     name = not re.search(r"[0-9]", _LABELS.sub("", left)) and not (right == "0" and re.search(r"[+-]", left))
-    name = name or (prose and re.fullmatch(r"[0-9]{1,9}\s?[A-Za-z]{1,2}", left) is not None)
+    name = name or (prose and right != "0" and _DERIVED.fullmatch(left) is not None)
     return right if name or _ARITHMETIC.fullmatch(left) or read_number(left) else answer
 
 
@@ -84,6 +89,13 @@ _BOUNDED = re.compile(
     rf"(?P<name>[A-Za-z](?:\([A-Za-z]\))?)\s?(?:{_RELATION}\s?(?P<high>[^<>=]{{1,60}}))?"
 )
 BUILDER = re.compile(r"\\\{\s?[A-Za-z](?:\s?\\in\s?\\mathbb\s?\{?R\}?)?\s?(?:\\mid|\||:)(?P<inside>.*)\\\}")
+
+
+def intervals(answer: str) -> str:
+    r"""`(-\infty,1)\cup(3,\infty)` for `x < 1 or x > 3`; `interval` of anything else."""
+    members = split(answer)
+    parts = [interval(member) for member in members]
+    return r"\cup".join(parts) if len(parts) > 1 and all(map(str.__ne__, parts, members)) else interval(answer)
 
 
 def interval(answer: str) -> str:
@@ -118,8 +130,9 @@ _NAMES = {r"\{\}": "{}", "{}": "", "][": "()"}
 def form(answer: str) -> Form:
     """A list, set, tuple or interval with its members; a single member if the answer is none of these."""
     answer = value(answer)
-    parts = [form(part) for part in split(answer, r"\cup")] if r"\cup" in answer else []
-    if len(parts) > 1 and all(part.bracket == "{}" for part in parts):
+    union = split(answer, r"\cup") if r"\cup" in answer else []
+    parts = [form(part) for part in union] if len(union) > 1 else []
+    if parts and all(part.bracket == "{}" for part in parts):
         return Form("{}", [member for part in parts for member in part.members])
     members = split(answer)
     if len(members) == 1:

@@ -65,13 +65,16 @@ NOT_COUNTED = re.compile(
     r"|squared|cubed|factorial|choose|power|plus|minus|times|over|divided|multiplied|by|or|and|to|from|if|unless|when|but"
     r"|than|more|less|fewer|greater|above|below|under|beyond|not|no|nor|never|isn|is|are|was|wrong|incorrect|false|either"
     r"|neither|both|between|maybe|perhaps|possibly|half|halves|zero|one|two|three|four|five|six|seven|eight|nine|ten|base"
-    r"|hundred|thousand|million|billion|dozen|negative|approximately|about|at|least|most|so|x|y|z)\b",
+    r"|hundred|thousand|million|billion|dozen|negative|approximately|about|at|least|most|so|fails|works|does|has|equals|gives|makes|exists|holds|remains|seems|x|y|z)\b",
     re.IGNORECASE,
 )
 _ASIDE = re.compile(
     r"(?:\s+(?:each|left|remaining|altogether|total|in\s+(?:total|all|each)|apiece|old|away|ago|long|wide|tall|high|deep"
     r"|an?\s+(?:day|week|month|year|hour|minute|piece|person)))++\s*+\Z"
 )
+
+
+_FURTHER = re.compile(r"\A(?:more|extra|additional|other|further)\s+(?=[a-z]{3})(?!.*\bthan\b)")
 
 
 class Number(NamedTuple):
@@ -105,6 +108,8 @@ def _tail(text: str, one: bool = False) -> _Tail | None:
     shown = _ASIDE.sub("", text).strip()
     if shown.startswith("of ") and scale != 1:
         shown = shown[3:]
+    if not shown.endswith("than"):
+        shown = _FURTHER.sub("", shown)
     if not shown or (unit := read_unit(shown)) is not None:
         attached = re.match(r"[A-Za-z](?![A-Za-z])(?!\s?\^)", text)  # 5m: a product
         return None if attached else _Tail(scale, bool(percent), unit if shown else None, bare)
@@ -177,6 +182,8 @@ def read_number(answer: str) -> Number | None:
             return None
         negative = start["inner"] == "-"
     rest = answer[start.end() :]
+    if start["currency"] and (group := _GROUP.match(rest)):  # \euro{5}
+        rest = group[1] + group[2].strip() + rest[group.end(2) + 1 :]
     if rest[:1].isalpha():
         rest = _from_words(rest)
     comma = _COMMA.match(rest)
@@ -225,7 +232,7 @@ def agree(prediction: Number, gold: Number) -> bool:
     """Exact equality, after a percent sign on one side only was read both ways: 50% is 0.5, and 50 with its unit.
 
     Units are converted where both sides have one of the same dimension, and dropped otherwise. A gold that cannot be
-    written out (1/3, 1.6666666666666667) is matched up to a relative difference of 1e-6.
+    written out (1/3, 1.6666666666666667) is matched by a decimal up to a relative difference of 1e-6.
     """
     value, target = prediction.value, gold.value
     if prediction.unit and gold.unit and prediction.unit.dimension == gold.unit.dimension:
@@ -235,7 +242,8 @@ def agree(prediction: Number, gold: Number) -> bool:
         values.add(value / 100 if prediction.percent else value * 100)
     if target in values:
         return True
-    return (gold.rounded or not finite(target)) and any(abs(v - target) <= TOLERANCE * abs(target) for v in values)
+    inexact = gold.rounded or (finite(prediction.value) and not finite(target))
+    return inexact and any(abs(v - target) <= TOLERANCE * abs(target) for v in values)
 
 
 def finite(value: Fraction) -> bool:

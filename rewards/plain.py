@@ -33,6 +33,7 @@ _SYMBOLS = {
         "∅": r"\emptyset ",
         "∨": r"\lor ",
         "→": r"\to ",
+        "⇒": r"\Rightarrow ",
         "∛": r"\sqrt[3]",
         "⟨": r"\langle ",
     },
@@ -56,6 +57,7 @@ _SET_THOUSANDS = re.compile(r"(?<=[0-9])\\[,;:!]\s?(?=[0-9]{3}(?![0-9]))")
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]{1,9}")
 _DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _MINUS_LIKE = re.compile(r"[—―](?=[0-9.$])(?<![0-9A-Za-z\s].)|(?<=[0-9])[—―](?=[0-9])")
+_MINUS = re.compile(r"(?<=[A-Za-z:=]\s)−\s+(?=[0-9.$])")  # unlike a hyphen it is a minus behind words, too
 _ROOT = re.compile(r"√\s?(?:([0-9]+(?:\.[0-9]+)?|[A-Za-z])|\(([^()]{1,100})\))")
 
 
@@ -64,7 +66,7 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = _THIN_THOUSANDS.sub("", text)
         text = _SUPERSCRIPTS.sub(lambda match: "^{" + match[0].translate(_DIGITS) + "}", text)
-        text = _MINUS_LIKE.sub("-", text)
+        text = _MINUS.sub("-", _MINUS_LIKE.sub("-", text))
         text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
         text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text).replace("√", r"\sqrt ")
     if "\\" in text:
@@ -73,23 +75,27 @@ def plain(text: str) -> str:
 
 
 _TEXT = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|hbox|emph|operatorname|underline"
-_TEXT += "|boxed|fbox"
+_TEXT += "|ensuremath|mathcal|mathop|mathord|boxed|fbox"
 _UNWRAP = re.compile(rf"\\({_TEXT})\s?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*+)\}}")
 _DOLLAR = re.compile(r"(?<![A-Za-z])(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)\s?\\?\$")
+_COMMA_DOLLAR = re.compile(r"(?<![0-9,.])([0-9]{1,9}),([0-9]{1,2})(?=\s?\\?\$)")
 _COLOR = re.compile(r"\\(?:textcolor|color)\s?\{[A-Za-z]{1,20}\}")
 _NOISE = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr|bf|rm|it|tt|sf|bm|tiny|small|large|Large"
-    r"|LARGE|huge|Huge|limits)(?![A-Za-z])|(?<!\\)\\[!()\[\]](?![A-Za-z])"
+    r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|bf|rm|it|tt|sf|bm|tiny|small|large|Large|LARGE|huge|Huge|limits"
+    r"|normalsize|footnotesize)(?![A-Za-z])|\\[hv]?(?:space|phantom)\*?\s?\{[^{}]*\}"
+    r"|\\(?:begin|end)\{(?:aligned|align|gathered|equation|split)\*?\}&?|(?<!\\)\\[!()\[\]](?![A-Za-z])"
 )
-_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~(?=\\|[A-Za-z]|[0-9]{1,9}/[0-9])|\\q?quad(?![A-Za-z])|\$")
+_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~(?![0-9])|(?<![0-9])~|~(?=[0-9]{1,9}/[0-9])|\\q?quad(?![A-Za-z])|\$")
 _FRAC_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _OVER = re.compile(r"\{\s?([^{}\\]{1,50}|\\[a-z]{1,9})\s?\\over(?![A-Za-z])\s?([^{}\\]{1,50}|\\[a-z]{1,9})\}")
+_TOP_OVER = re.compile(r"\A\s*([^{}\\]{1,50}?)\s?\\over(?![A-Za-z])\s?([^{}\\]{1,50}?)\s*\Z")
 _THIN_COMMA = re.compile(r"(?<=[0-9]),\s?\\!\s?(?=[0-9])")
 _DEGREES = re.compile(r"\^\s?(?:\\circ|\{\s?\\circ\s?\})\s?")
 _RESIDUE = re.compile(r"\s*\\pmod\s?(?:\{[^{}]*\}|[0-9])\s*\Z|\s*\((?:\\?mod|modulo)\s+[0-9A-Za-z]{1,20}\)\s*\Z")
 _EMPTY = re.compile(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}")
 _BEFORE = re.compile(  # words that may stand before an answer
     r"\s*(?:(?:(?:so|thus|therefore|hence)[\s,]+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?answers?\s*(?:is|are|:|=)\s*:?\s*"
+    r"|(?:so|thus|therefore|hence)[\s,]+|(?:it|the\s+(?:value|result|total|sum|solution))\s+(?:is|=)\s+"
     r"|\([A-E]\)\s*(?=\S)|(?:approximately|about|around|roughly|exactly|equal\s+to|\\approx(?![A-Za-z]))\s*)+",
     re.IGNORECASE,
 )
@@ -106,6 +112,8 @@ def _unwrapped(command: re.Match[str]) -> str:
 def unset(answer: str) -> str:
     """An answer without what carries no meaning: spacing and fonts of LaTeX, markdown, a modulus, final stops."""
     answer = _DOLLAR.sub("$", plain(answer))
+    if answer.count("$") == 1:  # not a formula, as `$1,5$` is
+        answer = _COMMA_DOLLAR.sub(r"\1.\2", answer)
     if "\\" in answer:
         answer = _FRAC_STYLE.sub(r"\\frac", answer.replace(r"\$", "$").replace(r"\%", "%"))
         answer = _NOISE.sub("", _COLOR.sub("", _THIN_COMMA.sub(",", answer)))
@@ -114,6 +122,7 @@ def unset(answer: str) -> str:
         answer = _DEGREES.sub(" degrees ", _SPACE.sub(" ", _OVER.sub(r"\\frac{\1}{\2}", answer)))
         answer = _EMPTY.sub(r"\\emptyset", answer).replace(r"\not=", r"\ne ").replace(r"+\infty", r"\infty")
         answer = answer.replace(r"\langle", "(").replace(r"\rangle", ")")
+        answer = _TOP_OVER.sub(r"\\frac{\1}{\2}", answer.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}"))
         answer = answer.removesuffix("\\")
     else:
         answer = _SPACE.sub(" ", answer)

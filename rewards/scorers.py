@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 if __name__ != "__main__":
     from rewards import symbolic
-    from rewards.answers import Judgement, extract
+    from rewards.answers import Judgement
+    from rewards.extraction import extract
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 MAX_ANSWER = 10_000  # characters; a board is longer than a number
@@ -30,7 +31,7 @@ MAX_ANSWER = 10_000  # characters; a board is longer than a number
 def readings(text: str) -> list[str]:
     """What a completion may give as its answer: the marked answer alone, or the whole text, or its last line.
 
-    A mark is reasoning-gym's `<answer>...</answer>`, or one that `answers.extract` knows.
+    A mark is reasoning-gym's `<answer>...</answer>`, or one that `extraction.extract` knows.
     """
     text = text.rpartition("</think>")[2].strip()
     if tags := _ANSWER_TAG.findall(text):

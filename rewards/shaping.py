@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rewards.accuracy import Completion, completion_text
-from rewards.answers import boxes, hashes
+from rewards.extraction import boxes, hashes
 
 
 @dataclass(frozen=True)

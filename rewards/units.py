@@ -31,7 +31,7 @@ V: cup = 0.2365882365; fl_oz fluid_ounce = 0.0295735295625; tbsp tablespoon = 0.
 V: tsp teaspoon = 0.00492892159375; cc = 0.001
 A: acre = 1; hectare ha = 1
 v: mph = 1.609344; kph kmh kmph = 1; knot kn = 1.852
-I: bit* b = 1; byte* B = 8
+I: bit* b = 1; byte* B* = 8
 cent: cent ¢ penny pennies pence = 1
 -: degree deg degrees_celsius celsius fahrenheit kelvin K C F °C °F radian rad steradian
 -: N* newton* J* joule* W* watt* Wh* watt_hour* V* volt* A* amp* ampere* ohm* Ω* Hz* hertz* Pa* pascal* bar* atm
@@ -49,7 +49,7 @@ TND GHS ETB RMB Rs Rs. Re Re. kr kr.
 CODES = frozenset(_CODES.split())
 SYMBOLS = "$€£¥₹₩₽₱₺₴₦₫₪₡₲₵₸¢฿₭₮₨₼₾"
 CURRENCY = (  # in front of a number
-    rf"(?:(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)?\s?\\?\$|[{SYMBOLS}]|\\(?:pounds|euro|yen|cents?)(?![A-Za-z])"
+    rf"(?:(?:US|CA?|AU?|NZ|HK|S|R|NT|Mex)?\s?\\?\$|[{SYMBOLS}]|\\(?:pounds|textsterling|(?:text)?(?:euro|yen|cent)s?)(?![A-Za-z])"
     r"|(?P<code>[A-Z]{3}|Rs\.?|Re\.?|kr\.?)(?![A-Za-z]))"
 )
 _SHORT = {"p": -12, "n": -9, "µ": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9, "T": 12}

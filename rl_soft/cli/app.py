@@ -26,6 +26,7 @@ KEYED: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
     "options_metavar": "",
 }
+STOPPED = 130  # what typer returns after Ctrl-C
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a name that `rl-soft recipes` lists.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, PEFT folder or hub id.")]
 
@@ -51,9 +52,6 @@ def main(argv: list[str] | str | None = None) -> None:
     logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         code = typer.main.get_command(app)(words, prog_name="rl-soft", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
-        raise SystemExit(130) from None
     except Exception as error:
         if os.environ.get("RL_SOFT_DEBUG") or not (told := line_of(error)):
             raise
@@ -62,6 +60,8 @@ def main(argv: list[str] | str | None = None) -> None:
         where = f" (process {rank})" if rank else ""
         print(f"rl_soft: error{where}: {told}", file=sys.stderr)
         raise SystemExit(2) from None
+    if code == STOPPED:
+        print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
     if code:
         raise SystemExit(code)
 
@@ -177,11 +177,15 @@ def report(
 def compare(
     evaluations: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Directories of evaluations.")],
     out: Annotated[Path, typer.Option(help="Directory of the report.")],
+    names: Annotated[str | None, typer.Option(metavar="A,B", help="Their names in the report.")] = None,
 ) -> None:
-    """Compare evaluations with the first one, problem by problem."""
+    """Compare evaluations with the first one, problem by problem; what else differs between them is said."""
     from rl_soft.evaluation import report as reports
 
-    reports.compare(evaluations, out=out)
+    made = reports.compare(evaluations, out=out, names=None if names is None else names.split(","))
+    for note in made["warnings"]:
+        print(note)
+    print(made["title"])
     print(out / "report.md")
 
 

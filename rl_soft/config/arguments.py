@@ -120,9 +120,10 @@ def _with_token(thoughts: str | list[str]) -> list[str]:
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"thoughts must be of {', '.join(KINDS)}, got {kind!r}{nearest(kind, KINDS)}")
-    if set(kinds) <= {"token"}:
+    tokens = [name for name, kind in KINDS.items() if kind.discrete]
+    if set(kinds) <= set(tokens):
         raise ValueError(f"thoughts must name a kind to compare with token, got {thoughts!r}; soft,gumbel for example")
-    return list(dict.fromkeys(["token", *kinds]))
+    return list(dict.fromkeys([*tokens, *kinds]))
 
 
 @keys()

@@ -203,8 +203,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     """Find, read and validate a recipe.
 
     Args:
-        path: see `find_recipe`.
-        overrides: values that beat the file's.
+        path: a file, or the name of a bundled recipe (`rl-soft recipes` lists them).
+        overrides: values that beat the file's, by key.
+
+    Returns:
+        What `rl_soft.run` takes.
 
     Raises:
         ValueError: no such recipe; an unknown key (with the nearest valid one), a value of the wrong type or out of

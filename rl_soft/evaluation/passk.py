@@ -64,10 +64,10 @@ def pass_at_k(num_samples: ArrayLike, num_correct: ArrayLike, k: int) -> float |
         UserWarning: n < 2k for some problem. The estimate is still unbiased, but near k = n it rests on few subsets.
     """
     n, c = np.broadcast_arrays(np.asarray(num_samples), np.asarray(num_correct))
+    if n.size == 0:
+        raise ValueError(f"pass@{k} of no problems: num_samples is empty")
     if n.dtype.kind not in "iu" or c.dtype.kind not in "iu":
         raise ValueError(f"num_samples and num_correct must be integers, not {n.dtype} and {c.dtype}")
-    if n.size == 0:
-        raise ValueError("pass@k of no problems")
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     if k > n.min():
@@ -120,13 +120,14 @@ def bootstrap(
         values: (P,) one number for each problem, such as `pass_at_k`.
         families: (P,) labels of groups of dependent problems; whole families are resampled. None: each problem alone.
         level: coverage of the interval, 0 < level < 1.
-        num_resamples: R.
+        num_resamples: R, at least 2.
         seed: the interval is a function of the arguments alone.
 
     Values that are all equal give an interval without width: the bootstrap cannot see what did not happen.
 
     Raises:
-        ValueError: no values, a value that is not finite, families of another length, or level outside (0, 1).
+        ValueError: no values, a value that is not finite, families of another length, level outside (0, 1), or
+            num_resamples below 2.
     """
     values_P = _per_problem(values)
     means_R, influence_F = _resample(values_P, families, num_resamples, seed)
@@ -181,6 +182,8 @@ def _resample(
 
     Without families each problem is its own.
     """
+    if num_resamples < 2:
+        raise ValueError(f"num_resamples must be at least 2 to have a spread, not {num_resamples}")
     sums_F: Floats = values_P
     sizes_F: Floats | None = None
     if families is not None:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from rl_soft.evaluation import figures, html, records, render
+from rl_soft.evaluation.differences import differences, names_of
 from rl_soft.evaluation.passk import Floats, bootstrap, maj_at_n, paired_bootstrap, pass_at_k
 from rl_soft.files import write_atomic
 
@@ -88,7 +89,8 @@ def compare(
     Args:
         dirs: evaluation directories, the one to compare with first.
         out: directory for the files; made if it is missing.
-        names: one label for each evaluation; by default the names in their headers.
+        names: one per evaluation; by default those in their headers or, where two are equal, what differs in their
+            paths.
         metrics: a metrics.jsonl whose `reward` by `step` becomes the right panel of passk.png.
         title: of the report and the figure; by default the finding, such as "pass@1 62 % → 85 %".
         ks: as in `build`.
@@ -103,7 +105,7 @@ def compare(
     evaluations = [Evaluation.load(Path(directory)) for directory in dirs]
     if len(evaluations) < 2:
         raise ValueError(f"a comparison needs at least two evaluations, not {len(evaluations)}")
-    names = [evaluation.name for evaluation in evaluations] if names is None else list(names)
+    names = list(names or names_of([Path(d) for d in dirs], [evaluation.name for evaluation in evaluations]))
     if len(names) != len(evaluations) or len(set(names)) != len(names):
         raise ValueError(f"{len(evaluations)} evaluations need as many different names, not {names}")
     for evaluation, name in zip(evaluations, names, strict=True):
@@ -254,7 +256,8 @@ def _report(
     n = min(evaluation.n for evaluation in evaluations)
     ks = sorted({1, *ks}) if ks else sorted({2**i for i in range(n.bit_length())} | {n})
     summaries = [_summary(evaluation, ks) for evaluation in evaluations]
-    notes = [note for evaluation in evaluations for note in _warnings(evaluation)]
+    notes = differences([e.name for e in evaluations], [e.header for e in evaluations])
+    notes += [note for evaluation in evaluations for note in _warnings(evaluation)]
     if n < 2 * ks[-1] and ks[-1] > 1:
         late = ", ".join(str(k) for k in ks if n < 2 * k)
         notes.append(f"n = {n} is less than 2k for k = {late}: the right end of the curve rests on few subsets.")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -201,9 +201,34 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+class RopeLimit(NamedTuple):
+    """Positions up to which rotary embeddings are the same for all lengths."""
+
+    rope_type: str
+    positions: int
+
+
+def rope_limit(model: Any) -> RopeLimit | None:
+    """The limit of a model with rope_type dynamic or longrope; None for any other.
+
+    Beyond it transformers takes the frequencies from the longest row of a batch, and keys in a cache keep older ones.
+    """
+    config = model.config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for parameters in (given, *given.values()):  # of all layers, or by the type of a layer
+        kind = str(parameters.get("rope_type")) if isinstance(parameters, dict) else ""
+        if "dynamic" in kind:
+            limits.append(RopeLimit(kind, config.max_position_embeddings))
+        elif kind == "longrope":
+            limits.append(RopeLimit(kind, parameters["original_max_position_embeddings"]))
+    return min(limits, key=lambda limit: limit.positions, default=None)
+
+
 def context_length(model: Any) -> int | None:
-    """Positions that a model has, by its configuration."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Positions that a model has, by its configuration; up to `rope_limit`, where it has one."""
+    length, limit = getattr(model.config.get_text_config(), "max_position_embeddings", None), rope_limit(model)
+    return length if limit is None else min(limit.positions, length or limit.positions)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

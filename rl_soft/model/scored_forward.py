@@ -16,7 +16,7 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from rl_soft.model.head import soft_log_prob, support_statistics
 from rl_soft.model.kl import categorical_kl
+from rl_soft.model.logit_map import LogitMap, logit_map
 from rl_soft.model.think import density_of, mix_embeddings, position_ids, think, thought_input
 from rl_soft.model.value_head import state_values
 from rl_soft.thoughts.kinds import RATIOS
@@ -48,6 +49,7 @@ class SoftInputs:
     support_log_probs: Tensor | None = None  # (B, C, K) float32, ln pi at the rollout; read by conditional
     entropy_grad: bool = False
     states_only: bool = False  # return the states that the head reads, and nothing else
+    aux_loss: bool = False  # return the load-balancing loss of a mixture of experts, too; one teacher-forced pass only
     ref_states: Tensor | None = None  # (B, C, H) the reference's, from such a pass; then its KL is returned
     ref_head: Any = None  # the reference's head, see `reference_head`
 
@@ -62,6 +64,15 @@ class SoftOutput(ModelOutput):
     rest: Tensor | None = None  # (B, C) float32, second factor of a ratio: log p(rest | strongest id), 0 off thoughts
     kl: Tensor | None = None  # (B, C) float32, nats, KL to the reference's categorical, 0 where nothing is scored
     states: Tensor | None = None  # (B, C, H) float dtype of the model; states_only
+    aux_loss: Tensor | None = None  # (), as the model's own forward gives it; aux_loss
+
+
+class Causal(NamedTuple):
+    """A causal LM, and what the ways to its states need of it."""
+
+    model: Any
+    inner: Any  # its forward, without ours
+    logit_map: LogitMap
 
 
 def strongest_log_prob(
@@ -77,15 +88,22 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
     Args:
         model: a causal LM of transformers, without its PEFT wrapper.
         chunk_size: positions whose (chunk, V) logits are alive at once; None sizes it by memory.
+
+    Raises:
+        ValueError: a model that does more between its states and its logits than scale and cap them (`logit_map`).
     """
-    inner = model.forward
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    inner, head_map = model.forward, logit_map(model)
+    head_softcap = head_map.raw_softcap
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, soft: SoftInputs | None = None, **kwargs: Any) -> Any:
         if soft is None:
             return inner(*args, **kwargs)
-        hidden = _states(soft)(self, inner, soft, kwargs["attention_mask"])  # (B, C, H)
+        causal, aux_loss = Causal(self, inner, head_map), None
+        if soft.aux_loss:
+            hidden, aux_loss = _states_and_aux_loss(causal, soft, kwargs["attention_mask"])  # (B, C, H), ()
+        else:
+            hidden = _states(soft)(causal, soft, kwargs["attention_mask"])  # (B, C, H)
         if soft.states_only:
             return SoftOutput(states=hidden)
         ratio = RATIOS[soft.ratio]
@@ -94,7 +112,8 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
         joint, parameter = density_of(thinking)
 
         def temperature(where: Tensor) -> Tensor:
-            return torch.where(thoughts[where], thinking.thought_temperature, thinking.temperature).float()  # (N,)
+            wanted = torch.where(thoughts[where], thinking.thought_temperature, thinking.temperature).float()  # (N,)
+            return head_map.temperature(wanted)
 
         def spread(where: Tensor, values: Tensor) -> Tensor:
             """(N,) values to their positions in (B, C), 0 off `where`."""
@@ -112,7 +131,7 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
                 density=density,
                 thought_mask=thoughts[where],
                 chunk_size=chunk_size,
-                softcap=softcap,
+                softcap=head_softcap,
                 entropy_grad=soft.entropy_grad,
             )
             return spread(where, log_probs), spread(where, entropy)
@@ -124,9 +143,9 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
         kl = None
         if soft.ref_states is not None:
             states = hidden[on], self.get_output_embeddings(), soft.ref_states[on], soft.ref_head
-            kl = spread(on, categorical_kl(*states, temperature(on), chunk_size=chunk_size, softcap=softcap))
+            kl = spread(on, categorical_kl(*states, temperature(on), chunk_size=chunk_size, softcap=head_softcap))
         value_preds = state_values(self, hidden)
-        return SoftOutput(log_probs=log_probs, entropy=entropy, value_preds=value_preds, rest=rest, kl=kl)
+        return SoftOutput(log_probs, entropy, value_preds, rest, kl, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
@@ -141,26 +160,50 @@ def _states(soft: SoftInputs) -> Any:
     return _pathwise_states if remade else _recorded_states
 
 
-def _recorded_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+def _recorded_states(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
     """One teacher-forced pass over the recorded actions; the thoughts fed are constants."""
-    embedding = model.get_input_embeddings()
-    embeds = torch.cat(
-        [embedding(soft.prompt_ids), mix_embeddings(embedding, soft.support, soft.log_weights)], dim=1
-    )  # (B, P+C, H)
-    states = model.base_model(
-        inputs_embeds=embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    ).last_hidden_state
+    states = causal.model.base_model(**_recorded(causal.model, soft, attention_mask)).last_hidden_state
     return states[:, -soft.support.shape[1] - 1 : -1]
 
 
-def _pathwise_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+def _recorded(model: Any, soft: SoftInputs, attention_mask: Tensor) -> dict[str, Any]:
+    """What the model is called with to read the recorded actions."""
+    embedding = model.get_input_embeddings()
+    mixtures = mix_embeddings(embedding, soft.support, soft.log_weights)
+    return {
+        "inputs_embeds": torch.cat([embedding(soft.prompt_ids), mixtures], dim=1),  # (B, P+C, H)
+        "attention_mask": attention_mask,
+        "position_ids": position_ids(attention_mask),
+        "use_cache": False,
+    }
+
+
+def _states_and_aux_loss(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_recorded_states`; and the load-balancing loss (), which the model's own forward makes of the routers.
+
+    It covers prompt and completion, as TRL's does.
+    """
+    seen: list[Tensor] = []
+    hook = causal.model.base_model.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
+    try:
+        out = causal.inner(
+            **_recorded(causal.model, soft, attention_mask), output_router_logits=True, logits_to_keep=1
+        )
+    finally:
+        hook.remove()
+    if getattr(out, "aux_loss", None) is None:
+        raise ValueError(
+            f"model {type(causal.model).__name__} returns no load-balancing loss; set router_aux_loss_coef 0"
+        )
+    return seen[-1][:, -soft.support.shape[1] - 1 : -1], out.aux_loss
+
+
+def _pathwise_states(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
     """The thoughts are made again from the recorded noise, so that gradients of the answer flow through them.
 
     Latent phase only: every row has its n thoughts first. Positions of thoughts return zeros; they are not scored.
     """
+    model, inner, _ = causal
     embedding, n = model.get_input_embeddings(), soft.thinking.num_thoughts
     mask = attention_mask[:, : soft.prompt_ids.shape[1]]
     cache = DynamicCache(config=model.config)
@@ -211,25 +254,26 @@ def conditional_log_weights(log_weights: Tensor, change: Tensor, tau: float) -> 
     return torch.log_softmax(d_new / tau, dim=-1)
 
 
-def _conditional_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+def _conditional_states(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
     """The weights of each thought are made again given its recorded ids, so that gradients flow through them."""
-    head, thinking = model.get_output_embeddings(), soft.thinking
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    model, thinking, head_map = causal.model, soft.thinking, causal.logit_map
+    head, temperature = model.get_output_embeddings(), head_map.temperature(thinking.thought_temperature)
     assert soft.support_log_probs is not None
     before = soft.support_log_probs
 
     def fed(t: int, state: Tensor) -> Tensor:
         support = soft.support[:, t]  # (B, K)
-        now = support_statistics(state, head, support, thinking.thought_temperature, softcap=softcap)[0]
+        now = support_statistics(state, head, support, temperature, softcap=head_map.raw_softcap)[0]
         log_weights = conditional_log_weights(soft.log_weights[:, t], now - before[:, t], thinking.thought_tau)
         return mix_embeddings(model.get_input_embeddings(), support, log_weights)
 
     return _one_after_another(model, soft, attention_mask, fed)
 
 
-def _hybrid_states(model: Any, inner: Any, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
+def _hybrid_states(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
     """The recorded mixtures are constants; the projected states that they are fed with are made again, so that the
     states are those of the rollout, and gradients flow through them."""
+    model = causal.model
 
     def fed(t: int, state: Tensor) -> Tensor:
         return thought_input(model, soft.thinking, soft.support[:, t], soft.log_weights[:, t], state)

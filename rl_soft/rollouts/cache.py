@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 LARGE_PAGE = 2**21  # bytes
 RENUMBER = 1024  # columns that no row needs any more, after which the columns are numbered anew: masks stay short
@@ -132,7 +132,7 @@ class RowCache(Cache):
     """The layers, and the columns that they share.
 
     Args:
-        windows: sliding window of each layer, None for full attention; see `attention_windows`.
+        windows: sliding window of each layer, None for full attention; see `models.attention_windows`.
         places: S, rows at a time.
         grain: shapes are rounded up to so many columns; 1 is exact. Above 1 the CPU reads no number at a step.
         chunk: columns that a buffer grows by.
@@ -208,25 +208,6 @@ class RowCache(Cache):
         for layer in self.layers:
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys[:places].clone(), layer.values[:places].clone()
-
-
-def attention_windows(prompts: DynamicCache) -> list[int | None]:
-    """The sliding window of each layer, as transformers has read it from the config; None for full attention.
-
-    Raises:
-        ValueError: a layer that is neither.
-    """
-    windows: list[int | None] = []
-    for layer in prompts.layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(layer.sliding_window)
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        else:
-            raise ValueError(
-                f"the model has a layer with {type(layer).__name__}; rollouts know full and sliding attention"
-            )
-    return windows
 
 
 def _in_large_pages(buffer: Tensor) -> None:

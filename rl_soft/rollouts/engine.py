@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.model.policy import eos_token_ids
+from rl_soft.model.side_modules import language_model
 from rl_soft.model.think import disturb, mix_embeddings, position_ids, thought_input
-from rl_soft.rollouts.cache import RowCache, attention_windows, bytes_per_token, free_memory, is_out_of_memory
+from rl_soft.rollouts.cache import RowCache, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
-from rl_soft.rollouts.kernels.gpu import gpu_kernels, usable
+from rl_soft.rollouts.models import attention_windows, check_rollout_model, check_rope
 from rl_soft.rollouts.state_machine import DONE, Live, Walk
 from rl_soft.rollouts.state_machine import Rollout as Rollout
 from rl_soft.thoughts.decoding import Decoding
@@ -77,27 +78,14 @@ def rollout(
         `Rollout` on the model's device; log-densities are of the policy at the temperatures in `layout.thinking`.
 
     Raises:
-        ValueError: a model that is no decoder-only language model, or one with layers that the cache does not know;
-            control `shuffle` of a single row, or with a budget that does not hold all rows.
+        ValueError: a model that rollouts cannot be made with (`models`); rows so long that its rotary embeddings would
+            depend on the longest of them; control `shuffle` of a single row, or with a budget that does not hold all
+            rows.
     """
-    check_model(model)
+    check_rollout_model(model)
     if control == "shuffle" and len(prompt_ids) == 1:
         raise ValueError("control shuffle needs at least 2 rows: it feeds each the thoughts of another")
     return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch).run()
-
-
-def check_model(model: Any) -> None:
-    """Refuse, by name, a model that soft rollouts cannot be made with.
-
-    Raises:
-        ValueError: an encoder-decoder, or a model that takes images or sound.
-    """
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"model {name} is an encoder-decoder; soft rollouts need a decoder-only language model")
-    for part in ("vision_config", "audio_config"):
-        if getattr(model.config, part, None) is not None:
-            raise ValueError(f"model {name} has a {part}; load its language model alone, an AutoModelForCausalLM")
 
 
 @dataclass
@@ -135,8 +123,9 @@ class Engine:
         eos_ids = eos_token_ids(model, layout.tokenizer) if eos_ids is None else eos_ids
         B, V = len(self.prompts), model.config.get_text_config().vocab_size
         self.walk = Walk(layout, V, B, seeds, eos_ids, self.device, decoding)
+        check_rope(model, self.prompts, self.walk.T)
         self.token_budget, self.control, self.watch = token_budget, control, watch
-        self.windows = attention_windows(DynamicCache(config=model.config))
+        self.windows = attention_windows(model)
         # Long prompts first: those that are prefilled together need little padding, and the width falls with time.
         order = sorted(range(B), key=lambda i: (-len(self.prompts[i]), self.prompts[i]))
         self.turn = {row: i for i, row in enumerate(order)}
@@ -145,12 +134,11 @@ class Engine:
         self.limit = B  # the most that may be live
         self.prefill_tokens = PREFILL_TOKENS.get(self.device.type, 4096)
         self.prefilled: Prefill | None = None  # the last one, as long as rows that wait need it
-        self.read: Tensor | None = None  # (., ., H), what the LM head read last, where thoughts are made of it
+        self.read: Tensor | None = None  # (., ., H), the trunk's last states, where thoughts are made of them
         self.replay = Replay(self.device)
 
     def run(self) -> Rollout:
-        kernels = gpu_kernels if usable(self.embedding.weight) else cpu_kernels
-        with kernels(self.model):
+        with cpu_kernels(self.model):  # which a GPU does not take
             self._run()
         failed = int(self.walk.out.failed.sum())
         if failed:
@@ -160,8 +148,8 @@ class Engine:
     def _run(self) -> None:
         looks, hook = LOOK_EVERY.get(self.device.type, 1), None
         if self.thinking.kind.reads_hidden:
-            head = self.model.get_output_embeddings()
-            hook = head.register_forward_pre_hook(lambda _, args: setattr(self, "read", args[0]))
+            trunk = language_model(self.model).base_model
+            hook = trunk.register_forward_hook(lambda _, args, out: setattr(self, "read", out.last_hidden_state))
         try:
             while self.n or self.waiting:
                 try:

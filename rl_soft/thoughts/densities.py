@@ -129,9 +129,12 @@ def gumbel_topk_log_prob(support_log_probs: Tensor, log_outside: Tensor, log_wei
     """
     present = is_present(log_weights)
     count = present.sum(-1)
+    phi = _full(support_log_probs)
+    if phi.dtype == torch.float64:
+        log_weights = log_weights.double()  # before they are multiplied: tau * x would be rounded to float32
     x = log_weights.masked_fill(~present, 0)
     x_min = log_weights.masked_fill(~present, _INF).amin(-1).masked_fill(count == 0, 0)
-    scores = (_full(support_log_probs) - tau * x).masked_fill(~present, -_INF)
+    scores = (phi - tau * x).masked_fill(~present, -_INF)
     scores = torch.cat([scores, (_full(log_outside) - tau * x_min).unsqueeze(-1)], -1)  # (..., K + 1)
     log_r = scores.log_softmax(-1)[..., :-1].masked_fill(~present, 0)
     size = count.clamp(min=1).to(log_r.dtype)

@@ -10,6 +10,7 @@ search (CODI's released code finds the distilled position by matching strings; s
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -99,9 +100,15 @@ class Layout:
                 bos = self.tokenizer.bos_token_id
                 return ([bos] if bos is not None else []) + self.encode(text)
             messages = [{"role": "user", "content": text}]
-        if system and messages[0].get("role") != "system":
+        if system is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        template = functools.partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True)
+        try:
+            ids: Any = template(messages)
+        except TemplateError:
+            if system != "":
+                raise
+            ids = template(messages[1:])  # a template without system turns: an empty one is none
         return list(ids["input_ids"])
 
     def prompt_ids(self, question: str | list[dict[str, Any]]) -> list[int]:

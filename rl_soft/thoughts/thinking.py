@@ -36,7 +36,11 @@ class Thinking:
     answer_prompt: str = key("Text fed before the answer, after the thoughts (not sampled, not trained).", default="")
     step_separator: str = key("Text after each step of a worked solution.", default="\n")
     end_of_thinking: str = key("explicit: text that ends the thinking once the strongest ids spell it.", default="")
-    system_prompt: str | None = key("System message (models with a chat template).", default=None)
+    system_prompt: str | None = key(
+        "System message (models with a chat template); null: the template's own; empty: an empty one, or none where "
+        "the template takes none.",
+        default=None,
+    )
     question_template: str = key("Text of the question; must contain {question}.", default="{question}")
 
     def __post_init__(self) -> None:

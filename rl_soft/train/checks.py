@@ -10,7 +10,9 @@ from trl import GRPOConfig
 
 from rl_soft.config.refusals import check_features, refuse_checkpointing
 from rl_soft.model.adapters import check_kind
+from rl_soft.model.logit_map import logit_map
 from rl_soft.model.side_modules import language_model
+from rl_soft.rollouts.models import check_rollout_model
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.thinking import Thinking
 
@@ -58,11 +60,20 @@ def check_config(
         )
 
 
-def check_model(model: Any, args: Any, thinking: Thinking, peft_config: Any) -> None:
-    """Raises ValueError for an adapter that is not in the model's layers, and where a model cannot have thoughts that
-    read its hidden states.
+def aux_loss_coefficient(config: Any, args: Any) -> float:
+    """The weight that TRL gives to a load-balancing loss, 0.0 where the model has none (`output_router_logits`)."""
+    if not hasattr(config, "output_router_logits"):
+        return 0.0
+    own = getattr(config, "router_aux_loss_coef", 0.0)
+    return own if args.router_aux_loss_coef is None else args.router_aux_loss_coef
 
-    Such a thought is fed with a state that is made again, so the training pass takes them one by one, on a cache.
+
+def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_config: Any) -> None:
+    """Raises ValueError for a model or an adapter that rollouts or the training pass cannot take, at all or with this
+    thought and ratio.
+
+    A thought that reads hidden states is fed with one that is made again, so the training pass takes thoughts one
+    after another, on a cache; so do the ratios that remake them.
     """
     if peft_config is not None:
         check_kind(peft_config, "peft_config")
@@ -73,7 +84,17 @@ def check_model(model: Any, args: Any, thinking: Thinking, peft_config: Any) -> 
                 f"the model's {name} adapter is on its head, which TRL does not train; leave the head out of "
                 "target_modules, and ensure_weight_tying false"
             )
-    if not KINDS[thinking.thought].reads_hidden:
+    check_rollout_model(model)
+    logit_map(language_model(model))
+    reads_hidden = KINDS[thinking.thought].reads_hidden
+    coefficient = aux_loss_coefficient(model.config.get_text_config(), args)
+    if coefficient and (reads_hidden or RATIOS[ratio].one_by_one):
+        what = f"thought {thinking.thought}" if reads_hidden else f"ratio {ratio}"
+        raise ValueError(
+            f"router_aux_loss_coef is {coefficient}, and {what} feeds thoughts one by one, where the load-balancing "
+            "loss of a mixture of experts is not made; set router_aux_loss_coef 0, or use ratio top1"
+        )
+    if not reads_hidden:
         return
     thought = f"thought {thinking.thought}"
     if getattr(language_model(model), "projector", None) is None:

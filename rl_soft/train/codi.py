@@ -117,20 +117,38 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
     """transformers' Trainer with the CODI loss.
 
     Args:
+        model: a causal LM, without a PEFT wrapper. Its tokenizer has <bot> and <eot>.
+        args: transformers.TrainingArguments; columns are kept whatever `remove_unused_columns` says.
+        layout: how a row becomes ids: the tokenizer, and a `Thinking` of phase latent.
+        codi: the keys of method codi; their defaults where it is None.
+        train_dataset: rows with worked solutions, made by `rl_soft.load_rows`.
         peft_config: a LoraConfig; None trains all weights. The rows of <bot> and <eot> are trained with the adapter
             and saved in it.
+        **kwargs: other arguments of transformers' Trainer.
 
     Raises:
         ValueError: gradient checkpointing, LoRA on a model without a folder, KD layers that the model has not, or a
             separate teacher of another shape or vocabulary.
+
+    Source: CODI, arXiv 2502.21074, Eq. 5; docs/codi.md says where this differs from the paper and its code.
     """
 
     model: Any
     args: Any
 
     def __init__(
-        self, model: Any, args: Any, *, layout: Layout, codi: CodiArguments, peft_config: Any = None, **kwargs: Any
+        self,
+        model: Any,
+        args: Any,
+        *,
+        layout: Layout,
+        codi: CodiArguments | None = None,
+        train_dataset: Sequence[Row],
+        peft_config: Any = None,
+        **kwargs: Any,
     ):
+        codi = codi or CodiArguments()
+        args.remove_unused_columns, args.label_names = False, ["student_labels"]
         refuse_checkpointing(
             args,
             "gradient_checkpointing is not available for codi:",
@@ -143,10 +161,15 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
         if peft_config is not None:
             model = with_adapter(model, layout, peft_config)
         if layout.thinking.kind.reads_hidden and layout.thinking.num_thoughts and codi.use_projector:
-            gated = layout.thinking.thought == "hybrid"
-            add_projector(base, gated, codi.projector_size, args.seed, projector_dtype(base, args))
+            add_projector(
+                base, layout.thinking.kind.mixes, codi.projector_size, args.seed, projector_dtype(base, args)
+            )
         super().__init__(
-            model, args, data_collator=CodiCollator(layout, codi.drop_last_step, codi.kd_position), **kwargs
+            model,
+            args,
+            data_collator=CodiCollator(layout, codi.drop_last_step, codi.kd_position),
+            train_dataset=CodiRows(train_dataset, args.seed),
+            **kwargs,
         )
         self._parts: dict[str, list[Tensor]] = {}  # since the last log
 
@@ -158,6 +181,7 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """alpha L_student + beta L_KD + gamma L_teacher, as a share of the whole optimizer step."""
         c, rows = self.codi, inputs["kd"][:, 0]
         of_student, of_teacher, of_kd = self.share(inputs, num_items_in_batch)
         # The student's pass comes last: from its output, DDP finds every parameter that is in use.
@@ -283,7 +307,7 @@ def separate_teacher(source: str, model: Any, layout: Layout, args: Any) -> Any:
 class CodiRows(torch.utils.data.Dataset):
     """Rows with a seed each; the trainer's step is the other coordinate of their noise."""
 
-    def __init__(self, rows: list[Row], seed: int):
+    def __init__(self, rows: Sequence[Row], seed: int):
         self.items = [{"row": row, "seed": address(seed, row.id, 0)} for row in rows]
 
     def __len__(self) -> int:
@@ -294,7 +318,6 @@ class CodiRows(torch.utils.data.Dataset):
 
 
 def codi_trainer(recipe: Recipe, start: policy.Policy, args: Any, layout: Layout, rows: list[data.Row]) -> Any:
-    data_set, adapter = CodiRows(rows, recipe.seed), lora_config(recipe)
     return CodiTrainer(
-        start.model, args, layout=layout, codi=recipe.extra, train_dataset=data_set, peft_config=adapter
+        start.model, args, layout=layout, codi=recipe.extra, train_dataset=rows, peft_config=lora_config(recipe)
     )

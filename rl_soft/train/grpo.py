@@ -39,9 +39,10 @@ from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.checks import check_config, check_model
 from rl_soft.train.metrics import density_gap, ratio_metrics, rollout_metrics
+from rl_soft.train.normaliser import aggregate
 from rl_soft.train.reference import Reference, check_reference
 from rl_soft.train.runtime.clock import StepClock, peak_gib
-from rl_soft.train.runtime.guards import Guarded
+from rl_soft.train.runtime.guards import Guarded, check_density_gap
 from rl_soft.train.sampler import EpochSampler
 from rl_soft.train.soft_batch import Pass, SoftBatch, parts, with_second_factor
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
@@ -123,7 +124,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
         check_config(args, thinking, ratio, thought_epsilon, given)  # before TRL makes anything
-        check_model(policy.model, args, thinking, peft_config)
+        check_model(policy.model, args, thinking, ratio, peft_config)
         check_reference(policy.model, args, peft_config)
         kind = KINDS[thinking.thought]
         peft_config = beside_adapter(peft_config) if kind.reads_hidden else peft_config
@@ -151,6 +152,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         if thinking.support_size(wrapped.config.get_text_config().vocab_size) > 1:
             self.full_kl_beta, self.beta = self.beta, 0.0
         self._density_gap = 0.0  # the largest since the last log
+        self._first_step: int | None = None  # of this process's life, whose gap may end the run
         # What TRL's methods hand to each other around us: the batch that it works on, and what the first pass over it
         # found. A pass of the reference comes later and is not kept.
         self._soft: SoftBatch
@@ -242,18 +244,26 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         **multimodal: Any,
-    ) -> tuple[Tensor, Tensor | None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-densities of the recorded actions under `model`: policy, old policy or reference.
 
-        (B, C); with a second factor (B, 2C), the second half holding log p(S, x) - log p(i*) of each thought.
+        (B, C); with a second factor (B, 2C), the second half holding log p(S, x) - log p(i*) of each thought. Then
+        the entropies, of the same shape; and the load-balancing loss (), the mean over the passes as TRL takes it.
         """
         prompts = input_ids[:, : input_ids.shape[1] - logits_to_keep]  # (B, P)
-        found = self._passed(model, self._soft, prompts, attention_mask, batch_size)
+        found = self._passed(model, self._soft, prompts, attention_mask, batch_size, compute_aux_loss)
         self._pass = self._pass or found
-        return found.log_probs, found.entropy if compute_entropy else None, None
+        aux_loss = None if found.aux_loss is None else found.aux_loss.mean()
+        return found.log_probs, found.entropy if compute_entropy else None, aux_loss
 
     def _passed(
-        self, model: Any, soft: SoftBatch, prompt_ids: Tensor, attention_mask: Tensor, batch_size: int | None
+        self,
+        model: Any,
+        soft: SoftBatch,
+        prompt_ids: Tensor,
+        attention_mask: Tensor,
+        batch_size: int | None,
+        aux_loss: bool = False,
     ) -> Pass:
         """A pass over recorded actions, `batch_size` rows at a time."""
         ref_head = None if soft.ref_states is None else self._reference.head()
@@ -266,13 +276,15 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
                 self.ratio,
                 entropy_grad=self._entropy_bonus_enabled,
                 ref_head=ref_head,
+                aux_loss=aux_loss,
             )
             with self.accelerator.autocast():
                 out = model(attention_mask=mask[rows], soft=inputs)
             second = [] if out.rest is None else [out.rest]
             log_probs = torch.cat([out.log_probs, *second], dim=1)
             entropy = torch.cat([out.entropy, *map(torch.zeros_like, second)], dim=1)
-            found.append(Pass(log_probs, entropy, out.kl, out.value_preds))
+            aux = None if out.aux_loss is None else out.aux_loss.reshape(1)
+            found.append(Pass(log_probs, entropy, out.kl, out.value_preds, aux))
         return Pass.joined(found)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -289,33 +301,11 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             loss = super()._compute_loss(model, given)
             assert self._pass is not None
             if self._pass.kl is not None:
-                loss = loss + self.full_kl_beta * self._aggregate(self._pass.kl, inputs)
+                loss = loss + self.full_kl_beta * aggregate(self, self._pass.kl, inputs)
             self._log_ratios(self._pass, inputs)
         finally:
             self.epsilon_low, self.epsilon_high = clip_range
         return loss
-
-    def _aggregate(self, per_token: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """What TRL makes of a term (B, C) of its per-token loss, with the normaliser of each loss type."""
-        mask = inputs["completion_mask"] * inputs["tool_mask"]  # (B, C)
-        train = self.model.training
-        accumulation = self.current_gradient_accumulation_steps if train else 1.0
-        masked = per_token * mask
-        if self.loss_type in ("cispo", "dapo", "vespo"):
-            items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            if train:  # num_items_in_batch spans the rollout; one optimizer step takes its share
-                items = items * accumulation / self.args.steps_per_generation
-            return masked.sum() / items
-        if self.loss_type in ("grpo", "sapo"):
-            value = (masked.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-        elif self.loss_type == "bnpo":
-            value = masked.sum() / mask.sum().clamp(min=1.0)
-        elif self.loss_type == "dr_grpo":
-            value = masked.sum() / (len(mask) * self.max_completion_length)
-        else:
-            assert self.loss_type == "luspo"  # TRL has refused all others
-            value = masked.sum(-1).mean()
-        return value / accumulation
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
@@ -330,7 +320,12 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         now, old = whole(found.log_probs), inputs.get("old_per_token_logps")
         old = None if old is None else whole(old)
         mask = soft.action_mask & inputs["completion_mask"].bool()
-        gap = density_gap(soft, now if old is None else old, mask, self.accelerator)
+        first = now if old is None else old
+        gap = density_gap(soft, first, mask, self.accelerator)
+        if self._first_step in (None, self.state.global_step):
+            self._first_step = self.state.global_step
+            owner, precision = self.accelerator.unwrap_model(self.model), self.accelerator.mixed_precision
+            check_density_gap(gap, soft, first, mask, owner, self.layout.thinking, precision)
         self._density_gap = max(self._density_gap, gap)
         kl = found.kl
         if self.beta:  # TRL's, of which it logs the mean over all positions
@@ -355,6 +350,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             lists[name].append(value)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds seconds per section, tokens per second, the density gap and the memory held at most."""
         if self.model.training and "loss" in logs:
             logs |= self._clock.take()
             logs["rollout/density_gap"] = self._density_gap

@@ -65,7 +65,7 @@ logger = logging.getLogger("rl_soft")
 
 # method -> what makes its trainer, and arguments of the trainer that must be so
 SUPERVISED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "codi": (codi_trainer, {"remove_unused_columns": False, "label_names": ["student_labels"]}),
+    "codi": (codi_trainer, {}),
     "sft": (sft_trainer, {}),
     "icot": (icot_trainer, {"remove_unused_columns": False}),
     "coconut": (coconut_trainer, {"remove_unused_columns": False}),

@@ -100,6 +100,7 @@ class Pass(NamedTuple):
     entropy: Tensor  # as log_probs; 0 in the second half
     kl: Tensor | None  # to the reference's categoricals; None where TRL takes the KL, or nobody does
     values: Tensor | None  # None for a model without a value head
+    aux_loss: Tensor | None = None  # (passes,), the load-balancing loss of each pass; None where none was asked for
 
     @classmethod
     def joined(cls, passes: list[Pass]) -> Pass:

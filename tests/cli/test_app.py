@@ -198,3 +198,38 @@ def test_the_page_has_the_defaults_of_the_trainer():
         for key, value in zip(re.findall(r"`(\w+)`", keys), values.split(","), strict=True)
     }
     assert shown == trainer_defaults("grpo") | trainer_defaults("codi")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "rl_soft: stopped; the same command goes on with what is missing"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "rl_soft: error: the disk is full",
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 15040"), 2, "the disk is full"),
+        (ImportError("install `bitsandbytes`"), 2, "rl_soft: error: install `bitsandbytes`"),
+        (ValueError("a mistake"), 2, "rl_soft: error: a mistake"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_one_line(error, code, line, monkeypatch, capsys):
+    from rl_soft.train import pipeline
+
+    def run(recipe):
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", run)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(ROOT / "recipes/grpo_gumbel.yaml")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == code and line in said and said.count("\n") == 1
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    from rl_soft.train import pipeline
+
+    monkeypatch.setattr(pipeline, "run", lambda recipe: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["train", str(ROOT / "recipes/grpo_gumbel.yaml")])

@@ -57,6 +57,7 @@ def test_pass_at_k_of_arrays_and_integers():
         (4, -1, 1, "between 0 and num_samples"),
         (4.0, 2, 1, "integers"),
         (np.array([], int), np.array([], int), 1, "no problems"),
+        ([], [], 1, "no problems"),
     ],
 )
 def test_pass_at_k_refuses(n, c, k, message):
@@ -90,6 +91,14 @@ def test_bootstrap_agrees_with_the_normal_interval():
     assert interval.high == pytest.approx(values.mean() + 1.96 * se, abs=0.1 * se)
     assert bootstrap(values) == interval
     assert bootstrap(values, seed=1) != interval
+
+
+@pytest.mark.parametrize("resamples", [-1, 0, 1])
+def test_an_interval_needs_two_resamples(resamples):
+    for made in (lambda: bootstrap([0.0, 1.0], num_resamples=resamples),
+                 lambda: paired_bootstrap([0.0, 1.0], [1.0, 1.0], num_resamples=resamples)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"num_resamples must be at least 2 .* not {resamples}"):
+            made()
 
 
 def test_families_are_resampled_whole():

@@ -10,11 +10,10 @@ import re
 import shlex
 
 import pytest
-import yaml
 from conftest import ROOT
 
 from rl_soft.cli import main
-from rl_soft.config.recipe import load_recipe
+from rl_soft.config.recipe import load_recipe, parse_overrides
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\./launch\.sh|rl-soft|-m rl_soft) +([^\n`|]+)")
@@ -79,8 +78,8 @@ def test_a_command_has_keys_that_exist(line):
         first, *rest = rest
     if first.endswith(".yaml"):
         pairs = zip(rest, [*rest[1:], "--"], strict=True)
-        values = {k[2:]: True if v.startswith("--") else yaml.safe_load(v) for k, v in pairs if k.startswith("--")}
-        load_recipe(str(ROOT / first), {k: v for k, v in values.items() if k not in LAUNCH})
+        words = [w.rstrip(";") for k, v in pairs if k.startswith("--") and k[2:] not in LAUNCH for w in (k, v)]
+        load_recipe(ROOT / first, parse_overrides([w for w in words if w != "--"]))
     elif first.isalpha() and first.islower():
         known = help_of(rest[0] if first == "check" else first)
         for key in given:

@@ -28,6 +28,7 @@ from rl_soft.model.think import mix_embeddings, position_ids
 from rl_soft.thoughts.densities import GumbelTopK
 from rl_soft.train import pipeline as run
 from rl_soft.train.grpo import SoftGRPOTrainer
+from rl_soft.train.normaliser import aggregate
 from rl_soft.train.soft_batch import SoftBatch
 
 N, H, V = 37, 16, 211
@@ -285,7 +286,7 @@ def test_is_weighted_as_trl_weighs_its_own(tmp_path, loss_type):
                 reference = {"ref_per_token_logps": trainer._pass.log_probs + d}
                 with_kl = GRPOTrainer._compute_loss(trainer, model, {**inputs, **reference})
                 trainer.beta = 0.0
-                ours = 0.3 * trainer._aggregate(d.exp() - d - 1, inputs)
+                ours = 0.3 * aggregate(trainer, d.exp() - d - 1, inputs)
             assert (with_kl - without).item() == pytest.approx(ours.item(), rel=1e-3, abs=1e-6)
             seen.append(ours.item())
         trainer.model.train()

@@ -221,6 +221,63 @@ def test_without_a_prompt_the_block_or_the_text_is_the_program():
     assert extract_program("x" * 200_000) is None
 
 
+FENCE, WHOLE = "```", f"def area(r):\n{BODY}"
+HELPER = f"{FENCE}\ndef two(r):\n    return r * r\n{FENCE}\n"
+HELPED = f"{FENCE}\ndef area(r):\n    return math.pi * two(r)\n{FENCE}\n"
+IMPORT = f"{FENCE}\nfrom math import pi\n{FENCE}\n"
+WRAPPED = {
+    "a comment in column 0": "    s = r * r\n# times pi\n    return math.pi * s\n",
+    "a string in column 0": '    doc = """\nhello\n"""\n' + BODY,
+    "an argument in column 0": "    return math.prod([\nmath.pi, r, r\n])\n",
+    "a body without indentation": "return math.pi * r * r\n",
+    "a body and prose": f"{BODY}\nThis isn't hard.\n",
+    "a body and the end of a fence": f"{BODY}{FENCE}\n\nDon't forget the units.",
+    "a body and its helper": "    return math.pi * square(r)\n\ndef square(x):\n    return x * x\n",
+    "prose before": f"Here's the function:\n\n{WHOLE}",
+    "prose after": f"{WHOLE}\nThat's it, isn't it?\n",
+    "prose that begins like code": f"from here on:\n{WHOLE}",
+    "a space": f"{FENCE} python\n{WHOLE}{FENCE}\n",
+    "tildes": f"~~~python\n{WHOLE}~~~\n",
+    "attributes": f'{FENCE}python title="a.py"\n{WHOLE}{FENCE}\n',
+    "braces": f"{FENCE}{{python}}\n{WHOLE}{FENCE}\n",
+    "behind words": f"Answer: {FENCE}python\n{WHOLE}{FENCE}\n",
+    "a list item": f"1. Code:\n   {FENCE}python\n   def area(r):\n       return math.pi * r * r\n   {FENCE}\n",
+    "a quotation": f"> {FENCE}\n> def area(r):\n>     return math.pi * r * r\n> {FENCE}\n",
+    "four backticks": f"````python\n{WHOLE}````\n",
+    "never closed": f"{FENCE}python\n{WHOLE}",
+    "words at the end of a fence": f"{FENCE}python\n{WHOLE}{FENCE} Done, I'd say.\n",
+    "imports in a block": f"{IMPORT}{FENCE}\ndef area(r):\n    return pi * r * r\n{FENCE}\n",
+    "a helper in a block": HELPER + HELPED,
+    "a helper behind": HELPED + HELPER,
+    "tests that lack a package": f"{FENCE}\n{WHOLE}{FENCE}\n{FENCE}\nimport no_such\narea(1)\n{FENCE}\n",
+    "an earlier attempt": f"{FENCE}\ndef area(r):\n    return 0\n{FENCE}\nNo:\n{FENCE}\n{WHOLE}{FENCE}\n",
+    "carriage returns": f"{FENCE}python\n{WHOLE}{FENCE}\n".replace("\n", "\r\n"),
+    "the future": f"{FENCE}python\nfrom __future__ import annotations\n{WHOLE}{FENCE}\n",
+    "a fence in the docstring": f'{FENCE}\ndef area(r):\n    """\n  {FENCE}\n  1\n  {FENCE}\n    """\n{BODY}{FENCE}',
+    "a lambda": f"{FENCE}\narea = lambda r: math.pi * r * r\n{FENCE}\n",
+}
+
+
+@pytest.mark.parametrize("text", WRAPPED.values(), ids=WRAPPED)
+def test_a_right_program_is_found_in_the_usual_wrappings(text):
+    tests = "def check(candidate):\n    assert abs(candidate(1) - 3.14159) < 1e-4\n\ncheck(area)\n"
+    assert judge_programs([text], [tests], [{"prompt": PROMPT, "entry_point": "area"}])[0].outcome == "correct"
+
+
+def test_the_tests_tell_what_to_look_for_where_nothing_else_does():
+    text = f"{FENCE}\n{RIGHT}{FENCE}\nfor example\n{FENCE}\ndef g():\n    return f(2)\n\n1 / 0\n{FENCE}\n"
+    assert judge_programs([text], [TESTS], [{}])[0] == ("correct", RIGHT, None)
+
+
+@pytest.mark.parametrize(
+    "unit", ["(", "-", "1+", "a.", "lambda:", "```\n", "~~~\n", "def f():\n", "'''\n", "```\nx = (\n```\n"]
+)
+def test_hostile_programs_take_bounded_time(unit):
+    start = time.process_time()
+    extract_program(unit * (99_000 // len(unit)), PROMPT, "area")
+    assert time.process_time() - start < 20  # below 1 s; a quadratic search takes minutes
+
+
 def test_programs_have_the_three_outcomes_in_their_order():
     texts = [RIGHT, "def f(x):\n    return 3\n", "", f"```\n{RIGHT}```", "def f(x) return"]
     judged = judge_programs(texts, [TESTS] * 5, [{}] * 5)

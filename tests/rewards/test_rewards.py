@@ -19,7 +19,8 @@ import pytest
 from conftest import ROOT
 
 from rewards import LengthCost, Overlong, StrictFormat, ThoughtCost, answers, math_accuracy, symbolic
-from rewards.answers import canonical, equal, extract, judge, judge_many, unreadable_golds
+from rewards.answers import canonical, equal, judge, judge_many, unreadable_golds
+from rewards.extraction import extract
 
 EXTRACTIONS = {
     "number": cases.EXTRACT_NUMBER,

@@ -15,7 +15,7 @@ from rl_soft.config.recipe import load_recipe
 from rl_soft.model import policy, think
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
-from rl_soft.train.codi import IGNORE, CodiRows, CodiTrainer, distillation_loss
+from rl_soft.train.codi import IGNORE, CodiTrainer, distillation_loss
 
 KINDS = ["hidden", "soft", "gumbel", "hybrid"]
 
@@ -31,7 +31,7 @@ def make(tmp_path, model_type="llama", thought="gumbel", made=None, peft_config=
         **{"save_strategy": "no", **(training or {})},
     )  # fmt: skip
     return CodiTrainer(
-        made.model, args, layout=layout, codi=CodiArguments(**codi), train_dataset=CodiRows(rows(64), 0),
+        made.model, args, layout=layout, codi=CodiArguments(**codi), train_dataset=rows(64),
         peft_config=peft_config,
     )  # fmt: skip
 

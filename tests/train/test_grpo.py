@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import rows, tiny_policy
+from conftest import TINY, VOCABULARY, rows, tiny_policy
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from rl_soft.model import policy
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.grpo import SoftGRPOTrainer
@@ -109,10 +110,50 @@ class Replayed(GRPOTrainer):
 def test_one_slot_is_stock_grpo(tmp_path, values, lora):
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     values = {**values, "beta": values.get("beta", 0.0) if lora else 0.0}
+    one_slot_is_stock(tmp_path, tiny_policy, peft if lora else None, **values)
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+
+
+def policy_like(model_type, **values):
+    """A random model whose densities differ visibly between positions, and whose routers have preferences."""
+    made = policy.make({**TINY, "model_type": model_type, **values}, VOCABULARY, 0)
+    with torch.no_grad():
+        made.model.get_input_embeddings().weight.mul_(4)
+    return made
+
+
+@pytest.mark.parametrize(
+    "model_type,values",
+    [
+        ("granite", {"logits_scaling": 0.25, "embedding_multiplier": 2.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("minicpm3", {"dim_model_base": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                      "qk_nope_head_dim": 8, "v_head_dim": 16}),  # the states are scaled, not the logits
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_model_that_scales_its_logits_is_stock_grpo_too(tmp_path, model_type, values, lora):
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    made = functools.partial(policy_like, model_type, **values)
+    one_slot_is_stock(tmp_path, made, peft if lora else None, beta=0.1 if lora else 0.0, num_iterations=2)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_the_load_balancing_loss_is_that_of_stock_grpo(tmp_path, model_type):
+    sizes = {"moe_intermediate_size": 32, "head_dim": 16} if model_type != "olmoe" else {}
+    made = functools.partial(policy_like, model_type, **sizes, **EXPERTS)
+    logs = one_slot_is_stock(tmp_path, made, None, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert all(log["aux_loss"] > 0.5 for log in logs)
+
+
+def one_slot_is_stock(tmp_path, make, peft, **values):
+    """Trains `make()` with our trainer, replays its completions with stock TRL, and compares; returns our logs."""
     values |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}  # weights then differ as gradients do
     thinking = replace(TOKENS, temperature=values.get("temperature", 1.0))
     torch.manual_seed(0)
-    ours = soft_trainer(tmp_path / "a", thinking, peft_config=peft if lora else None, **values)
+    ours = soft_trainer(tmp_path / "a", thinking, make(), peft_config=peft, **values)
     completions = []
     generate = ours._generate_single_turn
 
@@ -124,21 +165,23 @@ def test_one_slot_is_stock_grpo(tmp_path, values, lora):
     ours._generate_single_turn = remember
     ours_logs = train(ours)
 
-    made, length = tiny_policy(), ours.args.max_completion_length  # which thinking decides
+    made, length = make(), ours.args.max_completion_length  # which thinking decides
     torch.manual_seed(0)
     stock = Replayed(
         made.model, reward_funcs=odd_reward, args=config(tmp_path / "b", **values, max_completion_length=length),
-        train_dataset=dataset(), processing_class=made.tokenizer, peft_config=peft if lora else None,
+        train_dataset=dataset(), processing_class=made.tokenizer, peft_config=peft,
         layout=Layout(thinking, made.tokenizer), completions=completions,
     )  # fmt: skip
     stock_logs = train(stock)
     assert len(ours_logs) == len(stock_logs) >= 2
     assert any(log["grad_norm"] > 1e-3 for log in ours_logs)
     for a, b in zip(ours_logs, stock_logs, strict=True):
-        keys = [k for k in b if k in ("loss", "grad_norm", "entropy", "kl", "reward") or k.startswith("clip")]
+        compared = ("loss", "grad_norm", "entropy", "kl", "reward", "aux_loss")
+        keys = [k for k in b if k in compared or k.startswith("clip")]
         assert {k: a[k] for k in keys} == pytest.approx({k: b[k] for k in keys}, abs=1e-5, rel=1e-5)
     for (name, p), q in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5, msg=name)  # gradients within 1e-5
+    return ours_logs
 
 
 @pytest.mark.parametrize("thought_k,tau", [(1, 0.5), (3, 0.1), (20, 1.0)])

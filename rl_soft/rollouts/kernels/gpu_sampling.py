@@ -1,23 +1,58 @@
 """Sampling on a GPU, in Triton: a Gumbel top-K sample of rows of logits, and all that its density takes.
 
 Two kernels read the logits once, and one more reads them for the mass outside; PyTorch takes fifty passes, most of
-which write what the next one reads. Tested and compiled as `gpu` is, and like it not run on a GPU yet.
+which write what the next one reads. Not run on a GPU yet. In Triton's interpreter they are held to PyTorch's
+operations, and they compile for an A100 and an H100 without either (tests/rollouts/test_gpu_sampling.py).
 
 Shapes: m rows, V vocabulary, K slots.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rl_soft.model import head_triton as kernels
 from rl_soft.model.head_triton import jit, tempered, tl, triton
 from rl_soft.thoughts import noise
 
+logger = logging.getLogger(__name__)
+
 SLOTS = 64  # of a draw; they are found one by one
 _BLOCK = 4096  # logits that a program of a draw holds
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels take x: Triton starts, and on x's device they do what they are for."""
+    return kernels.usable(x) and x.is_floating_point() and _works(x.device, x.dtype)
+
+
+@functools.cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """One draw, beside PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5000, generator=generator).to(device, dtype)
+    seeds, one = torch.arange(2, device=device), torch.ones(2, device=device)
+    try:
+        with torch.no_grad():
+            support, _, top, mass, _ = draw(logits, one, 4, seeds, 1)
+            outside = log_outside(logits, one, support)
+    except Exception as error:  # Triton has exceptions of many kinds: for resources, for compilers, for drivers
+        logger.warning("rollout: sampling takes PyTorch's operations, Triton's kernels fail (%s)", str(error)[:200])
+        return False
+    phi = logits.double().log_softmax(-1)
+    found = (phi + noise.gumbel(seeds, 1, 5000)).topk(4).indices
+    off = phi.scatter(-1, found, -torch.inf).logsumexp(-1) - (outside - top - mass.log())
+    if not (off.abs().max() < 1e-4 and torch.equal(found, support)):
+        logger.warning(
+            "rollout: sampling takes PyTorch's operations, Triton's kernels give other results on %s", device
+        )
+        return False
+    return True
 
 
 def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, position: Any) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ A layer is taken where it is one of transformers' own for Llama, Mistral, Qwen 2
 other parts into it, and its first prompt has been taken both ways with one result. One prompt alone would not show
 what depends on position or on size: a layer of another name is left alone, however like one of these it is.
 
-`cpu` and `gpu` say how a layer is taken.
+`cpu` says how a layer is taken.
 """
 
 from __future__ import annotations

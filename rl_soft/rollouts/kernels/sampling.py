@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rl_soft.rollouts.kernels import cpu as cpu_kernels
-from rl_soft.rollouts.kernels import gpu as gpu_kernels
 from rl_soft.rollouts.kernels import gpu_sampling
 from rl_soft.thoughts import noise
 
@@ -43,7 +42,7 @@ class Drawn:
 
     def log_outside(self, ids: Tensor) -> Tensor:
         """(m,) float32, ln of the mass outside ids (m, K), summed over the complement."""
-        if gpu_kernels.usable(self.logits):
+        if gpu_sampling.usable(self.logits):
             return gpu_sampling.log_outside(self.logits, self.temperature, ids) - self.top - self.mass.log()
         library: Any = cpu_kernels.library()
         (m, V), ids, outside = self.logits.shape, ids.contiguous(), torch.empty_like(self.mass)
@@ -65,7 +64,7 @@ def draw(logits: Tensor, temperature: Tensor, slots: int, seeds: Tensor, positio
         slots: K.
     """
     m, V = logits.shape
-    if gpu_kernels.usable(logits) and 0 < slots <= min(V, gpu_sampling.SLOTS):
+    if gpu_sampling.usable(logits) and 0 < slots <= min(V, gpu_sampling.SLOTS):
         support, values, top, mass, dot = gpu_sampling.draw(logits, temperature, slots, seeds, position)
         return Drawn(logits, temperature, support, values, top, mass, mass.log() - dot / mass)
     if logits.device.type != "cpu" or not 0 < slots <= min(V, SLOTS):

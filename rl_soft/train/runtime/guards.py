@@ -1,9 +1,8 @@
 """When something fails, a run says so in one line, keeps what is needed to look into it, and loses nothing.
 
-Guarded        mixin of a GRPO trainer: a reward that fails ends the run on all processes and is named; a step
-               whose loss or gradient is not finite is skipped, counted and saved, three in a row end the run
-KnownFailures  callback: says in words, once, when the logs show a known failure
-Checkpoints    callback: a checkpoint counts once every process has written its part of it
+Guarded            mixin of a GRPO trainer: a reward that fails ends the run on all processes and is named; a step
+                   whose loss or gradient is not finite is skipped, counted and saved, three in a row end the run
+check_density_gap  ends a run in float32 whose rollout and training pass score two different models
 """
 
 from __future__ import annotations
@@ -23,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl_soft.files import replacing, write_atomic
+from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.reward_functions import own_names
+from rl_soft.train.soft_batch import SoftBatch
 
 logger = logging.getLogger("rl_soft")
 
@@ -136,6 +137,48 @@ def _words(error: Exception) -> str:
 
 def _shown(value: Any) -> str:
     return f"{type(value).__name__} {' '.join(repr(value).split())[:80]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exactness
+
+MAX_DENSITY_GAP = 1e-2  # nats, at the first step of a run in float32
+
+
+def check_density_gap(
+    gap: float,
+    batch: SoftBatch,
+    first: Tensor,
+    mask: Tensor,
+    model: Any,
+    thinking: Thinking,
+    mixed_precision: str,
+) -> None:
+    """Ends a run whose rollout and training pass score two different models.
+
+    In lower precision, or with TF32 products, a gap of this size may be rounding, and nothing is done. A Dirichlet's
+    log-density is up to gamma times as steep as its log-probabilities, so its bound is gamma times as large.
+
+    Args:
+        gap: over all processes; batch, first and mask are this process's, as in `metrics.density_gap`.
+        mixed_precision: accelerate's; "no" is none.
+
+    Raises:
+        ValueError: the gap is above the bound; names the model and the position that differs most.
+    """
+    bound = MAX_DENSITY_GAP * (max(1.0, thinking.thought_gamma) if thinking.kind.has_dirichlet_noise else 1.0)
+    exact = torch.get_float32_matmul_precision() == "highest" and mixed_precision == "no"
+    if gap <= bound or not exact or any(p.dtype != torch.float32 for p in model.parameters()):
+        return
+    found = (first - batch.sampled_log_probs).abs() * mask
+    row, column = divmod(int(found.nan_to_num(0.0).argmax()), found.shape[1])
+    what = "a thought" if batch.thought_mask[row, column] else "an answer token"
+    raise ValueError(
+        f"rollout/density_gap is {gap:.2g} at the first step, above {bound:g} in float32: for {what} the rollout "
+        f"recorded a log-density of {batch.sampled_log_probs[row, column]:.5g} and the training pass found "
+        f"{first[row, column]:.5g}, so the two see different models (model_type {model.config.model_type}); "
+        "docs/grpo.md, 'How small the density gap is'"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +300,3 @@ def save_step(
         save_file(tensors, temporary)
     content = {"step": step, "process": state.process_index, "grad_norm": repr(norm), "rows": rows}
     write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Callbacks
