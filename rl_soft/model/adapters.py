@@ -61,10 +61,11 @@ def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -
     check_kind(config, str(folder))
     base = base_of(folder)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
     except OSError as error:
         raise base_missing(folder, base, error) from None
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0] and (folder / "tokenizer_config.json").exists():
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0] and (folder / "tokenizer_config.json").exists():
         model.resize_token_embeddings(len(tokenizer))
     config.base_model_name_or_path = base  # what is trained on from here is saved elsewhere
     with warnings.catch_warnings():  # the projector, which the adapter leaves out, comes after it

@@ -152,8 +152,8 @@ def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
     kind = getattr(adapter.peft_type, "value", adapter.peft_type)
     if kind != "LORA":
         raise ValueError(
-            f"model {source} is an adapter of the kind {kind}, and a recipe describes a LoRA one (lora_r, "
-            "lora_alpha); train it in Python, with SoftGRPOTrainer"
+            f"model {source} is an adapter of the kind {kind}, and a recipe describes a LoRA one (lora_r, lora_alpha);"
+            " train it in Python, with SoftGRPOTrainer"
         )
     for name, theirs in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
         if getattr(m, name) != theirs:

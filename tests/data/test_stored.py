@@ -127,6 +127,39 @@ def test_a_number_of_parquet_is_the_shortest_of_its_precision(tmp_path: Path, ki
     assert [row.answer for row in rows] == ["0.1", "2.5"]
 
 
+SOUND = [{"question": f"What, {i}?", "answer": str(i), "solution": f"a\n{i}"} for i in range(20)]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.parquet", "d.jsonl.gz"])
+def test_a_damaged_file_loads_or_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "d.parquet":
+        parquet.write_table(pa.Table.from_pylist(SOUND), path)
+    elif name == "d.csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, SOUND[0])
+            writer.writeheader()
+            writer.writerows(SOUND)
+    else:
+        lines = json.dumps(SOUND) if name == "d.json" else "\n".join(map(json.dumps, SOUND))
+        path.write_bytes(gzip.compress(lines.encode()) if name.endswith("gz") else lines.encode())
+    sound, draw, refused = path.read_bytes(), random.Random(0), 0
+    assert len(load_rows(str(path), "train")) == len(SOUND)
+    for _ in range(150):
+        at, inserted = (
+            draw.randrange(len(sound)),
+            draw.choice([b'"', b",", b"\n", b"{", b"\0", b"NaN", b"\xff", b"1e9"]),
+        )
+        tail = sound[at + draw.randrange(3) :] if draw.random() < 0.8 else b""
+        path.write_bytes(sound[:at] + inserted + tail)
+        try:
+            load_rows(str(path), "train")
+        except ValueError as error:
+            refused += 1
+            assert name in str(error)
+    assert refused > 30
+
+
 # Values
 
 VALUES: list[tuple[Any, str]] = [
