@@ -21,7 +21,7 @@ of the two categoricals, over the whole vocabulary, at every sampled position.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -44,21 +44,8 @@ from rl_soft.train.reference import Reference, check_reference
 from rl_soft.train.runtime.clock import StepClock, peak_gib
 from rl_soft.train.runtime.guards import Guarded, check_density_gap
 from rl_soft.train.sampler import EpochSampler
-from rl_soft.train.soft_batch import Pass, SoftBatch, parts, with_second_factor
+from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_second_factor
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
-
-
-class Generated(NamedTuple):
-    """What TRL's `_generate` returns, slot by slot."""
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    tool_mask: list[list[int]] | None  # 1: in the loss
-    completions: list[Any]
-    log_probs: list[list[float]] | None
-    extra_fields: dict[str, list[Any]]  # further columns of the reward functions
-    images: Any
-    tool_images: Any
 
 
 class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):

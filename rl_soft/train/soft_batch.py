@@ -128,3 +128,16 @@ def with_second_factor(inputs: dict[str, Any], thought_mask: Tensor, weight: flo
         "tool_mask": torch.cat([inputs["tool_mask"].float(), thought_mask.float() * weight], dim=1),
         "advantages": advantages if advantages.dim() == 1 else advantages.repeat(1, 2),
     }
+
+
+class Generated(NamedTuple):
+    """What TRL's `_generate` returns, slot by slot."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    tool_mask: list[list[int]] | None  # 1: in the loss
+    completions: list[Any]
+    log_probs: list[list[float]] | None
+    extra_fields: dict[str, list[Any]]  # further columns of the reward functions
+    images: Any
+    tool_images: Any
