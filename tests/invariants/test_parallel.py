@@ -34,7 +34,7 @@ TASK = {
 }  # fmt: skip
 CODI = TASK | {
     "method": "codi", "model_config": {**TINY, "model_type": "llama", "tie_word_embeddings": True},
-    "vocabulary": "0123456789+-=;#", "max_steps": 3, "per_device_train_batch_size": 8, "validation_every": 2,
+    "vocabulary": "0123456789+-*=;#", "max_steps": 3, "per_device_train_batch_size": 8, "validation_every": 2,
     "validation_problems": 8,
 }  # fmt: skip
 RL = TASK | {"method": "grpo", "prompts_per_step": 2, "num_generations": 8, "max_steps": 5, "max_grad_norm": 0.5,
