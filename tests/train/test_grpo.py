@@ -215,14 +215,6 @@ def test_experts_and_thoughts_fed_one_by_one_are_refused_in_a_line(tmp_path, rat
     assert logs[0]["rollout/density_gap"] < 1e-4 and "aux_loss" not in logs[0]
 
 
-def test_the_experts_learn_from_the_load_balancing_loss_beside_thoughts(tmp_path):
-    """K = 3: with a large coefficient alone, the loss falls."""
-    made = policy_like("mixtral", **EXPERTS | {"router_aux_loss_coef": 10.0})
-    logs = train(soft_trainer(tmp_path, made=made, max_steps=12, beta=0.0, learning_rate=3e-3))
-    assert all(log["rollout/density_gap"] < 1e-4 for log in logs)
-    assert logs[-1]["aux_loss"] < logs[0]["aux_loss"] - 0.02
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_pass_of_another_model_ends_the_run_in_float32(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("rl_soft.model.scored_forward.logit_map", lambda model: LogitMap(0.5))
