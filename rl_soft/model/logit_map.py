@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rl_soft.model.side_modules import trunk_of
+
 ROWS, COLUMNS = 2, 8  # of random states; each gives a logit per id of the vocabulary
 SPREAD = 4.0  # standard deviation of the head's output: a cap, or anything else that is not linear, then shows
 ROUNDING = 4e-6  # of the largest logit, that two ways to the same float32 logits may differ by
@@ -51,7 +53,7 @@ def logit_map(model: Any) -> LogitMap:
     Raises:
         ValueError: logits that are no such map of the head's output, with the model type and the distance.
     """
-    config, head, trunk = model.config.get_text_config(), model.get_output_embeddings(), model.base_model
+    config, head, trunk = model.config.get_text_config(), model.get_output_embeddings(), trunk_of(model)
     if head is None or trunk is model:
         raise _refused(model, "it has no output embeddings that read the states of a trunk")
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 from rl_soft.model.head import soft_log_prob, support_statistics
 from rl_soft.model.kl import categorical_kl
 from rl_soft.model.logit_map import LogitMap, logit_map
+from rl_soft.model.side_modules import trunk_of
 from rl_soft.model.think import density_of, mix_embeddings, position_ids, think, thought_input
 from rl_soft.model.value_head import state_values
 from rl_soft.thoughts.kinds import RATIOS
@@ -184,7 +185,7 @@ def _states_and_aux_loss(causal: Causal, soft: SoftInputs, attention_mask: Tenso
     It covers prompt and completion, as TRL's does.
     """
     seen: list[Tensor] = []
-    hook = causal.model.base_model.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
+    hook = trunk_of(causal.model).register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
     try:
         out = causal.inner(
             **_recorded(causal.model, soft, attention_mask), output_router_logits=True, logits_to_keep=1

@@ -22,6 +22,15 @@ def language_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def trunk_of(model: Any) -> Any:
+    """The module of a causal LM (without its PEFT wrapper) whose last states become logits.
+
+    Where the base model only wraps a decoder (OPT), it is that decoder, which the causal LM calls itself.
+    """
+    base = model.base_model
+    return base.get_decoder() if hasattr(base, "get_decoder") else base
+
+
 def module_file(folder: Path, name: str) -> Path:
     """Where the module `name` of a model folder or a checkpoint is."""
     return folder / f"{name}.safetensors"

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 LARGE_PAGE = 2**21  # bytes
-RENUMBER = 1024  # columns that no row needs any more, after which the columns are numbered anew: masks stay short
+RENUMBER = 1024  # columns; masks stay short
 
 
 class RowLayer(CacheLayerMixin):
@@ -136,11 +136,22 @@ class RowCache(Cache):
         places: S, rows at a time.
         grain: shapes are rounded up to so many columns; 1 is exact. Above 1 the CPU reads no number at a step.
         chunk: columns that a buffer grows by.
+        renumber: columns that no row needs any more, after which the columns are numbered anew; None: RENUMBER. 1
+            keeps the mask as wide as what is seen, for models that make their positions of the mask (ALiBi).
     """
 
     layers: Any
 
-    def __init__(self, windows: Sequence[int | None], places: int, grain: int, chunk: int, device: Any) -> None:
+    def __init__(
+        self,
+        windows: Sequence[int | None],
+        places: int,
+        grain: int,
+        chunk: int,
+        device: Any,
+        renumber: int | None = None,
+    ) -> None:
+        self.renumber = RENUMBER if renumber is None else renumber
         self.grain, self.chunk, self.places = grain, chunk, places
         self.n = self.start = self.end = self.last = self.version = 0
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # `end`, on the device
@@ -174,8 +185,9 @@ class RowCache(Cache):
         if not self.n:
             self.start = self.end = max(self.end, longest)
         self.start, self.last = min(self.start, self.end - longest), self.end + steps
-        if self.start < 0 or self.start >= RENUMBER:
+        if self.start < 0:
             self._shift(self.start // self.grain * self.grain)
+        self._shorten()
         places = slice(self.n, self.n + m)
         for layer, prompt in zip(self.layers, prompts.layers, strict=True):
             layer.reserve(prompt)
@@ -183,6 +195,12 @@ class RowCache(Cache):
         self.first[places] = self.end - lengths
         self.at.fill_(self.end)
         self.n += m
+
+    def _shorten(self) -> None:
+        """Drop the columns that no row needs any more, where they are many."""
+        unused = self.start // self.grain * self.grain
+        if unused >= self.renumber:
+            self._shift(unused)
 
     def _shift(self, columns: int) -> None:
         """Number the columns from `columns` on; the same numbers now mean other places in the buffers."""
@@ -200,6 +218,9 @@ class RowCache(Cache):
                 layer.move(to, place)
         self.n = n
         self.start = int(self.first[:n].min()) if n else self.end
+        if n and self.renumber == 1:
+            self._shorten()
+            self.at.fill_(self.end)
 
     def shrink(self, places: int, n: int) -> None:
         """Give back the memory of all places but the first ones, layer by layer; n of them stay taken."""

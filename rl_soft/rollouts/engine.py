@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.model.policy import eos_token_ids
-from rl_soft.model.side_modules import language_model
+from rl_soft.model.side_modules import language_model, trunk_of
 from rl_soft.model.think import disturb, mix_embeddings, position_ids, thought_input
 from rl_soft.rollouts.cache import RowCache, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
-from rl_soft.rollouts.models import attention_windows, check_rollout_model, check_rope
+from rl_soft.rollouts.models import attention_windows, check_reading, check_rollout_model, check_rope, has_alibi
 from rl_soft.rollouts.state_machine import DONE, Live, Walk
 from rl_soft.rollouts.state_machine import Rollout as Rollout
 from rl_soft.thoughts.decoding import Decoding
@@ -83,6 +83,7 @@ def rollout(
             rows.
     """
     check_rollout_model(model)
+    check_reading(model)
     if control == "shuffle" and len(prompt_ids) == 1:
         raise ValueError("control shuffle needs at least 2 rows: it feeds each the thoughts of another")
     return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch).run()
@@ -148,7 +149,7 @@ class Engine:
     def _run(self) -> None:
         looks, hook = LOOK_EVERY.get(self.device.type, 1), None
         if self.thinking.kind.reads_hidden:
-            trunk = language_model(self.model).base_model
+            trunk = trunk_of(language_model(self.model))
             hook = trunk.register_forward_hook(lambda _, args, out: setattr(self, "read", out.last_hidden_state))
         try:
             while self.n or self.waiting:
@@ -232,7 +233,8 @@ class Engine:
         flash = "flash" in str(self.model.config._attn_implementation)  # it reads the mask as lengths
         grain = 1 if flash else GRAIN.get(kind, 1)
         self.replay.on &= grain > 1 and self.control == "none"
-        self.cache = RowCache(self.windows, self.limit, grain, CHUNK.get(kind, 64), self.device)
+        renumber = 1 if has_alibi(self.model) else None
+        self.cache = RowCache(self.windows, self.limit, grain, CHUNK.get(kind, 64), self.device, renumber)
         first = self.embedding.weight[:1] if self.control == "repeat" else None
         self.live = self.walk.places(self.limit, group.hidden, first)
 

@@ -348,7 +348,7 @@ def test_models_that_cannot_think_in_soft_tokens_are_refused_by_name():
         rollout(t5, layout, [[1]], None, [2])
     made, _ = make()
     made.model.config.vision_config = {"patch_size": 14}
-    with pytest.raises(ValueError, match="LlamaForCausalLM has a vision_config"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has vision_config"):
         rollout(made.model, layout, [[1]], None, [2])
     mamba = AutoConfig.for_model(
         "jamba", vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rl_soft.model import policy
+from rl_soft.model.logit_map import LogitMap
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.grpo import SoftGRPOTrainer
@@ -121,6 +122,9 @@ def policy_like(model_type, **values):
     made = policy.make({**TINY, "model_type": model_type, **values}, VOCABULARY, 0)
     with torch.no_grad():
         made.model.get_input_embeddings().weight.mul_(4)
+        for name, weight in made.model.named_parameters():
+            if name.endswith(("gate.weight", "router.weight")):
+                weight.mul_(30)
     return made
 
 
@@ -200,6 +204,28 @@ def test_every_ratio_is_recomputed_and_trains(tmp_path, ratio):
     logs = train(soft_trainer(tmp_path, ratio=ratio, num_iterations=2, max_steps=4))
     assert all(log["rollout/density_gap"] < 1e-4 for log in logs)
     assert all(log["grad_norm"] > 0 for log in logs)
+
+
+@pytest.mark.parametrize("ratio", ["conditional", "pathwise"])
+def test_experts_and_thoughts_fed_one_by_one_are_refused_in_a_line(tmp_path, ratio):
+    made = policy_like("mixtral", **EXPERTS)
+    with pytest.raises(ValueError, match=f"router_aux_loss_coef is 0.5, and ratio {ratio} feeds thoughts one by one"):
+        soft_trainer(tmp_path, made=made, ratio=ratio)
+    logs = train(soft_trainer(tmp_path, made=made, ratio=ratio, router_aux_loss_coef=0.0, max_steps=1))
+    assert logs[0]["rollout/density_gap"] < 1e-4 and "aux_loss" not in logs[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_pass_of_another_model_ends_the_run_in_float32(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("rl_soft.model.scored_forward.logit_map", lambda model: LogitMap(0.5))
+    made = tiny_policy()
+    made.model.to(dtype)
+    trainer = soft_trainer(tmp_path, made=made, max_steps=1)
+    if dtype == torch.float32:
+        with pytest.raises(ValueError, match=r"rollout/density_gap is \S+ at the first step, above 0.01 .*type llama"):
+            trainer.train()
+    else:
+        assert train(trainer)[0]["rollout/density_gap"] > 0.1  # a warning alone: it may be rounding
 
 
 def test_factored_has_the_joint_gradient_on_policy(tmp_path):

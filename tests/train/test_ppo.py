@@ -174,6 +174,17 @@ def test_micro_batches_make_no_difference(tmp_path):
             assert a.get(key) == (None if key not in b else pytest.approx(b[key], abs=1e-4)), key
 
 
+def test_a_mixture_of_experts_adds_its_load_balancing_loss(tmp_path):
+    """By its coefficient, whatever the advantages are: the loss of two coefficients differs by that times the term."""
+    logs = {}
+    for coefficient in (0.0, 0.5):
+        made = test_grpo.policy_like("olmoe", **test_grpo.EXPERTS | {"router_aux_loss_coef": coefficient})
+        logs[coefficient] = fit(make(tmp_path / str(coefficient), made=made, max_steps=1))[0]
+    assert "aux_loss" not in logs[0.0]
+    expected = logs[0.0]["loss"] + 0.5 * logs[0.5]["aux_loss"]
+    assert logs[0.5]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
 # -- the critic -------------------------------------------------------------------------------------------------------
 
 
