@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -78,19 +79,26 @@ def make(
     dtype: str = "float32",
     attn_implementation: str | None = None,
 ) -> Policy:
-    """A model with random weights and a character tokenizer, from a recipe's `model_config` and `vocabulary`."""
+    """A model with random weights and a character tokenizer, from a recipe's `model_config` and `vocabulary`.
+
+    Raises:
+        ValueError: no model_type; ids, which the vocabulary decides; values that the type's configuration refuses.
+    """
     tokenizer = character_tokenizer(vocabulary)
     values = dict(model_config)
     if "model_type" not in values:
         raise ValueError("model_config needs model_type, for example llama")
-    config = AutoConfig.for_model(
-        values.pop("model_type"),
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        **values,
-    )
+    eos = tokenizer.eos_token_id
+    ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos}
+    if given := [key for key in (*ours, "bos_token_id") if key in values]:
+        raise ValueError(f"model_config may not hold {', '.join(given)}: the vocabulary decides that")
+    model_type, values = values.pop("model_type"), values | ours
+    try:
+        config = AutoConfig.for_model(model_type, bos_token_id=None, **values)
+    except StrictDataclassError as error:
+        if "bos_token_id" not in str(error):
+            raise ValueError(f"model_config of {model_type}: {' '.join(str(error).split())}") from error
+        config = AutoConfig.for_model(model_type, bos_token_id=eos, **values)  # it has to have one
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **kwargs)

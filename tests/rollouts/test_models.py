@@ -55,6 +55,14 @@ def test_a_model_that_rollouts_do_not_know_is_refused_by_name(model_type, values
         rolled(found)
 
 
+def test_a_type_that_must_have_a_bos_is_made_and_bad_sizes_are_one_line():
+    assert made("cwm", head_dim=16).model.config.bos_token_id == 2
+    with pytest.raises(ValueError, match=r"model_config of llama: .*hidden_size"):
+        made("llama", hidden_size="large")
+    with pytest.raises(ValueError, match="model_config may not hold vocab_size"):
+        made("llama", vocab_size=1000)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bfloat16"])
 def test_a_decoder_is_read_as_it_is_fed(model_type):
     found = tiny_policy("gpt2" if model_type == "gpt2" else "llama")
