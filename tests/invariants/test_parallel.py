@@ -34,7 +34,7 @@ TASK = {
 }  # fmt: skip
 CODI = TASK | {
     "method": "codi", "model_config": {**TINY, "model_type": "llama", "tie_word_embeddings": True},
-    "vocabulary": "0123456789+-*=;#", "max_steps": 3, "per_device_train_batch_size": 8, "validation_every": 2,
+    "vocabulary": "0123456789+-=;#", "max_steps": 3, "per_device_train_batch_size": 8, "validation_every": 2,
     "validation_problems": 8,
 }  # fmt: skip
 RL = TASK | {"method": "grpo", "prompts_per_step": 2, "num_generations": 8, "max_steps": 5, "max_grad_norm": 0.5,
@@ -252,7 +252,8 @@ def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_star
     if stage:
         pytest.importorskip("deepspeed")
     base = {k: v for k, v in CODI.items() if k not in ("model_config", "vocabulary")}
-    values = {**base, "dataset": "chain_mod", "dataset_options": {"terms": 3}, **SUPERVISED[method], "method": method}
+    options = {**base["dataset_options"], "min_terms": 3, "max_terms": 3}
+    values = {**base, "dataset_options": options, **SUPERVISED[method], "method": method}
     values |= {"model_name_or_path": str(warm_start.with_suffix("") / "model"), "max_steps": 6, "learning_rate": 1e-3}
     values |= {"validation_problems": 0, "output_dir": str(tmp_path / "rl"), "max_grad_norm": 0.5, "logging_steps": 1}
     one = {**values, "per_device_train_batch_size": 8, "output_dir": str(tmp_path / "one")}
