@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOConfig
 
 from rl_soft.config.refusals import check_features, refuse_checkpointing
 from rl_soft.model.adapters import check_kind
 from rl_soft.model.logit_map import logit_map
+from rl_soft.model.policy import context_length
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts.models import check_rollout_model
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
+from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 
 
@@ -109,3 +112,17 @@ def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_conf
             f"beta {args.beta}: the reference is the adapter switched off, and the projector of {thought} is "
             "trained beside it; use beta 0, or train all weights (use_peft false)"
         )
+
+
+def check_prompts(dataset: Any, layout: Layout, model: Any) -> None:
+    """Raises ValueError for the first training row whose prompt leaves a model without positions for a completion."""
+    context = context_length(model)
+    if context is None or not isinstance(dataset, Dataset):
+        return
+    for i, prompt in enumerate(dataset["prompt"]):
+        tokens = len(layout.prompt_ids(prompt)) + layout.max_completion_length
+        if tokens > context:
+            raise ValueError(
+                f"train_dataset, row {i}: prompt, thoughts and answer may take {tokens} tokens, and the model has "
+                f"{context} positions; leave the row out, or lower num_thoughts or max_answer_tokens"
+            )

@@ -34,10 +34,10 @@ from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.kinds import KINDS, RATIOS
-from rl_soft.thoughts.layout import Layout
+from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
-from rl_soft.train.checks import check_config, check_model
+from rl_soft.train.checks import check_config, check_model, check_prompts
 from rl_soft.train.metrics import density_gap, ratio_metrics, rollout_metrics
 from rl_soft.train.normaliser import aggregate
 from rl_soft.train.reference import Reference, check_reference
@@ -117,6 +117,8 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         peft_config = beside_adapter(peft_config) if kind.reads_hidden else peft_config
         self.layout = Layout(thinking, policy.tokenizer)
         self.ratio, self.rest_weight, self.thought_epsilon = ratio, rest_weight, thought_epsilon
+        check_texts(self.layout)
+        check_prompts(train_dataset, self.layout, policy.model)
         settle(args, self.layout)
         super().__init__(
             policy.model,

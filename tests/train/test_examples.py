@@ -83,11 +83,16 @@ def test_a_row_without_an_id_is_addressed_by_its_prompt():
     [
         ({"thinking": None}, "thinking is missing"),
         ({"train_dataset": Dataset.from_list([{"question": "1+2="}])}, "train_dataset has no column prompt"),
+        ({"train_dataset": Dataset.from_list([{"prompt": "1+" * i} for i in (1, 9, 90)])}, "train_dataset, row 2: "),
+        (
+            {"thinking": Thinking(phase="explicit", end_of_thinking="done")},
+            "end_of_thinking 'done' cannot be",
+        ),
     ],
 )
 def test_what_is_missing_is_named(folder, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        trainer(folder, tmp_path, ["1+2="], **more)
+        trainer(folder, tmp_path, ["1+2=", "2+1="], **more)
 
 
 def test_temperature_stands_in_one_place(folder, tmp_path):
