@@ -170,9 +170,9 @@ def _recorded_states(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -
 def _recorded(model: Any, soft: SoftInputs, attention_mask: Tensor) -> dict[str, Any]:
     """What the model is called with to read the recorded actions."""
     embedding = model.get_input_embeddings()
-    mixtures = mix_embeddings(embedding, soft.support, soft.log_weights)
+    prompts, mixtures = embedding(soft.prompt_ids), mix_embeddings(embedding, soft.support, soft.log_weights)
     return {
-        "inputs_embeds": torch.cat([embedding(soft.prompt_ids), mixtures], dim=1),  # (B, P+C, H)
+        "inputs_embeds": torch.cat([prompts, mixtures], dim=1),  # (B, P+C, H)
         "attention_mask": attention_mask,
         "position_ids": position_ids(attention_mask),
         "use_cache": False,
