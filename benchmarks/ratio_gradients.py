@@ -26,7 +26,6 @@ from torch import Tensor
 
 from rewards.answers import judge
 from rl_soft.data import sources as data
-from rl_soft.evaluation.samples import completion_text
 from rl_soft.model import policy
 from rl_soft.model import scored_forward as scored
 from rl_soft.model.policy import eos_token_ids
@@ -69,7 +68,7 @@ def parts_of(model, layout: Layout, rows: list[data.Row], step: int) -> tuple[di
     prompts = [layout.prompt_ids(row.question) for row in repeated]
     model.eval()
     out = rollout(model, layout, prompts, seeds, eos_token_ids(model, layout.tokenizer))
-    texts = [completion_text(layout, out, i) for i in range(len(repeated))]
+    texts = [layout.answer_text(ids[mask].tolist()) for ids, mask in zip(out.completion_ids, out.mask, strict=True)]
     correct = [judge(t, r.answer, r.answer_type)[0] == "correct" for t, r in zip(texts, repeated, strict=True)]
     rewards = torch.tensor(correct).float().view(-1, G)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)

@@ -20,14 +20,7 @@ from typing import Literal, NamedTuple
 
 from rewards import symbolic
 from rewards.comparison import ANSWER_TYPES as ANSWER_TYPES
-from rewards.comparison import (
-    Question,
-    is_text,
-    pairs,
-    readable,
-    resolve,
-    same,
-)
+from rewards.comparison import Question, is_text, pairs, readable, resolve, same
 from rewards.comparison import canonical as canonical
 from rewards.extraction import extract as extract
 from rewards.plain import clean
