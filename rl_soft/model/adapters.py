@@ -136,18 +136,18 @@ def merged_for_now(model: nn.Module) -> Iterator[None]:
     from peft.tuners.lora import Linear
 
     shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    kept: list[tuple[Any, torch.Tensor]] = []
+    kept: list[tuple[Any, Any, torch.Tensor]] = []
     try:
         for module in model.modules():
             if isinstance(module, Linear) and _mergeable(module) and shared[id(module.get_base_layer().weight)] == 1:
-                weight = module.get_base_layer().weight
-                kept.append((module, weight.data))
-                weight.data = weight.data.clone()
+                base: Any = module.get_base_layer()
+                kept.append((base, module, base.weight.data))
+                base.weight.data = base.weight.data.clone()
                 module.merge()
         yield
     finally:
-        for module, weight in kept:
-            module.get_base_layer().weight.data = weight
+        for base, module, weight in kept:
+            base.weight.data = weight
             module.merged_adapters.clear()
 
 

@@ -193,7 +193,8 @@ def _states_after_shared_prompts(model: Any, soft: SoftInputs, attention_mask: T
     """
     embedding, P, C = model.get_input_embeddings(), *soft.prompt_ids.shape[1:], soft.support.shape[1]
     first = torch.stack([(number == u).nonzero()[0, 0] for u in range(int(number.max()) + 1)])  # (U,)
-    cache, mask, positions = DynamicCache(config=model.config), attention_mask[first, :P], position_ids(attention_mask)
+    mask, positions = attention_mask[first, :P], position_ids(attention_mask)
+    cache: Any = DynamicCache(config=model.config)
     last = model.base_model(
         inputs_embeds=embedding(soft.prompt_ids[first]),
         attention_mask=mask,
