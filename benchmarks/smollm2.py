@@ -8,11 +8,12 @@ on. One warm start, supervised, is shared by all arms. An arm is trained for two
 problems that no half before it has met, with a fresh optimizer; each half has a kind of thought (`ARMS`). Then it is
 evaluated on problems of templates that it has seen, and of those that it has not.
 
-The queue is a list of entries, seed by seed: warm start, arms; then CODI from the same warm start, its twin that
-writes its steps, and RL from CODI. An entry is a process of its own, and is done once its small result file is there
-(docs/results/smollm2/ENTRY.json: counts by problem, figures by step). Everything may be killed at any time: training
-goes on from its last checkpoint, an evaluation from its last record. Two commands on one folder share the work, if
-they name different seeds. `python benchmarks/smollm2_report.py` makes tables and picture from the result files alone.
+The queue is a list of entries, seed by seed: warm start, arms; then the noise of the gradient at the warm start; then
+CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
+is done once its small result file is there (docs/results/smollm2/ENTRY.json: counts by problem, figures by step).
+Everything may be killed at any time: training goes on from its last checkpoint, an evaluation from its last record.
+Two commands on one folder share the work, if they name different seeds. `python benchmarks/smollm2_report.py` makes
+tables and picture from the result files alone.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Sizes:
     samples: int = 16
     thoughts: int = 56  # the most; solutions are shorter
     lora_r: int = 16
+    gradient_batches: int = 24
 
 
 SOFT = {"thought": "gumbel", "thought_k": 4, "thought_tau": 0.3, "ratio": "top1"}
@@ -97,28 +99,37 @@ class Study:
         made: dict[str, Callable[[], dict[str, Any]]] = {"warm": self.warm}
         for seed in seeds:
             made |= {entry_of(arm, seed): lambda a=arm, s=seed: self.arm(a, s) for arm in arms}  # type: ignore[misc]
+        made |= {"gradients": self.gradients}
         return made | ({"codi": self.codi, "cot": self.cot, "codi_rl-seed1": self.codi_rl} if codi else {})
 
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def warm(self) -> dict[str, Any]:
-        """Supervised on worked equations, all weights; evaluated in tokens and in soft thoughts."""
+        """Supervised on worked equations, its adapter then merged; evaluated in tokens and in soft thoughts."""
+        from rl_soft.model import policy
+        from rl_soft.model.adapters import merged
+
         self.problems()
-        sizes, run = self.sizes, self.out / "warm"
+        sizes, run, start = self.sizes, self.out / "warm", self.out / "start"
         values = self.text | {
-            "model_name_or_path": str(self.model), "use_peft": False, "max_steps": sizes.warm_steps,
-            "validation_problems": 2 * sizes.validation, "validation_every": 80,
-            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "model_name_or_path": str(self.model), "lora_r": 2 * sizes.lora_r, "lora_alpha": 4 * sizes.lora_r,
+            "max_steps": sizes.warm_steps, "validation_problems": 2 * sizes.validation, "validation_every": 80,
+            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "bf16": True,
             "attn_implementation": "eager",
         }  # fmt: skip
         self.supervised("sft_cot", run, values)
-        found = {kind: self.evaluated(f"warm-{kind}", run, **self.thought(kind)) for kind in KINDS}
+        if not (start / "model").exists():
+            made = policy.load_policy(str(run / "model"))
+            assert made.thinking is not None
+            start.mkdir(exist_ok=True)
+            policy.save(start / "model", merged(made.model).save_pretrained, made.tokenizer, made.thinking, True)
+        found = {kind: self.evaluated(f"warm-{kind}", start, **self.thought(kind)) for kind in KINDS}
         return {"curve": losses(run), "evaluations": found, "agreement": self.agreement()}
 
     def arm(self, arm: str, seed: int) -> dict[str, Any]:
         """Two halves of RL; a first half that another arm has too is not trained again."""
-        start, curves = self.out / "warm", []
+        start, curves = self.out / "start", []
         for half in (1, 2):
             kinds = ARMS[arm][:half]
             run = self.out / f"{'_then_'.join(kinds)}-half{half}-seed{seed}"
@@ -129,6 +140,15 @@ class Study:
         if ARMS[arm][-1] != "token":
             found["token"] = self.evaluated(f"{entry_of(arm, seed)}-token", start, **self.thought("token"))
         return {"arm": arm, "seed": seed, "curve": joined(curves), "evaluations": found}
+
+    def gradients(self) -> dict[str, Any]:
+        """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""
+        from smollm2_gradients import measure
+
+        start, problems = self.out / "start" / "model", self.out / "problems" / "rl1.jsonl"
+        return {
+            k: measure(start, problems, self.thought(k), self.out / f"gradients-{k}.pt", self.sizes) for k in KINDS
+        }
 
     def codi(self) -> dict[str, Any]:
         """Six Gumbel thoughts in the place of the equations, from the warm start."""
@@ -197,7 +217,7 @@ class Study:
     def after_warm(self) -> dict[str, Any]:
         """Values of `codi` and its twin."""
         return {
-            "model_name_or_path": str(self.out / "warm" / "model"), "max_steps": self.sizes.codi_steps,
+            "model_name_or_path": str(self.out / "start" / "model"), "max_steps": self.sizes.codi_steps,
             "validation_problems": 2 * self.sizes.validation, "validation_every": 100, "max_answer_tokens": 6,
             "question_template": "{question}\n", "learning_rate": 5e-4,
         }  # fmt: skip
