@@ -8,7 +8,7 @@ on. One warm start, supervised, is shared by all arms. An arm is trained for two
 problems that no half before it has met, with a fresh optimizer; each half has a kind of thought (`ARMS`). Then it is
 evaluated on problems of templates that it has seen, and of those that it has not.
 
-The queue is a list of entries, seed by seed: warm start, arms; then the noise of the gradient at the warm start; then
+The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
 CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
 is done once its small result file is there (docs/results/smollm2/ENTRY.json: counts by problem, figures by step).
 Everything may be killed at any time: training goes on from its last checkpoint, an evaluation from its last record.
@@ -28,10 +28,11 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smollm2_report import COUNTS, METRICS, report
+from smollm2_report import ARMS, COUNTS, METRICS, SPLITS, entry_of, report
 
 from rl_soft.config.recipe import load_recipe
 from rl_soft.data.row import Row, question_hash
@@ -72,8 +73,6 @@ class Sizes:
 
 SOFT = {"thought": "gumbel", "thought_k": 4, "thought_tau": 0.3, "ratio": "top1"}
 KINDS: dict[str, dict[str, Any]] = {"token": {"thought": "token", "ratio": "top1"}, "soft": SOFT}
-ARMS = {"token": ("token", "token"), "soft": ("soft", "soft"), "soft then token": ("soft", "token")}
-SPLITS = ("unseen", "seen")
 
 
 class Study:
@@ -98,14 +97,17 @@ class Study:
     def entries(self, seeds: list[int], arms: list[str], codi: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         made: dict[str, Callable[[], dict[str, Any]]] = {"warm": self.warm}
         for seed in seeds:
-            made |= {entry_of(arm, seed): lambda a=arm, s=seed: self.arm(a, s) for arm in arms}  # type: ignore[misc]
+            halves = [ARMS[arm][:half] for half in (1, 2) for arm in arms]  # a first half may be that of two arms
+            made |= {entry_of(kinds, seed): partial(self.half, kinds, seed) for kinds in halves}
+            made |= {"warm-eval": self.warm_eval}
+            made |= {f"{entry_of(ARMS[arm], seed)}-eval": partial(self.arm_eval, ARMS[arm], seed) for arm in arms}
         made |= {"gradients": self.gradients}
-        return made | ({"codi": self.codi, "cot": self.cot, "codi_rl-seed1": self.codi_rl} if codi else {})
+        return made | ({"codi": self.codi, "cot": self.cot, "codi_rl": self.codi_rl} if codi else {})
 
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def warm(self) -> dict[str, Any]:
-        """Supervised on worked equations, its adapter then merged; evaluated in tokens and in soft thoughts."""
+        """Supervised on worked equations; its adapter is then merged."""
         from rl_soft.model import policy
         from rl_soft.model.adapters import merged
 
@@ -124,22 +126,30 @@ class Study:
             assert made.thinking is not None
             start.mkdir(exist_ok=True)
             policy.save(start / "model", merged(made.model).save_pretrained, made.tokenizer, made.thinking, True)
-        found = {kind: self.evaluated(f"warm-{kind}", start, **self.thought(kind)) for kind in KINDS}
-        return {"curve": losses(run), "evaluations": found, "agreement": self.agreement()}
+        return {"curve": losses(run)}
 
-    def arm(self, arm: str, seed: int) -> dict[str, Any]:
-        """Two halves of RL; a first half that another arm has too is not trained again."""
-        start, curves = self.out / "start", []
-        for half in (1, 2):
-            kinds = ARMS[arm][:half]
-            run = self.out / f"{'_then_'.join(kinds)}-half{half}-seed{seed}"
-            self.reinforced(run, start, self.text | KINDS[kinds[-1]], f"rl{half}", seed)
-            curves.append(by_step(run))
-            start = run
-        found = {"own": self.evaluated(entry_of(arm, seed), start)}
-        if ARMS[arm][-1] != "token":
-            found["token"] = self.evaluated(f"{entry_of(arm, seed)}-token", start, **self.thought("token"))
-        return {"arm": arm, "seed": seed, "curve": joined(curves), "evaluations": found}
+    def warm_eval(self) -> dict[str, Any]:
+        """The warm start in tokens and in soft thoughts."""
+        start = self.out / "start"
+        found = {kind: self.evaluated(f"warm-{kind}", start, **self.thought(kind)) for kind in KINDS}
+        return {"evaluations": found, "agreement": self.agreement()}
+
+    def half(self, kinds: tuple[str, ...], seed: int) -> dict[str, Any]:
+        """One half of an arm, by the kinds of thoughts of its halves so far."""
+        run, before = (
+            self.out / entry_of(kinds, seed),
+            self.out / (entry_of(kinds[:-1], seed) if kinds[1:] else "start"),
+        )
+        self.reinforced(run, before, self.text | KINDS[kinds[-1]], f"rl{len(kinds)}", seed)
+        return {"curve": by_step(run)}
+
+    def arm_eval(self, kinds: tuple[str, ...], seed: int) -> dict[str, Any]:
+        """An arm after both halves; one that ends with soft thoughts also in tokens."""
+        name = entry_of(kinds, seed)
+        found = {"own": self.evaluated(name, self.out / name)}
+        if kinds[-1] != "token":
+            found["token"] = self.evaluated(f"{name}-token", self.out / name, **self.thought("token"))
+        return {"evaluations": found}
 
     def gradients(self) -> dict[str, Any]:
         """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""
@@ -166,9 +176,9 @@ class Study:
         """RL of latent thoughts, from `codi`."""
         latent = {"phase": "latent", "num_thoughts": 6, "answer_prompt": "", "end_of_thinking": ""}
         values = self.text | SOFT | latent | {"thought_tau": 0.5, "lora_r": 128, "lora_alpha": 32}
-        run = self.out / "codi_rl-seed1"
+        run = self.out / "codi_rl"
         self.reinforced(run, self.out / "codi", values, "rl1", 1)
-        return {"arm": "codi", "seed": 1, "curve": by_step(run), "evaluations": {"own": self.evaluated(run.name, run)}}
+        return {"curve": by_step(run), "evaluations": {"own": self.evaluated("codi_rl", run)}}
 
     # -- what they are made of ----------------------------------------------------------------------------------------
 
@@ -308,10 +318,6 @@ class Turns:
         return taken[:count]
 
 
-def entry_of(arm: str, seed: int) -> str:
-    return f"{arm.replace(' ', '_')}-seed{seed}"
-
-
 def trained(recipe: str, values: dict[str, Any]) -> None:
     """Run a recipe, or what is left of it; a run before it in this process leaves nothing behind."""
     from accelerate.state import AcceleratorState
@@ -340,10 +346,6 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 def texts(evaluation: Path) -> dict[tuple[str, int], str]:
     return {(r["problem_id"], r["sample"]): r["text"] for r in read(evaluation / "records.jsonl")}
-
-
-def joined(curves: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    return {name: [value for curve in curves for value in curve[name]] for name in curves[0]}
 
 
 def rounded(value: Any) -> Any:

@@ -68,7 +68,7 @@ def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
     done = study(whole, model)
     printed, _ = done.communicate(timeout=300)
     assert done.returncode == 0, printed
-    signs = "results/warm.json", "out/token-half1-seed1/checkpoint-2", "out/soft_then_token-half2-seed1/metrics.jsonl"
+    signs = "results/warm.json", "out/token-seed1/checkpoint-2", "out/soft+token-seed1/metrics.jsonl"
     for sign in signs:
         process = study(killed, model, start_new_session=True)
         while process.poll() is None and not (killed / sign).exists():
@@ -80,7 +80,7 @@ def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
     printed_again, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed_again
     assert table(killed) == table(whole)
-    assert set(table(whole)["arms"]) == {"token", "soft then token"} and "soft-seed1" in table(whole)["missing"]
+    assert set(table(whole)["arms"]) == {"token", "soft then token"} and "soft+soft-seed1" in table(whole)["missing"]
     assert (whole / "results.png").stat().st_size > 10_000
     assert "Not there yet" in printed and "soft then token less token" in printed
 
@@ -95,16 +95,13 @@ def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
         return {"samples": 16} | {s: {"correct": counts[name], "greedy": [0] * 12} for s in SPLITS}
 
     files = {"problems": dict.fromkeys(SPLITS, rows)}
-    files["warm"] = {"evaluations": {kind: evaluation("before") for kind in ("token", "soft")}}
+    before = {kind: evaluation("before") for kind in ("token", "soft")}
+    files["warm-eval"] = {"evaluations": before, "agreement": None}
     for arm, some in seeds.items():
         for seed in some:
-            curve = {name: [0.25] * 10 for name in METRICS}
-            files[f"{arm}-seed{seed}"] = {
-                "arm": arm,
-                "seed": seed,
-                "curve": curve,
-                "evaluations": {"own": evaluation(arm)},
-            }
+            for half in (1, 2):
+                files[f"{'+'.join([arm] * half)}-seed{seed}"] = {"curve": {name: [0.25] * 5 for name in METRICS}}
+            files[f"{arm}+{arm}-seed{seed}-eval"] = {"evaluations": {"own": evaluation(arm)}}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
 
@@ -115,8 +112,8 @@ def test_a_table_names_the_seeds_that_it_has(tmp_path, capsys):
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["arms"]["token"]["seeds"] == [1, 2] and found["arms"]["soft"]["seeds"] == [1, 3]
     assert found["against token"]["soft"]["seeds"] == [1], "arms are compared on the seeds that both have"
-    assert "soft-seed2" in found["missing"] and "soft-seed2" in capsys.readouterr().out
-    assert found["training"]["soft"]["mixed groups"] == 0.75
+    assert "soft+soft-seed2-eval" in found["missing"] and "soft+soft-seed2-eval" in capsys.readouterr().out
+    assert found["training"]["soft"]["mixed groups"] == 0.75 and found["training"]["soft"]["steps"] == 10
 
 
 def test_figures_are_paired_by_problem_and_resampled_with_all_their_seeds(tmp_path):
