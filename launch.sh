@@ -133,17 +133,27 @@ else
   config=$root/recipes/accelerate/ddp.yaml
 fi
 
-command=("$venv/bin/accelerate" launch --config_file "$config" --num_processes "$nproc")
-[[ $zero == 0 && $nproc == 1 ]] && command=("$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
-[[ -n ${RL_SOFT_PORT:-} ]] && command+=(--main_process_port "$RL_SOFT_PORT")
+command=("$venv/bin/python" -m)
+if [[ $zero != 0 || $nproc != 1 ]]; then
+  command+=(rl_soft.cli.launcher --config_file "$config" --num_processes "$nproc")
+  [[ -n ${RL_SOFT_PORT:-} ]] && command+=(--main_process_port "$RL_SOFT_PORT")
+  command+=(-m)
+fi
 if [[ ${devices:-0} == 0 ]]; then # processes on a CPU share its cores
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // $nproc))")}
   export DS_ACCELERATOR=cpu
 fi
-command+=(-m rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
-say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
-say "$(printf '%q ' "${command[@]}")"
+command+=(rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
+tell() {
+  say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
+  say "$(printf '%q ' "${command[@]}")"
+}
+check=("$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"})
 if [[ -n $dry ]]; then
-  exec "$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"}
+  tell
+  WORLD_SIZE=$nproc exec "${check[@]}"
 fi
+# What is wrong is told at once and by one process; what is only noted is told by the run.
+said=$(WORLD_SIZE=$nproc "${check[@]}" 2>&1 >/dev/null) || { code=$?; printf '%s\n' "$said" >&2; exit "$code"; }
+tell
 exec "${command[@]}"

@@ -16,9 +16,12 @@ from urllib.parse import urlencode
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from rl_soft import files
+from rl_soft.config.recipe import load_recipe
 from rl_soft.evaluation import records, render, report
+from rl_soft.evaluation.card import model_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><b>`|\n```\n# h"
@@ -373,16 +376,27 @@ def _built(folder):
 
 def test_model_card(pair, tmp_path):
     built = report.compare(pair, out=tmp_path / "run")
-    config = {"method": "grpo", "thought": "gumbel", "base_model": "org/model-1", "seed": 1, "dataset_options": {}}
-    card = render.model_card(tmp_path / "run", built, config)
+    config = load_recipe(ROOT / "recipes/qwen2.5_0.5b/grpo_gumbel.yaml", {"model_name_or_path": "org/model-1"}).values
+    card = model_card(tmp_path / "run/model", config, built)
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers"
+    assert front["library_name"] == "peft"
     assert front["base_model"] == "org/model-1"
     assert front["tags"] == ["rl-soft", "soft-thinking", "grpo", "gumbel"]
     metrics = {m["name"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
     assert metrics["pass@1"] == built["evaluations"][1]["pass_at_k"][0]["mean"]
     assert "| pass@1 | 35.0 % |" in card
-    assert "base_model" not in render.model_card(tmp_path, built, {"base_model": "/some/path"}).split("---\n")[1]
+    local = model_card(tmp_path / "run/model", {**config, "model_name_or_path": str(tmp_path)}, built)
+    assert "base_model" not in local.split("---\n")[1] and f"from the model `{tmp_path}`" in local
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[!a]*/*.yaml")) + sorted(ROOT.glob("recipes/*.yaml")))
+def test_a_model_card_says_what_the_model_is_and_leaves_no_form_unfilled(path, tmp_path):
+    config = load_recipe(path).values
+    card = model_card("runs/x/model", config)
+    assert "# x\n" in card and f"`{config['method']}`" in card and "load_policy('runs/x/model')" in card
+    assert "None" not in card and "More Information" not in card and "null" not in card
+    assert f"`{config['dataset']}`" in card and ("LoRA adapter" in card) == config["use_peft"]
+    yaml.safe_load(card.split("---\n")[1])
 
 
 # report.html
