@@ -42,7 +42,10 @@ class SourceArguments:
 class ModelArguments(WeightArguments):
     """Which weights a run starts from: warm_start, model_name_or_path, or random weights from model_config."""
 
-    warm_start: str | None = key("A recipe whose result this run starts from; trained first if missing.", default=None)
+    warm_start: str | None = key(
+        "A recipe whose result this run starts from, trained first if missing; or the folder of such a run.",
+        default=None,
+    )
     model_name_or_path: str | None = key("Model folder or hub id.", default=None)
     model_config: dict[str, Any] | None = key("A config for random weights: {model_type: llama, ...}.", default=None)
     vocabulary: str | None = key("The characters of the tokenizer that goes with model_config.", default=None)

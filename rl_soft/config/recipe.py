@@ -254,10 +254,15 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 
 
 def warm_start_of(recipe: Recipe) -> Recipe | None:
-    """The warm start's recipe, with this run's seed; its path is relative to the working folder or to this recipe."""
+    """The warm start's recipe, with this run's seed; or that of a run's folder, whatever its seed, to be shared.
+
+    A path is relative to the working folder, that of a recipe also to this recipe.
+    """
     name = recipe.model.warm_start
     if name is None:
         return None
+    if (Path(name) / "config.yaml").is_file():
+        return load_recipe(Path(name) / "config.yaml", {"output_dir": name})
     return load_recipe(find_recipe(name, recipe.path), {"seed": recipe.seed})
 
 

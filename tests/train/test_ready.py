@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from rl_soft.config.recipe import load_recipe
+from rl_soft.config.recipe import check_output_dir, load_recipe, warm_start_of, write_config
 from rl_soft.keys import Mistakes
 from rl_soft.train.ready import check_ready
 
@@ -65,6 +65,21 @@ def test_all_of_it_is_told_at_once(recipe):
     with pytest.raises(Mistakes) as error:
         check_ready(load_recipe(recipe(**wrong)))
     assert len(error.value.lines) == len(wrong)
+
+
+def test_runs_share_a_warm_start_by_its_folder(recipe, tmp_path):
+    """By a recipe, each seed has a warm start of its own; by the folder of a run, all have that one."""
+    codi = tmp_path / "codi.yaml"
+    values = {"method": "codi", "output_dir": str(tmp_path / "codi-{seed}"), "dataset": "chain_sum",
+              "model_name_or_path": "m", "learning_rate": 1e-3}  # fmt: skip
+    codi.write_text(yaml.safe_dump(values))
+    write_config(load_recipe(codi, {"seed": 1}))
+    by_recipe = load_recipe(recipe(warm_start=str(codi), model_name_or_path=None, seed=2))
+    assert warm_start_of(by_recipe).output_dir == tmp_path / "codi-2"
+    moved = (tmp_path / "codi-1").rename(tmp_path / "moved")
+    shared = warm_start_of(load_recipe(recipe(warm_start=str(moved), model_name_or_path=None, seed=2)))
+    assert (shared.output_dir, shared.seed, shared.training["learning_rate"]) == (moved, 1, 1e-3)
+    assert check_output_dir(shared), "it is that run"
 
 
 def test_it_needs_no_torch(recipe):
