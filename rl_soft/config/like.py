@@ -39,12 +39,12 @@ def settings_like(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"eval_problems": header["num_problems"]}
     elif (folder / "config.yaml").is_file():
         found = _of_run(yaml.safe_load((folder / "config.yaml").read_text()))
-        if not found.get("eval_problems") and "eval_problems" not in given:
-            raise ValueError(f"like {name}: that run has eval_problems 0; say how many: --eval_problems N")
     else:
         raise ValueError(f"like {name}: neither a run (config.yaml) nor an evaluation (eval.json) is there")
     if given.get("dataset", found["dataset"]) != found["dataset"]:
         found = {key: value for key, value in found.items() if key not in OF_DATA}
+    if found.get("eval_problems") == 0 and "eval_problems" not in given:
+        raise ValueError(f"like {name}: that run has eval_problems 0; say how many: --eval_problems N")
     known = {key for part in (EvaluationArguments, Thinking, Decoding) for key in fields(part)} - OWN
     if given.get("thoughts"):
         known.discard("thought")
