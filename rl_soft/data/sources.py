@@ -106,7 +106,7 @@ def _check_path(source: str) -> None:
 
 def _draw(rows: list[Row], size: int, seed: int, name: str, size_key: str) -> list[Row]:
     if size > len(rows):
-        raise ValueError(f"{size_key} is {size}, and {name} has {len(rows)} rows; give at most that, or null for all")
+        raise ValueError(f"{size_key} is {size}, and {name} has {len(rows)} rows; give at most that")
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     return shuffled[:size]

@@ -37,9 +37,9 @@ def test_the_day_can_be_replayed(tmp_path):
         command = ["bash", "-euxc", text] if language == "bash" else [sys.executable, "-c", text]
         began = time.monotonic()
         run = subprocess.run(command, cwd=clone, env=venv, capture_output=True, text=True)
-        print(f"{time.monotonic() - began:6.1f} s  {text.splitlines()[0][:100]}")
+        sys.stdout.write(f"{time.monotonic() - began:6.1f} s  {text.splitlines()[0][:100]}\n")
         assert run.returncode == 0, f"{text}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         assert "Traceback" not in run.stderr
-    print(f"{time.monotonic() - start:6.1f} s  all of it")
+    sys.stdout.write(f"{time.monotonic() - start:6.1f} s  all of it\n")
     assert (clone / "runs/day-compared/report.html").exists()
     assert time.monotonic() - start < 60 * MINUTES
