@@ -85,6 +85,27 @@ def test_the_last_line_is_the_reason_and_the_exit_code_is_the_process_s(start, a
     assert (process.communicate(timeout=120)[1], process.returncode) == (said, code)
 
 
+def test_launch_sh_tells_mistakes_before_it_starts_anything(tmp_path):
+    if not (ROOT / ".venv/.rl_soft").exists():
+        pytest.skip("launch.sh would install first")
+    words = [
+        "recipes/codi.yaml",
+        "--learning_rate",
+        "abc",
+        "--torch_dtype",
+        "float16",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    run = subprocess.run([ROOT / "launch.sh", *words], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.splitlines() == [
+        "rl_soft: error: learning_rate must be a number, got 'abc' (default 5e-05)",
+        "rl_soft: error: unknown key 'torch_dtype' in recipes/codi.yaml: it is called dtype here",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_processes_are_waited_for_and_none_outlives_the_launcher(start, tmp_path, number):
     process = start("wait")

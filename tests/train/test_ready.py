@@ -4,6 +4,7 @@ pytest tests/train/test_ready.py
 """
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -80,6 +81,19 @@ def test_runs_share_a_warm_start_by_its_folder(recipe, tmp_path):
     shared = warm_start_of(load_recipe(recipe(warm_start=str(moved), model_name_or_path=None, seed=2)))
     assert (shared.output_dir, shared.seed, shared.training["learning_rate"]) == (moved, 1, 1e-3)
     assert check_output_dir(shared), "it is that run"
+
+
+def test_a_mistake_is_told_in_less_than_two_seconds(recipe):
+    """Of processor time, which does not depend on what else the machine does."""
+    for values in ({"learning_rate": "abc"}, {"eval_problems": 100}, {"rewards": ["nothing.here"]}):
+        path = recipe(**values)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = subprocess.run(
+            [sys.executable, "-m", "rl_soft", "check", path], cwd=ROOT, capture_output=True, timeout=60
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run.returncode == 2
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_it_needs_no_torch(recipe):
