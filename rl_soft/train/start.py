@@ -169,7 +169,9 @@ def check_thinking(thinking: Thinking, trained: Thinking | None, where: str) -> 
         ours, theirs = getattr(thinking, name), getattr(trained, name)
         if ours != theirs:
             raise ValueError(f"{name} is {ours!r} in {where}, but the checkpoint was trained with {theirs!r}")
-    if trained.thought != thinking.thought and KINDS[trained.thought].discrete:
+    # In phase explicit soft thoughts go on from a model that writes its reasoning: with all weight on one id a soft
+    # token is that token.
+    if thinking.phase == "latent" and trained.thought != thinking.thought and KINDS[trained.thought].discrete:
         raise ValueError(
             f"thought {thinking.thought} does not fit a checkpoint trained with thought {trained.thought}"
         )
