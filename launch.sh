@@ -113,11 +113,15 @@ done
 
 setup
 devices=$(gpus)
+read -r cores busy < <("$venv/bin/python" -c '
+import os
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+print(cores, round(os.getloadavg()[0]))')
 if [[ -z $nproc ]]; then
   if [[ ${devices:-0} -gt 0 ]]; then
     nproc=$devices
   else
-    nproc=$("$venv/bin/python" -c 'import os; print(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
+    nproc=$((cores < 2 ? 1 : 2))
   fi
 fi
 # On GPUs nothing is compiled (AdamW is torch's), and bfloat16 weights need the float32 copies that DeepSpeed keeps.
@@ -133,17 +137,31 @@ else
   config=$root/recipes/accelerate/ddp.yaml
 fi
 
-command=("$venv/bin/accelerate" launch --config_file "$config" --num_processes "$nproc")
-[[ $zero == 0 && $nproc == 1 ]] && command=("$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
-[[ -n ${RL_SOFT_PORT:-} ]] && command+=(--main_process_port "$RL_SOFT_PORT")
+command=("$venv/bin/python" -m)
+if [[ $zero != 0 || $nproc != 1 ]]; then
+  command+=(rl_soft.cli.launcher --config_file "$config" --num_processes "$nproc")
+  command+=(--main_process_port "${RL_SOFT_PORT:-0}" -m) # 0: a free one, so that two jobs do not meet
+fi
 if [[ ${devices:-0} == 0 ]]; then # processes on a CPU share its cores
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // $nproc))")}
+  share=$((cores / nproc))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
   export DS_ACCELERATOR=cpu
 fi
-command+=(-m rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
-say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
-say "$(printf '%q ' "${command[@]}")"
+command+=(rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
+tell() {
+  say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
+  if [[ ${devices:-0} == 0 && $busy -ge $cores ]]; then
+    say "the load is $busy on $cores cores: jobs that share cores wait for each other. For one core each:"
+    say "OMP_NUM_THREADS=1 ./launch.sh ... --nproc 1 --zero 0"
+  fi
+  say "$(printf '%q ' "${command[@]}")"
+}
+check=("$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"})
 if [[ -n $dry ]]; then
-  exec "$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"}
+  tell
+  WORLD_SIZE=$nproc exec "${check[@]}"
 fi
+# What is wrong is told at once and by one process; what is only noted is told by the run.
+said=$(WORLD_SIZE=$nproc "${check[@]}" 2>&1 >/dev/null) || { code=$?; printf '%s\n' "$said" >&2; exit "$code"; }
+tell
 exec "${command[@]}"

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from rl_soft.cli.opening import load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import load_policy
+from rl_soft.cli.plans import load_rows, thinking_of
 from rl_soft.cli.terminal import Terminal, decoder
 from rl_soft.config.arguments import GenerateArguments
 from rl_soft.config.recipe import load_command
@@ -22,7 +23,7 @@ from rl_soft.data.row import encodable
 from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.files import JsonLines
-from rl_soft.model.policy import read_thinking
+from rl_soft.model.folder import model_folder, read_thinking
 from rl_soft.thoughts.layout import tell_template
 
 logger = logging.getLogger("rl_soft")
@@ -34,12 +35,13 @@ def run(model: str, overrides: dict[str, Any]) -> None:
     """Generate and print; go on where a run into the same `output` was stopped.
 
     Args:
-        model: a folder of ours, a transformers or PEFT folder, or a hub id.
+        model: a folder of ours, a run, a transformers or PEFT folder, or a hub id.
         overrides: fields of `GenerateArguments`, of `Thinking` to change the model's own, and of `Decoding`.
 
     Raises:
         ValueError: arguments, questions and model that do not fit, or a file that holds completions of another run.
     """
+    model = model_folder(model)
     arguments, changes, decoding = load_command("generate", model, overrides)
     ours = read_thinking(Path(model)) is not None or changes.get("phase") == "latent"
     thinking = thinking_of(model, changes if ours else CAPS | changes)

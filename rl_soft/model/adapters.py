@@ -1,8 +1,7 @@
-"""PEFT adapters: which are taken, where their base is, and when they may be merged into it."""
+"""PEFT adapters: which are taken, and when they may be merged into their base."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -14,35 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-CONFIG = "adapter_config.json"
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).exists()
-
-
-def base_of(folder: Path) -> str:
-    """The base of an adapter: a folder, from here or from the adapter's folder, or else a hub id.
-
-    Raises:
-        ValueError: the adapter names no base, or a folder that is in neither place.
-    """
-    try:
-        name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from None
-    if not name:
-        raise ValueError(f"adapter {folder} names no base; set base_model_name_or_path in its {CONFIG}")
-    if Path(name).exists():
-        return str(name)
-    if (folder / name).exists():
-        return str((folder / name).resolve())
-    if Path(name).is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1:
-        raise ValueError(
-            f"adapter {folder}: its base {name} does not exist, neither from here nor from the adapter's folder; "
-            f"set base_model_name_or_path in its {CONFIG}"
-        )
-    return str(name)
+from rl_soft.model.folder import base_of
 
 
 def base_missing(folder: Path, base: str, error: OSError) -> ValueError:
