@@ -218,9 +218,10 @@ class Study:
         batch = {
             "dataset": str(self.out / "problems" / "warm.jsonl"), "dataset_options": None, "train_size": None,
             "per_device_train_batch_size": self.sizes.warm_batch, "gradient_accumulation_steps": 1,
-            "train_sampling_strategy": "group_by_length", "logging_steps": 10, "save_steps": 40,
-            "save_total_limit": 1, "disable_tqdm": True,
+            "logging_steps": 10, "save_steps": 40, "save_total_limit": 1, "disable_tqdm": True,
         }  # fmt: skip
+        if recipe == "sft_cot":
+            batch |= {"train_sampling_strategy": "group_by_length"}  # less padding
         trained(recipe, batch | values | {"output_dir": str(run)})
 
     def after_warm(self) -> dict[str, Any]:
