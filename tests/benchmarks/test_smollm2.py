@@ -66,7 +66,7 @@ def table(folder: Path) -> dict:
 def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
     model, whole, killed = tiny_model(tmp_path / "model"), tmp_path / "whole", tmp_path / "killed"
     done = study(whole, model)
-    printed, _ = done.communicate(timeout=300)
+    printed, _ = done.communicate(timeout=1800)
     assert done.returncode == 0, printed
     signs = "results/warm.json", "out/token-seed1/checkpoint-2", "out/soft+token-seed1/metrics.jsonl"
     for sign in signs:
@@ -77,7 +77,7 @@ def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
         os.killpg(process.pid, 9)
         process.communicate()
     again = study(killed, model)
-    printed_again, _ = again.communicate(timeout=300)
+    printed_again, _ = again.communicate(timeout=1800)
     assert again.returncode == 0, printed_again
     assert table(killed) == table(whole)
     assert set(table(whole)["arms"]) == {"token", "soft then token"} and "soft+soft-seed1" in table(whole)["missing"]
