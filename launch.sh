@@ -113,6 +113,11 @@ done
 
 setup
 devices=$(gpus)
+if [[ ${devices:-0} -gt 0 ]]; then # a driver that is too old for torch: not one slow process on the CPU per GPU
+  "$venv/bin/python" -c 'import sys; from rl_soft.model.devices import check_gpus
+try: check_gpus()
+except ValueError as error: sys.exit(f"launch.sh: error: {error}")' || exit 2
+fi
 if [[ -z $nproc ]]; then
   if [[ ${devices:-0} -gt 0 ]]; then
     nproc=$devices

@@ -23,6 +23,7 @@ from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import GREEDY, read_header
 from rl_soft.evaluation.samples import sample_records
 from rl_soft.model.adapters import merged
+from rl_soft.model.devices import device
 from rl_soft.model.policy import Policy, context_length, read_thinking
 from rl_soft.thoughts.fit import check_lengths
 from rl_soft.thoughts.layout import Layout, tell_template
@@ -67,7 +68,7 @@ def place(loaded: Policy, thinking: Thinking, rows: list[Row], dataset: str) -> 
     """A model on its device, in evaluation mode, and its layout, which the rows fit."""
     layout = layout_for(loaded.model, loaded.tokenizer, thinking)
     check_lengths(rows, layout, context_length(loaded.model), dataset)
-    return loaded.model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), layout
+    return loaded.model.to(device()).eval(), layout
 
 
 def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:

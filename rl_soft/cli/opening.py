@@ -11,7 +11,7 @@ import torch
 
 from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments, GenerateArguments
 from rl_soft.data import sources as data
-from rl_soft.model import policy
+from rl_soft.model import devices, policy
 from rl_soft.model.adapters import merged
 from rl_soft.thoughts.thinking import Thinking
 
@@ -51,6 +51,7 @@ def load_rows(arguments: EvaluationArguments | GenerateArguments | AnalysisArgum
 
 def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> policy.Policy:
     """An adapter in float32 is added into its weights where it can be: faster, and the same up to rounding."""
+    devices.set_up()
     try:
         loaded = policy.load_policy(model, arguments.dtype, arguments.attn_implementation)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub

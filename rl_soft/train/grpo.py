@@ -29,6 +29,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
@@ -105,6 +106,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
+        avoid_cudnn_attention()
         args = args or self._config_class(output_dir=f"{folder_name(model)}-RL")
         policy = policy_of(model, args, processing_class)
         thinking = fitting(thinking, policy)

@@ -12,13 +12,18 @@ import torch
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
-logger = logging.getLogger("rl_soft")
+from rl_soft.model import devices
 
 logger = logging.getLogger("rl_soft")
 
 
 def prepare_devices() -> None:
-    """CPU processes share the cores; DeepSpeed's shared-memory op is optional and would be compiled at start-up."""
+    """CPU processes share the cores; DeepSpeed's shared-memory op is optional and would be compiled at start-up.
+
+    Raises:
+        ValueError: see `devices.set_up`.
+    """
+    devices.set_up()
     disable_progress_bar()  # of the shards of a checkpoint; ours stays
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
