@@ -262,6 +262,11 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
+# What errors say that are no OutOfMemoryError: of a CPU, of cuBLAS and cuDNN, whose handles and workspaces are not
+# torch's, and of the driver, whose line NCCL passes on.
+NO_MEMORY = ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory")
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)

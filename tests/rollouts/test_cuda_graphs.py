@@ -137,6 +137,22 @@ def test_a_step_that_runs_out_of_memory_while_it_samples_is_taken_again(kind, mo
     assert len(calls) > 13
 
 
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_counts_as_out_of_memory(text, memory):
+    """Errors of libraries whose memory is not torch's; as they word them."""
+    assert cache.is_out_of_memory(RuntimeError(text)) == memory
+
+
 def test_the_cache_is_given_back_when_a_rollout_ends(monkeypatch):
     """And not when Python next looks for cycles: the training pass needs the memory at once."""
     made, layout = make("qwen2", EXPLICIT)
