@@ -9,7 +9,7 @@ usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value 
        ./launch.sh test [pytest arguments]
        ./launch.sh COMMAND ...            any other rl-soft command: generate, analyze, check, estimate, report, compare, recipes, ...
 
-  --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; for eval 0)
+  --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; 0 for one process, an adapter, eval)
   --nproc N    processes (default: one per GPU; without a GPU, 2 where there are 2 cores)
   --dry-run    validate the recipe, print it resolved and the command, run nothing
   --key value  overrides a key of the recipe, or of eval
@@ -95,7 +95,7 @@ if [[ $1 == eval ]]; then
   shift 2
 else
   program=("$1")
-  zero=2
+  zero=""
   [[ -f $1 ]] || die "recipe $1 does not exist"
   shift
 fi
@@ -108,7 +108,7 @@ while [[ $# -gt 0 ]]; do
     *) rest+=("$1"); shift ;;
   esac
 done
-[[ $zero =~ ^[0-3]$ ]] || die "--zero must be 0, 1, 2 or 3, got '$zero'"
+[[ -z $zero || $zero =~ ^[0-3]$ ]] || die "--zero must be 0, 1, 2 or 3, got '$zero'"
 [[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || die "--nproc must be a whole number above 0, got '$nproc'"
 
 setup
@@ -124,6 +124,11 @@ if [[ -z $nproc ]]; then
   else
     nproc=$("$venv/bin/python" -c 'import os; print(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
   fi
+fi
+if [[ -z $zero ]]; then # one process has nothing to divide, an adapter hardly anything, and DeepSpeed would round it
+  adapter=$("$venv/bin/python" -c 'import sys; from rl_soft.config.recipe import load_recipe, parse_overrides
+print(load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])).model.use_peft)' "${program[@]}" ${rest[@]+"${rest[@]}"} 2>/dev/null || true)
+  if [[ $nproc == 1 || $adapter == True ]]; then zero=0; else zero=2; fi
 fi
 # On GPUs nothing is compiled (AdamW is torch's), and bfloat16 weights need the float32 copies that DeepSpeed keeps.
 if [[ $zero != 0 && ${devices:-0} == 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
@@ -149,6 +154,7 @@ command+=(-m rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
 say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
 say "$(printf '%q ' "${command[@]}")"
 if [[ -n $dry ]]; then
+  [[ $zero == 0 ]] || export ACCELERATE_USE_DEEPSPEED=true
   exec "$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"}
 fi
 exec "${command[@]}"

@@ -27,13 +27,14 @@ OUT_OF_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_e
 
 
 class OneOf:
-    """The choices of a text: `Annotated[str, OneOf(NAMES)]`."""
+    """The choices of a text: `Annotated[str, OneOf(NAMES)]`, or of `str | None`."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.literal_schema(list(self.names))
+        names = core_schema.literal_schema(list(self.names))
+        return core_schema.nullable_schema(names) if type(None) in typing.get_args(source) else names
 
 
 def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:

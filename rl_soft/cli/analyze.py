@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rl_soft.analyses import cost, probe
 from rl_soft.analyses import report as analysis_report
 from rl_soft.analyses import run as analysis_run
-from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of, with_dtype
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
@@ -45,6 +43,7 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
         ValueError: arguments, data set and model that do not fit.
     """
     arguments, changes, _ = load_command("analyze", model, overrides)
+    arguments = with_dtype(arguments)
     if kind == "cost" and not arguments.against:
         raise ValueError("against is missing: rl-soft analyze cost MODEL --against COT_MODEL --dataset NAME")
     if kind in TRACES and not arguments.output_dir:

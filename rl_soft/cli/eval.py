@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of, with_dtype
 from rl_soft.config.arguments import EvaluationArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.evaluation.generation import layout_for
@@ -52,6 +52,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
         ValueError: arguments, data set and model that do not fit, or a directory that holds another evaluation.
     """
     arguments, changes, decoding = load_command("eval", model, overrides)
+    arguments = with_dtype(arguments)
     if arguments.control == "shuffle" and arguments.eval_samples > 1:
         raise ValueError(
             "control shuffle feeds a completion the thoughts of the one before it, which must be another problem's: "
@@ -145,6 +146,7 @@ def plans_of(arguments: EvaluationArguments, changes: dict[str, Any], decoding: 
 def describe(model: str, overrides: dict[str, Any]) -> str:
     """What would be evaluated, as YAML, for --dry-run."""
     arguments, changes, decoding = load_command("eval", model, overrides)
+    arguments = with_dtype(arguments)
     thinking = plans_of(arguments, changes, decoding)[0].thinking
     values = {**dataclasses.asdict(arguments), **thinking.to_dict(), **decoding.to_dict()}
     if arguments.thoughts:

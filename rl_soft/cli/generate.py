@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rl_soft.cli.opening import load_policy, load_rows, thinking_of
+from rl_soft.cli.opening import load_policy, load_rows, thinking_of, with_dtype
 from rl_soft.cli.terminal import Terminal, decoder
 from rl_soft.config.arguments import GenerateArguments
 from rl_soft.config.recipe import load_command
@@ -40,6 +40,7 @@ def run(model: str, overrides: dict[str, Any]) -> None:
         ValueError: arguments, questions and model that do not fit, or a file that holds completions of another run.
     """
     arguments, changes, decoding = load_command("generate", model, overrides)
+    arguments = with_dtype(arguments)
     ours = read_thinking(Path(model)) is not None or changes.get("phase") == "latent"
     thinking = thinking_of(model, changes if ours else CAPS | changes)
     questions = read_questions(arguments)

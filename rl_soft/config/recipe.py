@@ -53,7 +53,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # command on a model -> whose fields 
     "generate": (GenerateArguments, Thinking, Decoding),
     "analyze": (AnalysisArguments, Thinking),
 }
-TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; precision and device are `device_defaults`
+TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; for the precision see `train.precision`
     "logging_steps": 1,
     "report_to": "none",
     "save_strategy": "steps",
@@ -270,16 +270,6 @@ def trainer_defaults(method: str) -> dict[str, Any]:
     """Our defaults of the trainer's keys, on any device."""
     # with dropout on, the recomputed density is not the rollout's
     return TRAINER_DEFAULTS | ({"disable_dropout": True} if method in RL_METHODS else {})
-
-
-def device_defaults() -> dict[str, Any]:
-    """Precision and device by what is there. On CPU `use_cpu` must be an argument of the trainer: as an accelerate
-    setting or in the environment it turns DeepSpeed or the second process off without a word."""
-    import torch
-
-    if torch.cuda.is_available():
-        return {"use_cpu": False, "bf16": torch.cuda.is_bf16_supported()}
-    return {"use_cpu": True, "bf16": False}
 
 
 def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:

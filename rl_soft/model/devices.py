@@ -14,6 +14,16 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def has_bfloat16() -> bool:
+    """Whether there is a GPU that computes in bfloat16; older ones only emulate it, slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def default_dtype() -> str:
+    """dtype of weights that are read and not trained."""
+    return "bfloat16" if has_bfloat16() else "float32"
+
+
 def set_up() -> None:
     """Before a model is loaded.
 
@@ -59,7 +69,7 @@ def check_gpus() -> None:
         advice = f"torch {torch.__version__} is built without CUDA; install its build for CUDA"
     else:
         advice = (
-            f"torch {torch.__version__} needs a driver for CUDA {cuda}, and this one is {drivers[0]}; update the driver, "
+            f"torch {torch.__version__} needs a driver for CUDA {cuda}, and this is {drivers[0]}; update the driver, "
             f"or install a build of torch for an older CUDA (nvidia-smi shows the driver's)"
         )
     raise ValueError(

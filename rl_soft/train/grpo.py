@@ -108,7 +108,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
     ):
         avoid_cudnn_attention()
         args = args or self._config_class(output_dir=f"{folder_name(model)}-RL")
-        policy = policy_of(model, args, processing_class)
+        policy = policy_of(model, args, processing_class, peft_config is not None)
         thinking = fitting(thinking, policy)
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}

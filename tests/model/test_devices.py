@@ -26,7 +26,7 @@ def smi(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "advice"), [("13.0", "needs a driver for CUDA 13.0, and this one is 535.104.05"), (None, "without CUDA")]
+    ("cuda", "advice"), [("13.0", "needs a driver for CUDA 13.0, and this is 535.104.05"), (None, "without CUDA")]
 )
 def test_gpus_that_torch_does_not_see_are_one_line(smi, monkeypatch, cuda, advice):
     smi(r"535.104.05\n535.104.05\n")

@@ -57,9 +57,18 @@ def check_processes(args: Any) -> None:
         raise ValueError(
             f"launched {world} processes ({kind or 'no DeepSpeed'}); the trainer sees {state.num_processes} ({actual})"
         )
+    accumulate_in_float32(args)
     if args.process_index == 0:
         stage = f" ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin is not None else ""
         logger.info("%d process(es), %s%s, device %s", world, actual, stage, args.device)
+
+
+def accumulate_in_float32(args: Any) -> None:
+    """DeepSpeed adds the gradients of micro-batches up in the dtype of its weights otherwise; in bfloat16 those that
+    are small beside the sum are lost."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage and args.bf16:
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 def gathered(model: Any) -> Any:
