@@ -39,7 +39,7 @@ from rl_soft.model import policy
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
 from rl_soft.rollouts.engine import rollout
 from rl_soft.rollouts.models import check_rollout_model
-from rl_soft.rollouts.state_machine import Rollout
+from rl_soft.rollouts.recording import Rollout
 from rl_soft.thoughts.densities import GumbelTopK, SoftToken
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address

@@ -97,7 +97,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     from rl_soft.rollouts.engine import Engine
     from rl_soft.rollouts.kernels import cpu as cpu_kernels
-    from rl_soft.rollouts.state_machine import DONE, Live, Walk
+    from rl_soft.rollouts.recording import Live, Walk
+    from rl_soft.rollouts.state_machine import DONE
     from rl_soft.thoughts.layout import Layout
     from rl_soft.thoughts.thinking import Thinking
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rl_soft.model.policy import Policy as Policy
     from rl_soft.model.policy import load_policy as load_policy
     from rl_soft.rollouts.engine import rollout as rollout
-    from rl_soft.rollouts.state_machine import Rollout as Rollout
+    from rl_soft.rollouts.recording import Rollout as Rollout
     from rl_soft.thoughts.decoding import Decoding as Decoding
     from rl_soft.thoughts.densities import Dirichlet as Dirichlet
     from rl_soft.thoughts.densities import GumbelTopK as GumbelTopK
@@ -52,7 +52,7 @@ _HOME = {
     "load_policy": "model.policy",
     "Policy": "model.policy",
     "rollout": "rollouts.engine",
-    "Rollout": "rollouts.state_machine",
+    "Rollout": "rollouts.recording",
     "SoftGRPOTrainer": "train.grpo",
     "SoftPPOTrainer": "train.ppo",
     "SoftPPOConfig": "train.ppo",

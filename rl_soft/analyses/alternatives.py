@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rl_soft.rollouts.engine import Engine
-from rl_soft.rollouts.state_machine import DONE, Live
+from rl_soft.rollouts.recording import Live
+from rl_soft.rollouts.state_machine import DONE
 
 
 class Alternatives(Engine):

@@ -26,7 +26,7 @@ from torch import Tensor
 from rl_soft.analyses.alternatives import Alternatives
 from rl_soft.analyses.findings import Claim, above, compact, enough, number, percent, resampled, shown
 from rl_soft.data.sources import Row
-from rl_soft.rollouts.state_machine import Live
+from rl_soft.rollouts.recording import Live
 from rl_soft.thoughts.layout import Layout
 
 QUESTION = "Does the model read a soft token as several words at once, or as its strongest one?"

@@ -24,7 +24,7 @@ from rl_soft.analyses.alternatives import Alternatives
 from rl_soft.analyses.findings import Claim, above, compact, number, resampled, shown
 from rl_soft.data.sources import Row
 from rl_soft.model.think import mix_embeddings
-from rl_soft.rollouts.state_machine import Live
+from rl_soft.rollouts.recording import Live
 from rl_soft.thoughts.layout import Layout
 
 QUESTION = "In which layer does a balanced soft token become one word?"

@@ -28,8 +28,9 @@ from rl_soft.rollouts.cache import RowCache, bytes_per_token, free_memory, is_ou
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
 from rl_soft.rollouts.models import attention_windows, check_reading, check_rollout_model, check_rope, has_alibi
-from rl_soft.rollouts.state_machine import DONE, Live, Walk
-from rl_soft.rollouts.state_machine import Rollout as Rollout
+from rl_soft.rollouts.recording import Live, Walk
+from rl_soft.rollouts.recording import Rollout as Rollout
+from rl_soft.rollouts.state_machine import DONE
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout
 

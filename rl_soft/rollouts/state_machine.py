@@ -1,15 +1,18 @@
-"""What a row does in a rollout: sample a position, write it down, find out what comes next.
+"""What a row does in a rollout: draw a position, find out what comes next. One set of rules for both engines.
 
 Each row walks through the stages THINK -> FORCED -> ANSWER -> DONE. A gumbel thought is a Gumbel top-K sample of the
 next-token distribution; an answer token is the strongest id of the same sample (the Gumbel-max trick), so one draw
 of noise and one top-K serve both. Other kinds draw their answer tokens apart. FORCED positions (<eot>, the answer
 prompt) are fed, not sampled: they have no density and stay out of the loss.
 
-Everything stays on the device, and the CPU reads no number of it: rows in different stages, at different positions,
-are sampled together (`engine` moves them). The noise of a row depends on its seed and position only.
+    draw      a position of each row, from its logits: changes nothing
+    advance   the state of each row, by what was drawn
+    record    what was drawn (`recording`)
 
-Shapes: B rows in all, S places for live rows, m rows that are sampled together, T positions, K slots, V vocabulary, H
-hidden.
+Everything stays on the device, and the CPU reads no number of it: rows in different stages, at different positions,
+are drawn together (`engine` moves them). The noise of a row depends on its seed and position only.
+
+Shapes: S places for rows, m rows that are drawn together, K slots, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -33,66 +36,19 @@ from rl_soft.thoughts.thinking import Thinking
 THINK, FORCED, ANSWER, DONE = 0, 1, 2, 3
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """B completions, right-padded to the longest, T positions of K slots. Tensors live on the model's device.
-
-    Log-densities, entropy and outside mass are those of the whole distribution at its temperature, also where it was
-    cut (`decoding`) before a position was drawn from it.
-    """
-
-    prompt_ids: list[list[int]]
-    completion_ids: Tensor  # (B, T) int64; latent thoughts hold <bot>, explicit ones their strongest id
-    mask: Tensor  # (B, T) bool, the positions that exist
-    action_mask: Tensor  # (B, T) bool, of those the sampled ones (thoughts and answer tokens)
-    thought_mask: Tensor  # (B, T) bool, of those the thoughts
-    support: Tensor  # (B, T, K) int64, the strongest weight first
-    log_weights: Tensor  # (B, T, K) float32, logsumexp 0; -inf at absent slots; a token is [0, -inf, ...]
-    log_probs: Tensor  # (B, T) float32: log-density of thoughts, log-probability of answer tokens, else 0
-    support_log_probs: Tensor  # (B, T, K) float32: ln pi of the slots' ids, 0 where nothing was sampled
-    entropy: Tensor  # (B, T) float32, nats
-    outside: Tensor  # (B, T) float32, probability mass outside the support
-    finished: Tensor  # (B,) bool, ended by an end-of-sequence token
-    failed: Tensor  # (B,) bool, stopped by logits that are not finite; all of action_mask is off there
-    seeds: Tensor  # (B,) int64
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) int64: positions that each completion has."""
-        return self.mask.sum(-1)
-
-
 @dataclass
-class Live:
-    """What is known of the rows in S places."""
+class State:
+    """Where S rows stand."""
 
-    row: Tensor  # (S,) int64, its number in the rollout
     seed: Tensor  # (S,) int64
-    t: Tensor  # (S,) int64, the position in the completion that is sampled next; T once the row is done
+    t: Tensor  # (S,) int64, the position in the completion that is drawn next; that of the last one once it is done
     stage: Tensor  # (S,) int64, of that position: THINK, FORCED, ANSWER or DONE
-    position: Tensor  # (S,) int64, of the next input, in the sequence
     thoughts: Tensor  # (S,) int64, positions in stage THINK so far
     fed: Tensor  # (S,) int64, in stage FORCED
     answered: Tensor  # (S,) int64, in stage ANSWER
     capped: Tensor  # (S,) int64, how the thoughts end: 0 on their own, 1 at the cap
     said: Tensor  # (S,) int64, characters of the end of thinking that the thoughts have said, see `EndOfThinking`
-    is_thought: Tensor  # (S,) bool, whether the next input is a thought
-    support: Tensor  # (S, K) int64, the next input
-    log_weights: Tensor  # (S, K) float32, its log-weights
-    hidden: Tensor | None = None  # (S, H), what the LM head has read; kept where a thought is made of it
-    first: Tensor | None = None  # (S, H), the first thought; kept for control `repeat`
-    cold: Tensor | None = None  # (S,) int64, the last thoughts in a row that were cold; kept for the cold stop
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-
-    def part(self, places: slice) -> Live:
-        """Views of some places."""
-        return Live(**{name: x[places] for name, x in self.tensors().items()})
-
-    def move(self, to: Tensor, place: Tensor) -> None:
-        for x in self.tensors().values():
-            x[to] = x[place]
+    cold: Tensor  # (S,) int64, the last thoughts in a row that were cold
 
     def write(self, **values: Any) -> None:
         """In place; numbers or tensors."""
@@ -100,14 +56,38 @@ class Live:
             getattr(self, name)[:] = value
 
 
-class Walk:
-    """The rules of one rollout and the records of its rows.
+COUNTERS = tuple(f.name for f in fields(State))
+
+
+@dataclass
+class Position:
+    """What was drawn for m rows; what each field means stands at `recording.Rollout`."""
+
+    completion_ids: Tensor  # (m,) int64
+    mask: Tensor  # (m,) bool
+    action_mask: Tensor  # (m,) bool
+    thought_mask: Tensor  # (m,) bool
+    support: Tensor  # (m, K) int64
+    log_weights: Tensor  # (m, K) float32
+    log_probs: Tensor  # (m,) float32
+    support_log_probs: Tensor  # (m, K) float32
+    entropy: Tensor  # (m,) float32
+    outside: Tensor  # (m,) float32
+    strongest: Tensor  # (m,) int64, the id that was drawn, also where another one is fed
+    bad: Tensor  # (m,) bool, logits that are not finite
+
+    def recorded(self) -> dict[str, Tensor]:
+        """What is written down, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[:-2]}
+
+
+class Rules:
+    """What rows of one `Thinking` do.
 
     Args:
         vocab_size: V.
-        B: rows; the records have one position more than a completion can have, which rows that are done write to.
-        seeds: (B,) int64; None decodes greedily.
         eos_ids: ids that end a completion.
+        greedy: no noise at all.
         decoding: cuts and the cold stop; None for neither.
     """
 
@@ -115,111 +95,54 @@ class Walk:
         self,
         layout: Layout,
         vocab_size: int,
-        B: int,
-        seeds: Tensor | None,
         eos_ids: Sequence[int],
+        greedy: bool,
         device: torch.device,
         decoding: Decoding | None = None,
     ) -> None:
         self.decoding = decoding or Decoding()
-        self.layout, self.thinking, self.greedy, self.device = layout, layout.thinking, seeds is None, device
+        self.layout, self.thinking, self.greedy = layout, layout.thinking, greedy
         self.pad_id = pad_id = layout.tokenizer.pad_token_id
-        self.T = T = layout.max_completion_length
-        self.K = K = layout.thinking.support_size(vocab_size)
+        self.K = layout.thinking.support_size(vocab_size)
         self.eos = torch.tensor(list(eos_ids), device=device)
         self.end_table: Tensor | None = None  # (L + 1, V) int16
         if layout.end is not None:
             beyond = max(0, vocab_size - layout.end.table.shape[1])  # ids of the model that the tokenizer has not
             self.end_table = F.pad(layout.end.table, (0, beyond)).to(device)
-        forced = [layout.forced_after_end, layout.forced_after_cap]  # rows as `Live.capped` numbers them
+        forced = [layout.forced_after_end, layout.forced_after_cap]  # rows as `State.capped` numbers them
         self.forced_length = torch.tensor([len(f) for f in forced], device=device)  # (2,)
         width = max(1, *map(len, forced))
         self.forced_ids = torch.tensor([f + [pad_id] * (width - len(f)) for f in forced], device=device)  # (2, F)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(B, *shape, dtype=dtype, device=device)
+    def start(self) -> dict[str, int]:
+        """The state of a row that begins, but for its seed."""
+        return dict.fromkeys(COUNTERS[1:], 0) | {"stage": THINK if self.thinking.num_thoughts else FORCED, "capped": 1}
 
-        self.out = Rollout(
-            prompt_ids=[],
-            completion_ids=torch.full((B, T + 1), pad_id, device=device),
-            mask=zeros(T + 1, dtype=torch.bool),
-            action_mask=zeros(T + 1, dtype=torch.bool),
-            thought_mask=zeros(T + 1, dtype=torch.bool),
-            support=torch.full((B, T + 1, K), pad_id, device=device),
-            log_weights=_token_log_weights(zeros(T + 1, K)),
-            log_probs=zeros(T + 1),
-            support_log_probs=zeros(T + 1, K),
-            entropy=zeros(T + 1),
-            outside=zeros(T + 1),
-            finished=zeros(dtype=torch.bool),
-            failed=zeros(dtype=torch.bool),
-            seeds=zeros(dtype=torch.int64) if seeds is None else seeds.to(device),
-        )
-
-    def places(self, S: int, hidden: Tensor | None, first: Tensor | None) -> Live:
-        """S free places; `hidden` and `first` (., H) are examples of what is to be kept."""
-        counters = ("row", "seed", "t", "stage", "position", "thoughts", "fed", "answered", "capped", "said")
-        zeros = {name: torch.zeros(S, dtype=torch.int64, device=self.device) for name in counters}
-        return Live(
-            **zeros,
-            is_thought=torch.zeros(S, dtype=torch.bool, device=self.device),
-            support=torch.zeros(S, self.K, dtype=torch.int64, device=self.device),
-            log_weights=torch.zeros(S, self.K, device=self.device),
-            hidden=None if hidden is None else hidden.new_zeros(S, hidden.shape[-1]),
-            first=None if first is None else first.new_zeros(S, first.shape[-1]),
-            cold=torch.zeros(S, dtype=torch.int64, device=self.device) if self.decoding.cold_stop_entropy else None,
-        )
-
-    def start(self, live: Live, row: Tensor, position: Tensor) -> None:
-        """Put rows (m,), which stand at `position` (m,), in the places of `live`."""
-        stage = THINK if self.thinking.num_thoughts else FORCED
-        live.write(row=row, seed=self.out.seeds[row], t=0, stage=stage, position=position)
-        live.write(thoughts=0, fed=0, answered=0, capped=1, said=0)
-        if live.cold is not None:
-            live.write(cold=0)
-
-    def forget(self, row: Tensor) -> None:
-        """As if these rows had not begun."""
-        out = self.out
-        for x in (out.mask, out.action_mask, out.thought_mask, out.finished, out.failed):
-            x[row] = False
-
-    def result(self, prompt_ids: list[list[int]]) -> Rollout:
-        """The records, cut to the longest completion; a row that failed has no actions, so nothing learns from it."""
-        self.out.action_mask[self.out.failed] = False
-        T = int(self.out.mask[:, : self.T].sum(-1).max())
-        cut: dict[str, Any] = {name: x[:, :T].clone() for name, x in vars(self.out).items() if name in POSITIONS}
-        return replace(self.out, prompt_ids=prompt_ids, **cut)
-
-    def sample(self, live: Live, logits: Tensor, hidden: Tensor | None) -> None:
-        """Draw the next position of m rows, write it down, and find out what comes after it.
-
-        Args:
-            logits: (m, V), any float dtype; hidden: (m, H), what they were made from, where it is kept.
-        """
-        thinking, out = self.thinking, self.out
-        is_thought, is_forced, is_answer = live.stage == THINK, live.stage == FORCED, live.stage == ANSWER
-        exists = live.stage != DONE
+    def draw(self, state: State, logits: Tensor) -> Position:
+        """The next position of m rows, from logits (m, V) of any float dtype."""
+        thinking = self.thinking
+        is_thought, is_forced, is_answer = state.stage == THINK, state.stage == FORCED, state.stage == ANSWER
+        exists = state.stage != DONE
         temperature = torch.where(is_thought, thinking.thought_temperature, thinking.temperature)
-        seeds, fused = None if self.greedy else live.seed, None
+        seeds, fused = None if self.greedy else state.seed, None
         if seeds is not None and thinking.kind.has_gumbel_noise and not self.decoding.cuts:
-            fused = sampling.draw(logits, temperature, self.K, seeds, live.t)
+            fused = sampling.draw(logits, temperature, self.K, seeds, state.t)
         if fused is not None:
             action = SoftToken(fused.support, torch.log_softmax(fused.values / thinking.mixing_tau, dim=-1))
         else:
             scaled = logits.float() / temperature[:, None]  # (m, V)
             phi = torch.log_softmax(scaled, dim=-1)
             if self.decoding.cuts:
-                action = self._draw_cut(phi, is_thought, seeds, live.t)
+                action = self._draw_cut(phi, is_thought, seeds, state.t)
             else:
-                action = draw(scaled, phi, is_thought, thinking, seeds, live.t)
+                action = draw(scaled, phi, is_thought, thinking, seeds, state.t)
         top = action.support[:, 0]
 
-        forced = self.forced_ids[live.capped, live.fed.clamp(max=self.forced_ids.shape[1] - 1)]
+        forced = self.forced_ids[state.capped, state.fed.clamp(max=self.forced_ids.shape[1] - 1)]
         ids = torch.where(is_forced, forced, top)
         support = torch.where(is_thought[:, None], action.support, self.pad_id)  # (m, K)
         support[:, 0] = ids
-        log_weights = torch.where(is_thought[:, None], action.log_weights, _token_log_weights(action.log_weights))
+        log_weights = torch.where(is_thought[:, None], action.log_weights, token_log_weights(action.log_weights))
 
         inside, _ = fill_absent(support, is_present(log_weights))
         if fused is not None:
@@ -240,9 +163,8 @@ class Walk:
         sampled, thought = (is_thought | is_answer) & ~bad, is_thought & ~bad
         ids = torch.where(bad, self.pad_id, ids)
         support = torch.where(bad[:, None], self.pad_id, support)
-        log_weights = torch.where(bad[:, None], _token_log_weights(log_weights), log_weights)
-        self._record(
-            live,
+        log_weights = torch.where(bad[:, None], token_log_weights(log_weights), log_weights)
+        return Position(
             completion_ids=torch.where(is_thought, self.layout.bot_id, ids) if thinking.phase == "latent" else ids,
             mask=exists,
             action_mask=sampled,
@@ -250,36 +172,41 @@ class Walk:
             support=support,
             log_weights=log_weights,
             log_probs=torch.where(sampled, density, 0.0),
-            support_log_probs=torch.where(sampled[:, None], support_log_probs, 0.0),
+            support_log_probs=torch.where(sampled[:, None] & is_present(log_weights), support_log_probs, 0.0),
             entropy=torch.where(sampled, entropy, 0.0),
             outside=torch.where(sampled, log_outside.exp(), 0.0),
+            strongest=top,
+            bad=bad,
         )
 
-        # Which stage the next position of each row is in.
-        thoughts, fed, answered = live.thoughts + is_thought, live.fed + is_forced, live.answered + is_answer
-        said, said_end = live.said, torch.zeros_like(is_thought)
+    def advance(self, state: State, drawn: Position) -> Tensor:
+        """The stage of the position after `drawn`, and what leads to it, written into `state`.
+
+        Returns:
+            (m,) bool: rows that an end-of-sequence token ended.
+        """
+        thinking, top, bad = self.thinking, drawn.strongest, drawn.bad
+        is_thought, is_forced, is_answer = state.stage == THINK, state.stage == FORCED, state.stage == ANSWER
+        thoughts, fed, answered = state.thoughts + is_thought, state.fed + is_forced, state.answered + is_answer
+        said, said_end = state.said, torch.zeros_like(is_thought)
         if self.end_table is not None:
             said = torch.where(is_thought, self.end_table[said, top].long(), said)
             said_end = is_thought & (said == len(self.end_table) - 1)
         at_cap = is_thought & ~said_end & (thoughts >= thinking.num_thoughts)
-        if live.cold is not None:  # what the last of too many cold thoughts ends is ended as at the cap
-            is_cold = is_thought & (entropy < self.decoding.cold_stop_entropy)
-            live.write(cold=torch.where(is_cold, live.cold + 1, 0))
-            at_cap = at_cap | (is_thought & ~said_end & (live.cold >= self.decoding.cold_stop_length))
-        capped = torch.where(said_end, 0, live.capped)
+        if self.decoding.cold_stop_entropy:  # what the last of too many cold thoughts ends is ended as at the cap
+            is_cold = is_thought & (drawn.entropy < self.decoding.cold_stop_entropy) & ~bad
+            state.write(cold=torch.where(is_cold, state.cold + 1, 0))
+            at_cap = at_cap | (is_thought & ~said_end & (state.cold >= self.decoding.cold_stop_length))
+        capped = torch.where(said_end, 0, state.capped)
         ready = torch.where(capped == 0, self.forced_length[0], self.forced_length[1])
-        stage = torch.where(said_end | at_cap, torch.where(ready > 0, FORCED, ANSWER), live.stage)
+        stage = torch.where(said_end | at_cap, torch.where(ready > 0, FORCED, ANSWER), state.stage)
         stage = torch.where(is_forced & (fed >= ready), ANSWER, stage)
         may_stop = is_answer | is_thought if thinking.phase == "explicit" else is_answer
         stops = may_stop & ~bad & (top[:, None] == self.eos).any(-1)
         stage = torch.where(stops | bad | (is_answer & (answered >= thinking.max_answer_tokens)), DONE, stage)
-        out.finished[live.row] |= stops
-        out.failed[live.row] |= bad
-        t = torch.where(stage == DONE, self.T, live.t + 1)
-        live.write(stage=stage, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, said=said)
-        live.write(is_thought=thought, support=support, log_weights=log_weights)
-        if live.hidden is not None:
-            live.write(hidden=hidden)
+        t = state.t + (stage != DONE)
+        state.write(stage=stage, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, said=said)
+        return stops
 
     def _draw_cut(self, phi: Tensor, is_thought: Tensor, seeds: Tensor | None, position: Tensor) -> SoftToken:
         """`draw` from what is left of phi (m, V); where fewer than K ids are, the other slots are absent."""
@@ -289,16 +216,6 @@ class Walk:
         support, log_weights = draw(left, left, is_thought, wide, seeds, position)
         log_weights = log_weights[:, : self.K].log_softmax(-1)
         return SoftToken(support[:, : self.K].masked_fill(~is_present(log_weights), self.pad_id), log_weights)
-
-    def _record(self, live: Live, **values: Tensor) -> None:
-        for name, value in values.items():
-            getattr(self.out, name)[live.row, live.t] = value
-
-
-POSITIONS = (  # of `Rollout`, what has a value per position
-    "completion_ids", "mask", "action_mask", "thought_mask", "support", "log_weights", "log_probs",
-    "support_log_probs", "entropy", "outside",
-)  # fmt: skip
 
 
 def draw(
@@ -330,7 +247,7 @@ def _log_outside(p: Tensor, phi: Tensor, ids: Tensor) -> Tensor:
     return phi.scatter_(-1, ids, -torch.inf).logsumexp(-1)  # nothing underflows; a GPU takes this way, and no look
 
 
-def _token_log_weights(like: Tensor) -> Tensor:
+def token_log_weights(like: Tensor) -> Tensor:
     """Log-weights (..., K) of a token: [0, -inf, ...]."""
     log_weights = torch.full_like(like, -torch.inf)
     log_weights[..., 0] = 0.0

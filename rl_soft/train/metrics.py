@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_soft.rollouts.state_machine import Rollout
+from rl_soft.rollouts.recording import Rollout
 from rl_soft.train.soft_batch import SoftBatch
 
 

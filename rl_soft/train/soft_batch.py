@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rl_soft.model.scored_forward import SoftInputs
-from rl_soft.rollouts.state_machine import Rollout
+from rl_soft.rollouts.recording import Rollout
 from rl_soft.thoughts.kinds import RATIOS
 from rl_soft.thoughts.thinking import Thinking
 

@@ -28,7 +28,7 @@ from rl_soft.model.projector import add_projector
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward
 from rl_soft.model.value_head import add_value_head
 from rl_soft.rollouts.engine import Engine
-from rl_soft.rollouts.state_machine import Walk
+from rl_soft.rollouts.recording import Walk
 from rl_soft.thoughts import noise
 from rl_soft.thoughts.decoding import Decoding
 
