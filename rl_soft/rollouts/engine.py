@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from rl_soft.model.head_product import float32_logits
 from rl_soft.model.policy import eos_token_ids
 from rl_soft.model.side_modules import language_model, trunk_of
 from rl_soft.model.think import disturb, mix_embeddings, position_ids, thought_input
@@ -140,7 +141,7 @@ class Engine:
         self.replay = Replay(self.device)
 
     def run(self) -> Rollout:
-        with cpu_kernels(self.model):  # which a GPU does not take
+        with cpu_kernels(self.model), float32_logits(self.model):  # the kernels are for a CPU
             self._run()
         failed = int(self.walk.out.failed.sum())
         if failed:
