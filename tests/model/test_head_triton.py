@@ -28,7 +28,12 @@ C, V = 5, 211  # four blocks, the last one of 19
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = kernels.usable(torch.empty(1, device=DEVICE))
 BF16 = 2**-7 if kernels.INTERPRETED else 2**-8  # the interpreter truncates, a GPU rounds to the nearest
-needs_kernels = pytest.mark.skipif(not RUNS, reason="no GPU, and not in Triton's interpreter (TRITON_INTERPRET=1)")
+skip = pytest.mark.skipif(not RUNS, reason="no GPU, and not in Triton's interpreter (TRITON_INTERPRET=1)")
+
+
+def needs_kernels(test):
+    """On a GPU, by `pytest -m gpu`; or in the interpreter."""
+    return pytest.mark.gpu(skip(test))
 
 
 @pytest.fixture(autouse=True)
