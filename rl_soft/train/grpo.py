@@ -33,6 +33,7 @@ from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
+from rl_soft.rollouts import cuda_graphs
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.kinds import KINDS, RATIOS
 from rl_soft.thoughts.layout import Layout, check_texts
@@ -347,4 +348,6 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             logs["rollout/density_gap"] = self._density_gap
             self._density_gap = 0.0
             logs["memory/peak_gib"] = peak_gib()
+            if self.args.device.type == "cuda":
+                logs["rollout/graphs_recorded"] = cuda_graphs.recorded
         super().log(logs, *args, **kwargs)

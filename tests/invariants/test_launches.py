@@ -30,7 +30,17 @@ QWEN = {  # Qwen2.5-1.5B
     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }  # fmt: skip
-FREE = {"device", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh"}
+FREE = {
+    "device",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+    "lift_fresh",
+}
 SEVERAL = {"logsumexp": 6, "linalg_vecdot": 2, "topk": 4, "sort": 4, "nonzero": 4}  # of kernels, in one operation
 
 
