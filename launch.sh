@@ -118,17 +118,25 @@ if [[ ${devices:-0} -gt 0 ]]; then # a driver that is too old for torch: not one
 try: check_gpus()
 except ValueError as error: sys.exit(f"launch.sh: error: {error}")' || exit 2
 fi
+read -r cores busy < <("$venv/bin/python" -c '
+import os
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+print(cores, round(os.getloadavg()[0]))')
 if [[ -z $nproc ]]; then
   if [[ ${devices:-0} -gt 0 ]]; then
     nproc=$devices
   else
-    nproc=$("$venv/bin/python" -c 'import os; print(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))')
+    nproc=$((cores < 2 ? 1 : 2))
   fi
 fi
 if [[ -z $zero ]]; then # one process has nothing to divide, an adapter hardly anything, and DeepSpeed would round it
-  adapter=$("$venv/bin/python" -c 'import sys; from rl_soft.config.recipe import load_recipe, parse_overrides
-print(load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])).model.use_peft)' "${program[@]}" ${rest[@]+"${rest[@]}"} 2>/dev/null || true)
-  if [[ $nproc == 1 || $adapter == True ]]; then zero=0; else zero=2; fi
+  zero=2
+  words=" ${rest[*]+${rest[*]}} "
+  if [[ $nproc == 1 ]] || [[ ${words/=/ } == *" --use_peft true"* ]]; then
+    zero=0
+  elif grep -qE '^use_peft: *true' "${program[0]}" && [[ ${words/=/ } != *" --use_peft false"* ]]; then
+    zero=0
+  fi
 fi
 # On GPUs nothing is compiled (AdamW is torch's), and bfloat16 weights need the float32 copies that DeepSpeed keeps.
 if [[ $zero != 0 && ${devices:-0} == 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
@@ -143,18 +151,32 @@ else
   config=$root/recipes/accelerate/ddp.yaml
 fi
 
-command=("$venv/bin/accelerate" launch --config_file "$config" --num_processes "$nproc")
-[[ $zero == 0 && $nproc == 1 ]] && command=("$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
-[[ -n ${RL_SOFT_PORT:-} ]] && command+=(--main_process_port "$RL_SOFT_PORT")
+command=("$venv/bin/python" -m)
+if [[ $zero != 0 || $nproc != 1 ]]; then
+  command+=(rl_soft.cli.launcher --config_file "$config" --num_processes "$nproc")
+  command+=(--main_process_port "${RL_SOFT_PORT:-0}" -m) # 0: a free one, so that two jobs do not meet
+fi
 if [[ ${devices:-0} == 0 ]]; then # processes on a CPU share its cores
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$venv/bin/python" -c "import os; print(max(1, (os.cpu_count() or 1) // $nproc))")}
+  share=$((cores / nproc))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
   export DS_ACCELERATOR=cpu
 fi
-command+=(-m rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
-say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
-say "$(printf '%q ' "${command[@]}")"
+command+=(rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
+tell() {
+  say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
+  if [[ ${devices:-0} == 0 && $busy -ge $cores ]]; then
+    say "the load is $busy on $cores cores: jobs that share cores wait for each other. For one core each:"
+    say "OMP_NUM_THREADS=1 ./launch.sh ... --nproc 1 --zero 0"
+  fi
+  say "$(printf '%q ' "${command[@]}")"
+}
+check=("$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"})
 if [[ -n $dry ]]; then
+  tell
   [[ $zero == 0 ]] || export ACCELERATE_USE_DEEPSPEED=true
-  exec "$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"}
+  WORLD_SIZE=$nproc exec "${check[@]}"
 fi
+# What is wrong is told at once and by one process; what is only noted is told by the run.
+said=$(WORLD_SIZE=$nproc "${check[@]}" 2>&1 >/dev/null) || { code=$?; printf '%s\n' "$said" >&2; exit "$code"; }
+tell
 exec "${command[@]}"

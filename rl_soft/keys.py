@@ -26,6 +26,40 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # py
 OUT_OF_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}  # pydantic's types of errors
 
 
+class Mistakes(ValueError):
+    """What is wrong, all of it at once.
+
+    Attributes:
+        lines: one line per mistake.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = list(lines)
+        super().__init__("\n".join(self.lines))
+
+
+class Gathered:
+    """Mistakes of several checks: `with gathered: check()` keeps what a check raises, and `tell` raises all of it."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __enter__(self) -> Gathered:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, ValueError):
+            return False
+        lines = error.lines if isinstance(error, Mistakes) else [str(error)]
+        self.lines += [line for line in lines if line not in self.lines]
+        return True
+
+    def tell(self) -> None:
+        """Raises Mistakes where there are any."""
+        if self.lines:
+            raise Mistakes(self.lines)
+
+
 class OneOf:
     """The choices of a text: `Annotated[str, OneOf(NAMES)]`, or of `str | None`."""
 
@@ -58,8 +92,8 @@ def key(help: str, **given: Any) -> Any:
 def keys(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
     """A class decorator: a dataclass whose fields are checked when an object is made.
 
-    Making an object raises ValueError, in one line, for a name that is no field (with the nearest), for a value of the
-    wrong type or out of bounds (with the field, what it takes, and the value), and for what `__post_init__` refuses.
+    Making an object raises Mistakes, a line per key, for a name that is no field (with the nearest) and for a value of
+    the wrong type or out of bounds (with the field, what it takes, and the value); and what `__post_init__` raises.
     """
 
     def made(cls: type[T]) -> type[T]:
@@ -72,7 +106,7 @@ def keys(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
             try:
                 plain(self, *args, **values)
             except ValidationError as error:
-                raise ValueError(_line(type(self), error, values)) from None
+                raise Mistakes(_lines(type(self), error, values)) from None
 
         checked.__init__ = init
         return checked
@@ -81,12 +115,12 @@ def keys(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
 
 
 def check(cls: Any, values: Mapping[str, Any]) -> None:
-    """Raises ValueError for values that the fields of `cls` do not take; how they fit together is not looked at."""
+    """Raises Mistakes for values that the fields of `cls` do not take; how they fit together is not looked at."""
     try:
         cls.__pydantic_validator__.validate_python(ArgsKwargs((), dict(values)), self_instance=cls.__new__(cls))
     except ValidationError as error:
         if error.errors()[0]["type"] != "value_error":  # that of __post_init__
-            raise ValueError(_line(cls, error, values)) from None
+            raise Mistakes(_lines(cls, error, values)) from None
 
 
 def fields(cls: Any) -> dict[str, Any]:
@@ -121,14 +155,20 @@ def _kinds(annotation: Any) -> tuple[list[str], bool]:
     return [NAMES[origin or annotation]], False
 
 
-def _line(cls: Any, error: ValidationError, values: Mapping[str, Any]) -> str:
-    first, known = error.errors()[0], fields(cls)
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    name = first["loc"][0]
-    name = list(known)[name] if isinstance(name, int) else name  # given by its position
-    if name not in known:
-        return f"{cls.__name__} has no key {name!r}{nearest(name, known)}"
-    field, value = known[name], values.get(name, first["input"])
-    hint = nearest(value, next((m.names for m in field.metadata if isinstance(m, OneOf)), ()))
-    return f"{name} must be {takes(field, first['type'] in OUT_OF_BOUNDS)}, got {value!r}{hint}"
+def _lines(cls: Any, error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """A line per key: a key that takes several types has an error for each of them."""
+    known, lines = fields(cls), dict[Any, str]()
+    for found in error.errors():
+        if found["type"] == "value_error":
+            return [str(found["ctx"]["error"])]
+        name = found["loc"][0]
+        name = list(known)[name] if isinstance(name, int) else name  # given by its position
+        if name in lines:
+            continue
+        if name not in known:
+            lines[name] = f"{cls.__name__} has no key {name!r}{nearest(name, known)}"
+            continue
+        field, value = known[name], values.get(name, found["input"])
+        hint = nearest(value, next((m.names for m in field.metadata if isinstance(m, OneOf)), ()))
+        lines[name] = f"{name} must be {takes(field, found['type'] in OUT_OF_BOUNDS)}, got {value!r}{hint}"
+    return list(lines.values())

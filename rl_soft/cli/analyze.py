@@ -12,7 +12,8 @@ from typing import Any
 from rl_soft.analyses import cost, probe
 from rl_soft.analyses import report as analysis_report
 from rl_soft.analyses import run as analysis_run
-from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of, with_dtype
+from rl_soft.cli.opening import load_policy, with_dtype
+from rl_soft.cli.plans import check_folder, load_rows, thinking_of
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
@@ -22,7 +23,8 @@ from rl_soft.evaluation.records import GREEDY, read_header
 from rl_soft.evaluation.samples import sample_records
 from rl_soft.model.adapters import merged
 from rl_soft.model.devices import device
-from rl_soft.model.policy import Policy, context_length, read_thinking
+from rl_soft.model.folder import model_folder, read_thinking
+from rl_soft.model.policy import Policy, context_length
 from rl_soft.thoughts.fit import check_lengths
 from rl_soft.thoughts.layout import Layout, tell_template
 from rl_soft.thoughts.thinking import Thinking
@@ -42,7 +44,7 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
     Raises:
         ValueError: arguments, data set and model that do not fit.
     """
-    arguments, changes, _ = load_command("analyze", model, overrides)
+    arguments, changes, _ = load_command("analyze", model_folder(model), overrides)
     arguments = with_dtype(arguments)
     if kind == "cost" and not arguments.against:
         raise ValueError("against is missing: rl-soft analyze cost MODEL --against COT_MODEL --dataset NAME")

@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from rl_soft.cli.keyed import KeyedCommand
+from rl_soft.cli.launcher import end_with_launcher
+from rl_soft.keys import Mistakes
 
 app = typer.Typer(
     help="RL fine-tuning of language models whose thoughts are soft tokens.",
@@ -34,7 +36,7 @@ ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, P
 
 
 def main(argv: list[str] | str | None = None) -> None:
-    """Run a command; a user's mistake ends in one line on stderr and exit code 2.
+    """Run a command; a user's mistakes end in one line each on stderr and exit code 2.
 
     Args:
         argv: the arguments; or the path of a recipe, when the recipe itself is the program (its last line).
@@ -53,17 +55,21 @@ def main(argv: list[str] | str | None = None) -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other; not a user's
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
+    # DeepSpeed's settings are made from the trainer's; a user has nothing to mend.
+    logging.getLogger("accelerate.accelerator").addFilter(lambda said: "steps mismatch" not in said.getMessage())
+    end_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
     logging.getLogger("rl_soft").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         code = typer.main.get_command(app)(words, prog_name="rl-soft", standalone_mode=False)
     except Exception as error:
-        if os.environ.get("RL_SOFT_DEBUG") or not (told := line_of(error)):
+        if os.environ.get("RL_SOFT_DEBUG") or not (told := lines_of(error)):
             raise
         if rank:
-            time.sleep(3)  # the first process tells a mistake that all of them see, and its exit ends the others
+            time.sleep(10)  # the first process tells a mistake that all of them see, and its exit ends the others
         where = f" (process {rank})" if rank else ""
-        print(f"rl_soft: error{where}: {told}", file=sys.stderr)
+        for line in told:
+            print(f"rl_soft: error{where}: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     if code == STOPPED:
         print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
@@ -71,15 +77,17 @@ def main(argv: list[str] | str | None = None) -> None:
         raise SystemExit(code)
 
 
-def line_of(error: Exception) -> str:
-    """What to tell a user of an error; nothing for one that is ours to mend."""
+def lines_of(error: Exception) -> list[str]:
+    """What to tell a user of an error, a line per mistake; nothing for one that is ours to mend."""
     if isinstance(error, typer.TyperException):
-        return error.format_message()
+        return [error.format_message()]
     text = " ".join(str(error).split())
     # torch.save and safetensors have errors of their own for a write that failed
     if "No space left on device" in text or "inline_container.cc" in text:
-        return "the disk is full; nothing that was complete is lost, and the same command resumes"
-    return text if isinstance(error, ValueError | OSError | ImportError) else ""
+        return ["the disk is full; nothing that was complete is lost, and the same command resumes"]
+    if isinstance(error, Mistakes):
+        return [" ".join(line.split()) for line in error.lines]
+    return [text] if text and isinstance(error, ValueError | OSError | ImportError) else []
 
 
 def _recipe(context: typer.Context, name: str) -> Any:
@@ -91,9 +99,15 @@ def _recipe(context: typer.Context, name: str) -> Any:
 def _overrides(context: typer.Context, command: str, model: str, texts: tuple[str, ...] = ()) -> dict[str, Any]:
     """The keys of a command on a model; a mistake is told here, before torch is imported."""
     from rl_soft.config.recipe import load_command, parse_overrides
+    from rl_soft.keys import Gathered
+    from rl_soft.model.folder import model_folder
 
-    overrides = parse_overrides(context.args, texts)
-    load_command(command, model, overrides)
+    overrides, mistakes = parse_overrides(context.args, texts), Gathered()
+    with mistakes:
+        load_command(command, model, overrides)
+    with mistakes:
+        model_folder(model)
+    mistakes.tell()
     return overrides
 
 
@@ -110,7 +124,7 @@ def train(context: typer.Context, recipe: RecipeName) -> None:
 def check(context: typer.Context, recipe: RecipeName) -> None:
     """Validate a recipe, or `eval MODEL ...`, and print it resolved."""
     loaded = _recipe(context, recipe)
-    from rl_soft.train.pipeline import describe
+    from rl_soft.train.ready import describe
 
     print(describe(loaded), end="")
 
@@ -121,12 +135,14 @@ def evaluate(
 ) -> None:
     """Draw n samples and a greedy completion per problem, into records and a report."""
     overrides = _overrides(context, "eval", model)
-    from rl_soft.cli.eval import describe, run
-
     if only_check:
+        from rl_soft.cli.plans import describe
+
         print(describe(model, overrides), end="")
-    else:
-        run(model, overrides)
+        return
+    from rl_soft.cli.eval import run
+
+    run(model, overrides)
 
 
 @app.command(**KEYED, epilog="Example: rl-soft generate MODEL --prompt TEXT; --prompts FILE and --dataset NAME too")

@@ -6,58 +6,43 @@ optimizer state comes with them, and decoding from partitioned ones would gather
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rl_soft.cli.opening import check_folder, load_policy, load_rows, thinking_of, with_dtype
-from rl_soft.config.arguments import EvaluationArguments
+from rl_soft.cli.opening import load_policy, with_dtype
+from rl_soft.cli.plans import Plan, check_control, check_folder, load_rows, plans_of
 from rl_soft.config.recipe import load_command
 from rl_soft.evaluation.generation import layout_for
 from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import check_header
 from rl_soft.evaluation.report import build, compare
 from rl_soft.evaluation.samples import FREE_KEYS, evaluate, header_of
+from rl_soft.model.folder import model_folder
 from rl_soft.model.policy import context_length
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.fit import check_lengths
 from rl_soft.thoughts.layout import tell_template
-from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.runtime.processes import gathered, prepare_devices, start_processes
 
 logger = logging.getLogger("rl_soft")
-
-
-@dataclasses.dataclass
-class Plan:
-    """One evaluation: its thinking, its folder, and what `evaluate` writes down of it."""
-
-    thinking: Thinking
-    folder: Path
-    described: dict[str, Any]
 
 
 def run(model: str, overrides: dict[str, Any]) -> Path:
     """Evaluate a model, or go on where an evaluation was stopped; returns the directory.
 
     Args:
-        model: a folder of ours, a transformers or PEFT folder, or a hub id.
+        model: a folder of ours, a run, a transformers or PEFT folder, or a hub id.
         overrides: fields of `EvaluationArguments`, of `Thinking` to change the model's own, and of `Decoding`. With
             `thoughts` there is one evaluation per kind, on the same problems and noise, and their comparison.
 
     Raises:
         ValueError: arguments, data set and model that do not fit, or a directory that holds another evaluation.
     """
+    model = model_folder(model)
     arguments, changes, decoding = load_command("eval", model, overrides)
     arguments = with_dtype(arguments)
-    if arguments.control == "shuffle" and arguments.eval_samples > 1:
-        raise ValueError(
-            "control shuffle feeds a completion the thoughts of the one before it, which must be another problem's: "
-            f"eval_samples must be 1, got {arguments.eval_samples}"
-        )
+    check_control(arguments)
     check_folder(arguments.output_dir)
     plans = plans_of(arguments, changes, decoding)
     rows = load_rows(arguments)
@@ -114,41 +99,3 @@ def check_folders(out: Path, plans: list[Plan], problems: int, decoding: Decodin
         known = any(resuming) if taken == out else (taken / "eval.json").exists()
         if not known and taken.exists() and any(taken.iterdir()):
             raise ValueError(f"output_dir {taken} is not empty and holds no evaluation; choose another")
-
-
-def plans_of(arguments: EvaluationArguments, changes: dict[str, Any], decoding: Decoding) -> list[Plan]:
-    """One evaluation, or one per kind of `thoughts`; each is written down as if it were the only one.
-
-    Raises:
-        ValueError: `thought` beside `thoughts`, or a kind that the other settings do not allow.
-    """
-    if arguments.thoughts and "thought" in changes:
-        raise ValueError(f"thought {changes['thought']} and thoughts {','.join(arguments.thoughts)}: give one of them")
-    model, out = arguments.model_name_or_path, Path(arguments.output_dir)
-    thinking = thinking_of(model, changes)
-    kinds = {out / kind: dataclasses.replace(thinking, thought=kind) for kind in arguments.thoughts or ()}
-    plans, cuts = [], {} if decoding == Decoding() else decoding.to_dict()
-    for folder, one in (kinds or {out: thinking}).items():
-        alone = dataclasses.replace(arguments, output_dir=str(folder), thoughts=None)
-        described = {
-            "name": folder.name,
-            "model_name": model,
-            "dataset": arguments.dataset,
-            "split": arguments.split,
-            "samples": arguments.eval_samples,
-            "seed": arguments.eval_seed,
-            "config": {**dataclasses.asdict(alone), **one.to_dict(), **cuts},
-        }
-        plans.append(Plan(one, folder, described))
-    return plans
-
-
-def describe(model: str, overrides: dict[str, Any]) -> str:
-    """What would be evaluated, as YAML, for --dry-run."""
-    arguments, changes, decoding = load_command("eval", model, overrides)
-    arguments = with_dtype(arguments)
-    thinking = plans_of(arguments, changes, decoding)[0].thinking
-    values = {**dataclasses.asdict(arguments), **thinking.to_dict(), **decoding.to_dict()}
-    if arguments.thoughts:
-        values.pop("thought")
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rl_soft.cli.opening import load_policy, load_rows, thinking_of, with_dtype
+from rl_soft.cli.opening import load_policy, with_dtype
+from rl_soft.cli.plans import load_rows, thinking_of
 from rl_soft.cli.terminal import Terminal, decoder
 from rl_soft.config.arguments import GenerateArguments
 from rl_soft.config.recipe import load_command
@@ -21,7 +22,7 @@ from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, l
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.files import JsonLines
 from rl_soft.model.devices import device
-from rl_soft.model.policy import read_thinking
+from rl_soft.model.folder import model_folder, read_thinking
 from rl_soft.thoughts.layout import tell_template
 
 logger = logging.getLogger("rl_soft")
@@ -33,12 +34,13 @@ def run(model: str, overrides: dict[str, Any]) -> None:
     """Generate and print; go on where a run into the same `output` was stopped.
 
     Args:
-        model: a folder of ours, a transformers or PEFT folder, or a hub id.
+        model: a folder of ours, a run, a transformers or PEFT folder, or a hub id.
         overrides: fields of `GenerateArguments`, of `Thinking` to change the model's own, and of `Decoding`.
 
     Raises:
         ValueError: arguments, questions and model that do not fit, or a file that holds completions of another run.
     """
+    model = model_folder(model)
     arguments, changes, decoding = load_command("generate", model, overrides)
     arguments = with_dtype(arguments)
     ours = read_thinking(Path(model)) is not None or changes.get("phase") == "latent"

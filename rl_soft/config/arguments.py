@@ -6,11 +6,14 @@ What concerns several keys of one class is checked here too; what concerns a rec
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 from rl_soft.keys import Number, OneOf, key, keys, nearest
 from rl_soft.thoughts.kinds import KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
+
+logger = logging.getLogger("rl_soft")
 
 ANALYSES = ("probe", "cost", "traces", "branching", "lens", "plane", "all")  # kinds of `rl-soft analyze`
 MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
@@ -41,7 +44,10 @@ class SourceArguments:
 class ModelArguments(WeightArguments):
     """Which weights a run starts from: warm_start, model_name_or_path, or random weights from model_config."""
 
-    warm_start: str | None = key("A recipe whose result this run starts from; trained first if missing.", default=None)
+    warm_start: str | None = key(
+        "A recipe whose result this run starts from, trained first if missing; or the folder of such a run.",
+        default=None,
+    )
     model_name_or_path: str | None = key("Model folder or hub id.", default=None)
     model_config: dict[str, Any] | None = key("A config for random weights: {model_type: llama, ...}.", default=None)
     vocabulary: str | None = key("The characters of the tokenizer that goes with model_config.", default=None)
@@ -74,6 +80,23 @@ class EvalArguments:
     eval_batch_size: int = key("Completions decoded together per process.", default=512, ge=1)
     eval_seed: int = key("Seed of the evaluation's noise; the same before and after.", default=7)
 
+    def __post_init__(self) -> None:
+        self.eval_k = possible_k(self.eval_k, self.eval_samples)
+
+
+def possible_k(eval_k: list[int], eval_samples: int) -> list[int]:
+    """The k of Pass@k; those above the number of samples become that number, and a line says so.
+
+    Raises:
+        ValueError: a k below 1.
+    """
+    if eval_k and min(eval_k) < 1:
+        raise ValueError(f"eval_k must be at least 1 each, got {eval_k}")
+    cut = sorted({min(k, eval_samples) for k in eval_k})
+    if eval_k and max(eval_k) > eval_samples:
+        logger.info("eval_k %s: eval_samples is %d, so it becomes %s", eval_k, eval_samples, cut)
+    return cut
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands on a model
@@ -93,6 +116,9 @@ class OnModelArguments(WeightArguments, SourceArguments):
 class EvaluationArguments(OnModelArguments):
     """`rl-soft eval MODEL`: these and the fields of `Thinking` and `Decoding`; a recipe's keys mean the same here."""
 
+    like: str | None = key(
+        "A run or an evaluation: data, template, caps, samples and seed are its own, unless given.", default=None
+    )
     output_dir: str = key("Directory of the records and the report.", default="")
     eval_samples: int = key("n, sampled completions per problem; a greedy one is added.", default=32, ge=1)
     eval_k: list[int] | None = key("The k of Pass@k; powers of two if absent.", default=None)
@@ -112,8 +138,8 @@ class EvaluationArguments(OnModelArguments):
         for name in ("model_name_or_path", "output_dir", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: rl-soft eval MODEL --dataset NAME --output_dir DIR")
-        if self.eval_k and not 1 <= min(self.eval_k) <= max(self.eval_k) <= self.eval_samples:
-            raise ValueError(f"eval_k must be between 1 and eval_samples ({self.eval_samples}), got {self.eval_k}")
+        if self.eval_k:
+            self.eval_k = possible_k(self.eval_k, self.eval_samples)
 
 
 def _with_token(thoughts: str | list[str]) -> list[str]:

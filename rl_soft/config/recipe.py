@@ -29,11 +29,13 @@ from rl_soft.config.arguments import (
     RLArguments,
     SFTArguments,
 )
-from rl_soft.config.refusals import check_keys, check_recipe, unread_keys
+from rl_soft.config.elsewhere import hint_for
+from rl_soft.config.like import settings_like
+from rl_soft.config.refusals import check_keys, check_together, unread_keys
 from rl_soft.config.trainers import check_type, trainer_fields
 from rl_soft.config.trainers import trainer_class as trainer_class
 from rl_soft.files import write_atomic
-from rl_soft.keys import check, fields, nearest
+from rl_soft.keys import Gathered, check, fields, nearest
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.kinds import RL as RL_METHODS
 from rl_soft.thoughts.thinking import Thinking
@@ -210,34 +212,58 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         What `rl_soft.run` takes.
 
     Raises:
-        ValueError: no such recipe; an unknown key (with the nearest valid one), a value of the wrong type or out of
-            range, a key that we derive from others, or a feature that soft rollouts cannot have.
+        ValueError: no such recipe, or no method in it.
+        Mistakes: a line for each unknown key (with the nearest valid one), value of the wrong type or out of range,
+            key that we derive from others, feature that soft rollouts cannot have, and pair of values that do not fit.
     """
     path = find_recipe(path)
     values = {**read_yaml(path), **(overrides or {})}
     method = str(values.get("method"))
     if method not in METHODS:
+        if values.get("method") is None:
+            raise ValueError(f"method is missing in {path}; it is one of {', '.join(METHODS)}")
         hint = nearest(method, METHODS)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {values.get('method')!r} ({path}){hint}")
-    groups, of_trainer = GROUPS[method], trainer_fields(method)
+    groups, of_trainer, mistakes = GROUPS[method], trainer_fields(method), Gathered()
     known = {"method", *of_trainer, *(name for group in groups for name in fields(group))}
-    check_keys(values, method, path)
+    with mistakes:
+        check_keys(values, method, path)
     for key in values:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r} in {path}{nearest(key, known)}")
-        if key in of_trainer:
-            check_type(method, key, values[key])
-    parts: list[Any] = [group(**{k: v for k, v in values.items() if k in fields(group)}) for group in groups]
+        with mistakes:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in {path}{hint_for(key, known)}")
+            if key in of_trainer:
+                check_type(method, key, values[key])
+    parts: list[Any] = [None] * len(groups)
+    for i, group in enumerate(groups):
+        with mistakes:
+            parts[i] = group(**{k: v for k, v in values.items() if k in fields(group)})
     if not values.get("output_dir"):
-        raise ValueError(f"output_dir is missing in {path}")
+        mistakes.lines.append(f"output_dir is missing in {path}")
     values.setdefault("seed", 42)  # resolved, so that a warm start is found whether or not its recipe names the seed
-    values["output_dir"] = str(values["output_dir"]).replace("{seed}", str(values["seed"]))
+    values["output_dir"] = str(values.get("output_dir")).replace("{seed}", str(values["seed"]))
     training = {k: v for k, v in values.items() if k in of_trainer and k != "temperature"}
-    resolved = values | {key: value for part in parts for key, value in dataclasses.asdict(part).items()}
+    made = [dataclasses.asdict(part) for part in parts if part is not None]
+    resolved = values | {key: value for part in made for key, value in part.items()}
     thinking, model, data, evaluation, extra = parts
     recipe = Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
-    check_recipe(recipe)
+    with mistakes:
+        check_together(recipe)
+    mistakes.tell()
     return recipe
+
+
+def warm_start_of(recipe: Recipe) -> Recipe | None:
+    """The warm start's recipe, with this run's seed; or that of a run's folder, whatever its seed, to be shared.
+
+    A path is relative to the working folder, that of a recipe also to this recipe.
+    """
+    name = recipe.model.warm_start
+    if name is None:
+        return None
+    if (Path(name) / "config.yaml").is_file():
+        return load_recipe(Path(name) / "config.yaml", {"output_dir": name})
+    return load_recipe(find_recipe(name, recipe.path), {"seed": recipe.seed})
 
 
 def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[Any, dict[str, Any], Decoding]:
@@ -249,21 +275,31 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
         overrides: values by the names of the command's keys.
 
     Raises:
-        ValueError: an unknown key (with the nearest valid one), or a value of the wrong type or out of range.
+        Mistakes: a line for each unknown key (with the nearest valid one) and value of the wrong type or out of range.
     """
     if "model_name_or_path" in overrides:
         raise ValueError(f"model_name_or_path is the first argument of {command}, here {model!r}; leave the key out")
     group, *others = COMMANDS[command]
     known = sorted({name for part in COMMANDS[command] for name in fields(part)})
+    mistakes = Gathered()
     for key in overrides:
         if key not in known:
-            raise ValueError(
-                f"{command} knows no --{key}{nearest(key, known, '--') or '; known: ' + ', '.join(known)}"
-            )
+            hint = hint_for(key, known, "--") or "; known: " + ", ".join(known)
+            mistakes.lines.append(f"{command} knows no --{key}{hint}")
+    if overrides.get("like") and "like" in known:
+        with mistakes:
+            overrides = settings_like(str(overrides["like"]), overrides)
     values = {"model_name_or_path": model, **overrides}
     own, changes, cuts = ({k: v for k, v in values.items() if k in fields(c)} for c in (group, Thinking, Decoding))
-    check(Thinking, changes)
-    return group(**own), changes, Decoding(**(cuts if Decoding in others else {}))
+    arguments, decoding = None, Decoding()
+    with mistakes:
+        check(Thinking, changes)
+    with mistakes:
+        arguments = group(**own)
+    with mistakes:
+        decoding = Decoding(**(cuts if Decoding in others else {}))
+    mistakes.tell()
+    return arguments, changes, decoding
 
 
 def trainer_defaults(method: str) -> dict[str, Any]:
@@ -329,6 +365,8 @@ def check_output_dir(recipe: Recipe) -> bool:
     now = recipe.resolved
     free = {"output_dir"} | unread_keys(recipe.method)  # a run may be moved
     for key in sorted((before.keys() | now.keys()) - free):
+        if key in ("dtype", "bf16") and now.get(key) is None:  # then the run keeps its own (`train.precision`)
+            continue
         if before.get(key) != now.get(key):
             if not has_begun(recipe.output_dir):  # a start that failed, and was corrected
                 return False

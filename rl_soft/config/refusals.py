@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
 from rl_soft.config.trainers import trainer_fields
-from rl_soft.keys import either, nearest
+from rl_soft.keys import Gathered, Mistakes, either, nearest
 from rl_soft.thoughts.kinds import KINDS, check_trainable
 from rl_soft.thoughts.kinds import RL as RL_METHODS
 
@@ -78,13 +78,18 @@ def check_features(given: Mapping[str, Any], method: str = "grpo") -> None:
         given: values by the names of the fields of the method's trainer configuration.
 
     Raises:
-        ValueError: a key has another value than the one that it has when it is not named.
+        Mistakes: keys have other values than those that they have when they are not named.
     """
+    if lines := list(_unavailable(given, method)):
+        raise Mistakes(lines)
+
+
+def _unavailable(given: Mapping[str, Any], method: str) -> Iterator[str]:
     defaults = trainer_fields(method)
     for key, value in given.items():
         why = REFUSED.get(key) or (VLLM if key.startswith("vllm_") else None)
         if why is not None and value is not None and value != defaults.get(key, False):
-            raise ValueError(f"{key} is not available: {why}")
+            yield f"{key} is not available: {why}"
 
 
 def unread_keys(method: str) -> set[str]:
@@ -93,56 +98,103 @@ def unread_keys(method: str) -> set[str]:
 
 
 def check_keys(values: Mapping[str, Any], method: str, path: Path) -> None:
-    """Raises ValueError for a key that the method derives from others, cannot have, or would never read."""
-    check_features(values, method)
+    """Raises Mistakes for keys that the method derives from others, cannot have, or would never read."""
+    lines = list(_unavailable(values, method))
     derived = DERIVED if method in RL_METHODS else DERIVED_SFT if method == "sft" else {}
     unread = {key: getattr(EvalArguments(), key) for key in EVALUATION} if method not in RL_METHODS else {}
     for key, value in values.items():
         if key in MUST_BE_TRUE and method in RL_METHODS and not value:
-            raise ValueError(f"{key} must be true: {MUST_BE_TRUE[key]}")
-        if method == "ppo" and key in GROUP_ONLY:
-            raise ValueError(f"{key} is not available: {GROUP_ONLY[key]}")
-        if key in derived:
-            raise ValueError(f"{key} is derived from {derived[key]}; remove it from {path}")
-        if key in unread and value != unread[key]:
-            raise ValueError(
+            lines.append(f"{key} must be true: {MUST_BE_TRUE[key]}")
+        elif method == "ppo" and key in GROUP_ONLY:
+            lines.append(f"{key} is not available: {GROUP_ONLY[key]}")
+        elif key in derived:
+            lines.append(f"{key} is derived from {derived[key]}; remove it from {path}")
+        elif key in unread and value != unread[key]:
+            lines.append(
                 f"{key} is not available: method {method} ends with a model and no evaluation; "
                 f"use rl-soft eval MODEL --{key} {value}"
             )
+    if lines:
+        raise Mistakes(lines)
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raises ValueError for values of a recipe that do not fit together."""
-    path, method, thinking, extra = recipe.path, recipe.method, recipe.thinking, recipe.extra
-    model, data, evaluation = recipe.model, recipe.data, recipe.eval
+def check_together(recipe: Recipe) -> None:
+    """Raises Mistakes for values of a recipe that do not fit together. A part of the recipe that could not be made for
+    mistakes of its own is None, and what concerns it is not looked at."""
+    gathered, method, extra = Gathered(), recipe.method, recipe.extra
+    if recipe.data:
+        with gathered:
+            check_sources(recipe)
+    if recipe.model:
+        for check in (check_start, check_adapter_keys):
+            with gathered:
+                check(recipe)
+    if recipe.thinking and extra:
+        with gathered:
+            check_thought(recipe)
+        with gathered:
+            if method == "coconut":
+                check_stages(recipe)
+    if extra and method in RL_METHODS:
+        with gathered:
+            check_reward_weights(extra.rewards, recipe.values.get("reward_weights"))
+    with gathered:
+        check_trackers(recipe.values.get("report_to"))
+    gathered.tell()
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raises ValueError without a data set, or for settings of a second one that is not named."""
+    path, data = recipe.path, recipe.data
     if not data.dataset:
         raise ValueError(f"dataset is missing in {path}")
-    sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
-    if len(sources) != 1:
-        raise ValueError(
-            f"{path} must name one of warm_start, model_name_or_path and model_config, not "
-            f"{' and '.join(sources) or 'none of them'}"
-        )
     for name in ("options", "columns"):
         if getattr(data, f"eval_dataset_{name}") and not data.eval_dataset:
             raise ValueError(
                 f"eval_dataset_{name}: {path} names no eval_dataset; problems of the same source take dataset_{name}"
             )
-    if model.model_config and model.use_peft:
-        raise ValueError(f"use_peft: {IN_MEMORY}")
-    if model.lora_dropout and method in RL_METHODS:
-        raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
+
+
+def check_start(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe that names no model to start from, or two."""
+    path, model = recipe.path, recipe.model
+    sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
+    if len(sources) != 1:
+        remedy = f"; take one of them out with --{sources[0]} null" if sources else ""
+        raise ValueError(
+            f"{path} must name one of warm_start, model_name_or_path and model_config, not "
+            f"{' and '.join(sources) or 'none of them'}{remedy}"
+        )
     if model.model_config and not model.vocabulary:
         raise ValueError(f"vocabulary is missing in {path}: model_config makes a model for a character tokenizer")
-    if evaluation.eval_k and max(evaluation.eval_k) > evaluation.eval_samples:
-        raise ValueError(f"eval_k must be at most eval_samples ({evaluation.eval_samples}), got {evaluation.eval_k}")
-    check_thought(recipe)
-    if method == "coconut" and (thinking.num_thoughts < 1 or thinking.num_thoughts % extra.thoughts_per_step):
+
+
+def check_adapter_keys(recipe: Recipe) -> None:
+    """Raises ValueError for an adapter that the run could not save, or not train."""
+    model = recipe.model
+    if model.model_config and model.use_peft:
+        raise ValueError(f"use_peft: {IN_MEMORY}")
+    if model.lora_dropout and recipe.method in RL_METHODS:
+        raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Raises ValueError for thoughts that Coconut cannot give out in equal parts."""
+    thinking, extra = recipe.thinking, recipe.extra
+    if thinking.num_thoughts < 1 or thinking.num_thoughts % extra.thoughts_per_step:
         raise ValueError(
             f"num_thoughts must be a multiple of thoughts_per_step ({extra.thoughts_per_step}), one for each step "
             f"that thoughts replace, got {thinking.num_thoughts}"
         )
-    check_trackers(recipe.values.get("report_to"))
+
+
+def check_reward_weights(rewards: list[Any], weights: Any) -> None:
+    """Raises ValueError for another number of weights than of rewards."""
+    if isinstance(weights, list) and len(weights) != len(rewards):
+        names = ", ".join(str(next(iter(r))) if isinstance(r, dict) and r else str(r) for r in rewards)
+        raise ValueError(
+            f"reward_weights must hold one number for each of the {len(rewards)} rewards ({names}), got {weights}"
+        )
 
 
 def check_thought(recipe: Recipe) -> None:

@@ -46,7 +46,7 @@ def generate(task: str, split: str, size: int | None, seed: int, options: dict[s
         if dry > 1000 + 10 * len(seen):
             break
     raise ValueError(
-        f"{task} with {options or 'its defaults'} has {len(rows)} distinct {split} questions, fewer than size={size}"
+        f"{task} with {options or 'its defaults'} has {len(rows)} distinct {split} questions, fewer than {size}"
     )
 
 

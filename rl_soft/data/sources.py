@@ -23,6 +23,8 @@ from rl_soft.data.row import Row as Row
 from rl_soft.data.row import question_hash as question_hash
 from rl_soft.keys import nearest
 
+AT_HAND = 20_000_000  # bytes of a file that is read before a run is started
+
 
 def load_rows(
     source: str,
@@ -31,6 +33,7 @@ def load_rows(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     columns: Mapping[str, str] | None = None,
+    size_key: str = "size",
 ) -> list[Row]:
     """Returns the rows of one split; the same arguments always give the same rows.
 
@@ -42,6 +45,7 @@ def load_rows(
         seed: of the generation or of the draw.
         options: passed to the generator, apart from those listed in `docs/data.md`.
         columns: our name -> the file's, for `question`, `answer`, `steps`, `id`, `answer_type`, `family`.
+        size_key: what a user calls `size`, for messages.
 
     Raises:
         ValueError: an unknown source (the nearest known is named), split, option or column; fewer rows than `size`; a
@@ -54,7 +58,7 @@ def load_rows(
         _check_path(source)
     if source in stored.CATALOGUE or "/" in source or Path(source).suffix in READERS:
         rows = stored.read(source, split, options, columns or {})
-        return rows if size is None else _draw(rows, size, seed, f"{source} ({split})")
+        return rows if size is None else _draw(rows, size, seed, f"{source} ({split})", size_key)
     if columns:
         raise ValueError(f"columns are for stored rows; {source!r} is generated")
     if source not in generated.tasks():
@@ -65,6 +69,16 @@ def load_rows(
             f"({', '.join(READERS)}); or a hub id owner/name"
         )
     return generated.generate(source, split, size, seed, options)
+
+
+def is_at_hand(source: str, options: Mapping[str, Any] | None) -> bool:
+    """Whether the rows can be read in a second or so: they are in a local file that is not large."""
+    path = Path(str((options or {}).get("path", source)))
+    return path.suffix in READERS and (not path.is_file() or path.stat().st_size <= AT_HAND)
+
+
+def is_of_hub(source: str) -> bool:
+    return source in stored.CATALOGUE or "/" in source
 
 
 def assert_disjoint(train: Sequence[Row], evaluation: Sequence[Row]) -> None:
@@ -90,9 +104,9 @@ def _check_path(source: str) -> None:
         raise ValueError(f"data source {source}: a data file ends in {endings}")
 
 
-def _draw(rows: list[Row], size: int, seed: int, name: str) -> list[Row]:
+def _draw(rows: list[Row], size: int, seed: int, name: str, size_key: str) -> list[Row]:
     if size > len(rows):
-        raise ValueError(f"{name} has {len(rows)} rows, fewer than size={size}")
+        raise ValueError(f"{size_key} is {size}, and {name} has {len(rows)} rows; give at most that")
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     return shuffled[:size]

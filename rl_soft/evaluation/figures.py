@@ -60,6 +60,12 @@ def clean(axes: Any) -> None:
 
 def curves(report: dict[str, Any]) -> bytes:
     """Pass@k by k with bands and greedy levels; beside it the reward by training step, where there is one."""
+    partial = "  (partial records)" if report["partial"] else ""
+    return png(curves_figure(report), report["title"] + partial, _caption(report))
+
+
+def curves_figure(report: dict[str, Any]) -> Any:
+    """The figure of `curves`, without title and caption."""
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     reward, summaries = report["reward"], report["evaluations"]
@@ -67,7 +73,7 @@ def curves(report: dict[str, Any]) -> bytes:
     left = figure.subplots(1, 2 if reward else 1, width_ratios=[1.15, 1] if reward else None, squeeze=False)[0, 0]
     clean(left)
     colours = COLOURS if len(summaries) > 1 else COLOURS[1:]
-    labels, bounds = [], []
+    starts, ends, bounds = [], [], []  # (level, text, colour, weight) left and right of the curves
     for i, summary in enumerate(summaries):
         colour, rows = colours[i % len(colours)], summary["pass_at_k"]
         k, mean, low, high = ([row[field] for row in rows] for field in ("k", "mean", "low", "high"))
@@ -76,50 +82,47 @@ def curves(report: dict[str, Any]) -> bytes:
         late = [(row["k"], row["mean"]) for row in rows if summary["n"] < 2 * row["k"]]
         if late:
             left.plot(*zip(*late, strict=True), "o", color="white", markeredgecolor=colour, markersize=4.5)
-        above = mean[0] >= max(other["pass_at_k"][0]["mean"] for other in summaries)
-        left.annotate(
-            percent(mean[0]),
-            (k[0], high[0] if above else low[0]),
-            xytext=(0, 4 if above else -4),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-            color=colour,
-            fontsize=9,
-            fontweight="bold",
-        )
-        labels.append((mean[-1], f"{_short(summary['name'])}, {percent(mean[-1])}", colour, "bold"))
+        starts.append((mean[0], percent(mean[0]), colour, "bold"))
+        ends.append((mean[-1], f"{_short(summary['name'])}, {percent(mean[-1])}", colour, "bold"))
         bounds += [low[0], high[0], low[-1], high[-1]]
         if summary["greedy"]:
             level = summary["greedy"]["mean"]
             left.axhline(level, color=colour, linestyle=":", linewidth=1.3)
-            labels.append((level, f"{_short(summary['name'])} greedy, {percent(level)}", colour, "normal"))
+            ends.append((level, f"{_short(summary['name'])} greedy, {percent(level)}", colour, "normal"))
             bounds.append(level)
     bottom = max(0.0, math.floor(10 * min(bounds) - 0.5) / 10)
     top = min(1.0, math.ceil(10 * max(bounds) + 0.1) / 10)
     left.set_ylim(bottom, top + 0.02 * (top - bottom))
     ks = [row["k"] for row in summaries[0]["pass_at_k"]]
     left.set_xscale("log", base=2)
-    left.set_xlim(ks[0] / 1.25, ks[-1] * 1.12)
+    octaves = max(1.0, math.log2(ks[-1] / ks[0]))
+    left.set_xlim(ks[0] / 2 ** (0.2 * octaves), ks[-1] * 2 ** (0.04 * octaves))
     left.set_xticks(ks, [str(k) for k in ks])
     left.xaxis.set_minor_locator(NullLocator())
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     left.set_xlabel("k, samples per problem", fontsize=9)
     left.set_title("Pass@k", loc="left", fontsize=10)
-    for y, (_, text, colour, weight) in zip(_apart(labels, 0.055 * (top - bottom), top), labels, strict=True):
-        left.annotate(
-            text,
-            (1.02, y),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=colour,
-            fontsize=9,
-            fontweight=weight,
-            annotation_clip=False,
-        )
+    for labels, x in ((starts, 0.02), (ends, 1.02)):
+        heights = _apart(labels, 0.06 * (top - bottom), bottom + 0.03 * (top - bottom), top)
+        for y, (_, text, colour, weight) in zip(heights, labels, strict=True):
+            left.annotate(
+                text,
+                (x, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                color=colour,
+                fontsize=9,
+                fontweight=weight,
+                annotation_clip=False,
+            )
     if reward:
         _reward_panel(figure.axes[1], reward)
-    unit = summaries[0]["resampled"]
+    return figure
+
+
+def _caption(report: dict[str, Any]) -> str:
+    summaries = report["evaluations"]
+    unit, ks = summaries[0]["resampled"], [row["k"] for row in summaries[0]["pass_at_k"]]
     caption = f"n = {report['n']} samples × P = {report['num_problems']:,} problems. Bands: 95 %, over {unit}."
     caption += " Dotted: greedy." if any(summary["greedy"] for summary in summaries) else ""
     caption += " Hollow: n < 2k." if report["n"] < 2 * ks[-1] else ""
@@ -127,17 +130,18 @@ def curves(report: dict[str, Any]) -> bytes:
         delta = report["comparisons"][0]["pass_at_k"][0]
         spread = f"{points(delta['low'])} to {points(delta['high'])}"
         caption += f"\nPaired change of pass@1: {points(delta['mean'])} points, 95 % CI {spread}."
-    partial = "  (partial records)" if report["partial"] else ""
-    return png(figure, report["title"] + partial, caption)
+    return caption
 
 
-def _apart(labels: list[tuple[float, str, str, str]], gap: float, top: float) -> list[float]:
-    """Heights for labels: at their levels, moved down just enough to stand `gap` apart, then centred below `top`."""
+def _apart(labels: list[tuple[float, str, str, str]], gap: float, bottom: float, top: float) -> list[float]:
+    """Heights for labels: at their levels, moved down just enough to stand `gap` apart, then centred above `bottom`,
+    or below `top` where there is no room for both."""
     order = sorted(range(len(labels)), key=lambda i: -labels[i][0])
     heights = [0.0] * len(labels)
     for above, i in zip([None, *order], order, strict=False):
         heights[i] = labels[i][0] if above is None else min(labels[i][0], heights[above] - gap)
     shift = sum(label[0] - height for label, height in zip(labels, heights, strict=True)) / len(labels)
+    shift += max(0.0, bottom - (min(heights) + shift))
     shift -= max(0.0, max(heights) + shift - top)
     return [height + shift for height in heights]
 

@@ -167,7 +167,8 @@ th:first-child, td:first-child { text-align: left; }
 .controls { display: flex; flex-wrap: wrap; gap: 12px 20px; align-items: center; margin: 12px 0; }
 select, input { font: inherit; padding: 4px 8px; border: 1px solid #8c959f; border-radius: 6px; background: #fff; }
 input { width: 280px; }
-.browser { display: grid; grid-template-columns: minmax(260px, 1fr) 2fr; gap: 20px; align-items: start; }
+.browser { display: grid; grid-template-columns: minmax(260px, 1fr) minmax(0, 2fr); gap: 20px; align-items: start; }
+.browser > * { min-width: 0; } /* a strip of thoughts scrolls, and the page does not */
 #list { max-height: 75vh; overflow-y: auto; border: 1px solid var(--line); border-radius: 6px; }
 #list button { display: block; width: 100%; padding: 7px 12px; border: 0; border-bottom: 1px solid var(--line);
   background: #fff; font: inherit; text-align: left; cursor: pointer; color: inherit; }
@@ -184,7 +185,7 @@ h3 { font-size: 16px; margin: 0 0 6px; overflow-wrap: anywhere; } h4 { margin: 1
 .thoughts { display: flex; gap: 6px; overflow-x: auto; padding: 4px 0; }
 .thought { flex: none; border: 1px solid var(--line); border-radius: 6px; padding: 2px 6px; font: 12px/1.5 monospace; }
 .thought div { display: flex; justify-content: space-between; gap: 10px; white-space: pre; padding: 0 4px; }
-@media (max-width: 760px) { .browser { grid-template-columns: 1fr; } #list { max-height: 40vh; } }
+@media (max-width: 760px) { .browser { grid-template-columns: minmax(0, 1fr); } #list { max-height: 40vh; } }
 """
 
 _SCRIPT = """

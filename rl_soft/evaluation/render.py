@@ -1,14 +1,12 @@
-"""A report as text: report.md, passk.csv, the model card, and the tables that report.html shows too.
+"""A report as text: report.md, passk.csv, and the tables that the model card and report.html show too.
 
 Functions of the report alone, so that everything can be written again from report.json.
 """
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -43,9 +41,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"**Partial records.** {'; '.join(report['partial'])}.", ""] if report["partial"] else []
     lines += [f"# {report['title']}", ""]
     lines += [f"{provenance(summary)}  " for summary in summaries]
-    lines += ["", "![Pass@k](passk.png)", "", *_markdown_table(table(report))]
+    lines += ["", "![Pass@k](passk.png)", "", *markdown_table(table(report))]
     if pairs:
-        lines += ["", *_markdown_table(splits(report))]
+        lines += ["", *markdown_table(splits(report))]
     lines += ["", method(report), ""]
     for summary in summaries:
         shares = ", ".join(f"{outcome} {percent(share, 1)}" for outcome, share in summary["outcomes"].items())
@@ -68,7 +66,7 @@ def markdown(report: dict[str, Any]) -> str:
     for field, heading in (("solved_once", "Solved once"), ("never_solved", "Never solved")):
         lines += ["", f"## {heading} by {last['name']}: {last[field]['count']} problems"]
         for example in last[field]["examples"]:
-            lines += ["", f"`{example['id']}`, gold {_code(example['gold'])}, sample {example['sample']} "]
+            lines += ["", f"`{example['id']}`, gold {code(example['gold'])}, sample {example['sample']} "]
             lines[-1] += f"is {example['outcome']}:"
             lines += ["", _fenced(example["question"] + "\n---\n" + example["text"])]
     return "\n".join(lines) + "\n"
@@ -112,7 +110,7 @@ def splits(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _markdown_table(rows: list[list[str]]) -> list[str]:
+def markdown_table(rows: list[list[str]]) -> list[str]:
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return [lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]
 
@@ -166,7 +164,7 @@ def _fence(text: str, shortest: int) -> str:
     return "`" * max(shortest, longest + 1)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     fence = _fence(text, 1)
     padding = " " if len(fence) > 1 else ""
     return f"{fence}{padding}{' '.join(text.split())}{padding}{fence}"
@@ -176,50 +174,3 @@ def _fenced(text: str, limit: int = 1500) -> str:
     text = text if len(text) <= limit else text[:limit] + " […]"
     fence = _fence(text, 3)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def model_card(run_dir: str | Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The README.md of a trained model: YAML front matter for the hub, and the report's figures.
-
-    Args:
-        run_dir: the run; its name is the model's.
-        report: what `build` or `compare` returned; the last evaluation is the model's.
-        config: the resolved recipe, flat. Its `base_model`, else `model_name_or_path`, is the base model; the front
-            matter has it if it is a hub id.
-    """
-    name, last = Path(run_dir).resolve().name, report["evaluations"][-1]
-    header, method_name = last["header"], str(config.get("method", "soft thinking"))
-    base = config.get("base_model") or config.get("model_name_or_path")
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["rl-soft", "soft-thinking", method_name, *([config["thought"]] if config.get("thought") else [])],
-    }
-    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists():
-        front["base_model"] = str(base)
-    metrics = [{"type": "pass@k", "name": f"pass@{row['k']}", "value": row["mean"]} for row in last["pass_at_k"]]
-    if last["greedy"]:
-        metrics.insert(0, {"type": "accuracy", "name": "greedy", "value": last["greedy"]["mean"]})
-    dataset = {"name": header["dataset"], "type": header["dataset"], "split": header["split"]}
-    results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}]
-    front["model-index"] = [{"name": name, "results": results}]
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {name}", ""]
-    lines += [f"**Partial records.** {'; '.join(report['partial'])}.", ""] if report["partial"] else []
-    lines += [
-        f"Trained with rl_soft by `{method_name}`"
-        + (f" from {_code(str(base))}" if base else "")
-        + ": the model thinks in "
-        "soft tokens, so it needs rl_soft to decode as it was evaluated.",
-        "",
-        f"## Results: {report['title']}",
-        "",
-        *(f"{provenance(summary)}  " for summary in report["evaluations"]),
-        "",
-        *_markdown_table(table(report)),
-        "",
-        method(report),
-    ]
-    lines += ["", "## Warnings", "", *(f"- {note}" for note in report["warnings"])] if report["warnings"] else []
-    shown = {key: value for key, value in config.items() if isinstance(value, str | int | float) and value != ""}
-    settings = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in shown.items())
-    lines += ["", "## Configuration", "", f"```yaml\n{settings}\n```"] if shown else []
-    return "\n".join(lines) + "\n"

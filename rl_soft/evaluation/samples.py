@@ -30,7 +30,7 @@ from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
 
-FREE_KEYS = ("output_dir", "eval_batch_size", "eval_k", "confirm_run_unsafe_code")  # they change no record
+FREE_KEYS = ("output_dir", "like", "eval_batch_size", "eval_k", "confirm_run_unsafe_code")  # they change no record
 
 
 def completion_text(layout: Layout, out: Rollout, i: int) -> str:

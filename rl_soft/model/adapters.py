@@ -1,43 +1,19 @@
-"""PEFT adapters: which are taken, where their base is, and when they may be merged into it."""
+"""PEFT adapters: which are taken, and when they may be merged into their base."""
 
 from __future__ import annotations
 
-import json
 import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-CONFIG = "adapter_config.json"
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).exists()
-
-
-def base_of(folder: Path) -> str:
-    """The base of an adapter: a folder, from here or from the adapter's folder, or else a hub id.
-
-    Raises:
-        ValueError: the adapter names no base, or a folder that is in neither place.
-    """
-    try:
-        name = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from None
-    if not name:
-        raise ValueError(f"adapter {folder} names no base; set base_model_name_or_path in its {CONFIG}")
-    if Path(name).exists():
-        return str(name)
-    if (folder / name).exists():
-        return str((folder / name).resolve())
-    if Path(name).is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1:
-        raise ValueError(
-            f"adapter {folder}: its base {name} does not exist, neither from here nor from the adapter's folder; "
-            f"set base_model_name_or_path in its {CONFIG}"
-        )
-    return str(name)
+from rl_soft.model.folder import base_of
 
 
 def base_missing(folder: Path, base: str, error: OSError) -> ValueError:
@@ -117,3 +93,40 @@ def merged(model: Any) -> Any:
     if (tied and adapted) or any(getattr(config, "lora_bias", False) for config in model.peft_config.values()):
         return model
     return model.merge_and_unload()
+
+
+@contextmanager
+def merged_for_now(model: nn.Module) -> Iterator[None]:
+    """Plain LoRA adapters in float32 are added into the weights of their `nn.Linear`s on a CPU; then the weights are
+    back, bit by bit.
+
+    A rollout reads every weight once per position, so one product in place of three is what counts there. It takes the
+    memory of the adapted weights once more. An adapter in lower precision is left as it is: the sum would be rounded,
+    and the model another one than that which is trained. So is one of a matrix that another module shares.
+    """
+    from peft.tuners.lora import Linear
+
+    shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    kept: list[tuple[Any, Any, torch.Tensor]] = []
+    try:
+        for module in model.modules():
+            if isinstance(module, Linear) and _mergeable(module) and shared[id(module.get_base_layer().weight)] == 1:
+                base: Any = module.get_base_layer()
+                kept.append((base, module, base.weight.data))
+                base.weight.data = base.weight.data.clone()
+                module.merge()
+        yield
+    finally:
+        for base, module, weight in kept:
+            base.weight.data = weight
+            module.merged_adapters.clear()
+
+
+def _mergeable(module: Any) -> bool:
+    base = module.get_base_layer()
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return (
+        (type(base) is nn.Linear and bool(names) and not module.merged and not module.disable_adapters)
+        and not (module.lora_variant or any(module.lora_bias.values()) or hasattr(base.weight, "ds_id"))  # ZeRO-3
+        and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in module.parameters())
+    )

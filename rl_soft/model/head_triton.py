@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ except ImportError:  # builds of torch without a GPU come without it
 logger = logging.getLogger(__name__)
 
 _BLOCK = 4096  # logits that a program holds in registers: 16 per thread at 8 warps
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+# TRITON_INTERPRET=1, and not for the sake of vLLM's kernels (rollouts/vllm/cpu.py).
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret and "RL_SOFT_VLLM_ON_CPU" not in os.environ
 
 
 def jit(function: Any) -> Any:

@@ -28,15 +28,14 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rl_soft.files import write_atomic
-from rl_soft.model.adapters import is_adapter, load_adapter
+from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
+from rl_soft.model.folder import SIDE_FILE, is_adapter, model_folder, read_thinking
 from rl_soft.model.projector import PROJECTOR, load_projector
 from rl_soft.model.side_modules import language_model, module_file
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.layout import BOT, EOT, PAD
 from rl_soft.thoughts.thinking import Thinking
-
-SIDE_FILE = "rl_soft.json"
 
 
 @dataclass
@@ -108,7 +107,7 @@ def make(
 def load_policy(
     name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None, trainable: bool = False
 ) -> Policy:
-    """A policy from a folder of ours, a plain transformers folder, a PEFT adapter folder, or a hub id.
+    """A policy from a folder of ours, a run, a plain transformers folder, a PEFT adapter folder, or a hub id.
 
     Args:
         name_or_path: the folder or the id.
@@ -121,15 +120,12 @@ def load_policy(
         not ours. A tokenizer without a padding token takes its end of text for it.
 
     Raises:
-        ValueError: the path looks like a folder and does not exist; a tokenizer that is missing or does not fit; an
+        ValueError: what `model_folder` refuses; a tokenizer that is missing or does not fit; an
             adapter whose base is missing, or of a kind that soft tokens cannot have.
         OSError: transformers', for a name that is neither a folder nor to be had from the hub.
     """
+    name_or_path = model_folder(name_or_path)
     path = Path(name_or_path)
-    looks_local = path.is_absolute() or name_or_path.startswith((".", "models/", "runs/"))
-    if looks_local and not path.exists():
-        hint = "; run `rl-soft fetch smollm2` first" if "smollm2" in name_or_path else ""
-        raise ValueError(f"model folder {name_or_path} does not exist{hint}")
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         kwargs["attn_implementation"] = attn_implementation
@@ -151,12 +147,6 @@ def align(model: nn.Module) -> None:
     for p in model.parameters():
         if p.device.type == "cpu" and p.data_ptr() % 64:
             p.data = p.data.clone()
-
-
-def read_thinking(path: Path) -> Thinking | None:
-    """The `Thinking` that a folder was trained for; None when it is not one of ours."""
-    file = path / SIDE_FILE
-    return Thinking.from_dict(json.loads(file.read_text())["thinking"]) if file.exists() else None
 
 
 def add_thought_tokens(policy: Policy) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rl_soft.model.adapters import base_missing, base_of, is_adapter
-
-VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "vocab-*", "*.tiktoken", "*.vocab")  # one of them is needed
+from rl_soft.model.adapters import base_missing
+from rl_soft.model.folder import base_of, has_tokenizer, is_adapter
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -40,11 +39,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a vocabulary; tokenizer_config.json alone is none."""
-    return any(next(folder.glob(pattern), None) for pattern in VOCABULARIES)
 
 
 def _reason(folder: Path, error: Exception) -> str:

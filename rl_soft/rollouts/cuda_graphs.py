@@ -16,9 +16,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 recorded = 0  # graphs, in the life of this process
-_pools: dict[
-    int, Any
-] = {}  # of memory for graphs, by device; kept, so that the next rollout need not ask for it again
+_pools: dict[int, Any] = {}  # of memory for graphs, by device; kept for the next rollout
 LOOKS = 3  # steps that may make the CPU wait; the first may have to, for what is made once and kept
 
 

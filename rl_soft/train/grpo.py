@@ -44,6 +44,7 @@ from rl_soft.train.metrics import density_gap, ratio_metrics, rollout_metrics
 from rl_soft.train.normaliser import aggregate
 from rl_soft.train.reference import Reference, check_reference
 from rl_soft.train.runtime.clock import StepClock, peak_gib
+from rl_soft.train.runtime.completions import show_completions
 from rl_soft.train.runtime.guards import Guarded, check_density_gap
 from rl_soft.train.sampler import EpochSampler
 from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_second_factor
@@ -143,6 +144,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         self.full_kl_beta = 0.0  # weight of our KL; TRL's own is then off and makes no reference pass
         if thinking.support_size(wrapped.config.get_text_config().vocab_size) > 1:
             self.full_kl_beta, self.beta = self.beta, 0.0
+        self.num_completions_to_print = 0  # TRL's table has every row and every word; `log` shows a few
         self._density_gap = 0.0  # the largest since the last log
         self._first_step: int | None = None  # of this process's life, whose gap may end the run
         # What TRL's methods hand to each other around us: the batch that it works on, and what the first pass over it
@@ -350,4 +352,10 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             logs["memory/peak_gib"] = peak_gib()
             if self.args.device.type == "cuda":
                 logs["rollout/graphs_recorded"] = cuda_graphs.recorded
+        training = "loss" in logs  # the summary at the end of a run shows no completions again
         super().log(logs, *args, **kwargs)
+        if self.log_completions and training and self.accelerator.is_main_process:
+            made: dict[str, Any] = dict(self._logs)
+            numbers = {**made["rewards"], "advantage": made["advantages"]}
+            shown = self.args.num_completions_to_print
+            show_completions(self.state.global_step, made["prompt"], made["completion"], numbers, shown)

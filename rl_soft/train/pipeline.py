@@ -19,9 +19,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
@@ -36,12 +35,12 @@ from rl_soft.config.recipe import (
     check_output_dir,
     trainer_class,
     trainer_defaults,
+    warm_start_of,
     write_config,
 )
 from rl_soft.data import sources as data
 from rl_soft.evaluation import report as reports
-from rl_soft.evaluation.judging import check_golds
-from rl_soft.evaluation.render import model_card
+from rl_soft.evaluation.card import model_card
 from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.files import write_atomic
 from rl_soft.model import policy
@@ -54,12 +53,12 @@ from rl_soft.train.grpo import SoftGRPOTrainer
 from rl_soft.train.icot import icot_trainer
 from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
 from rl_soft.train.precision import settled, uses_deepspeed
-from rl_soft.train.reward_functions import reward_functions
+from rl_soft.train.ready import Rows, check_rl, load_rows, world_size
 from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
 from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
 from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
 from rl_soft.train.sft import sft_trainer
-from rl_soft.train.start import check_thinking, lora_config, starting_policy, warm_start_of
+from rl_soft.train.start import check_thinking, lora_config, starting_policy
 from rl_soft.train.supervised import usable_rows
 
 logger = logging.getLogger("rl_soft")
@@ -71,11 +70,6 @@ SUPERVISED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "icot": (icot_trainer, {"remove_unused_columns": False}),
     "coconut": (coconut_trainer, {"remove_unused_columns": False}),
 }
-
-
-class Rows(NamedTuple):
-    train: list[data.Row]
-    test: list[data.Row]  # held out; empty where nothing is evaluated
 
 
 def run(recipe: Recipe) -> Path:
@@ -94,11 +88,6 @@ def run(recipe: Recipe) -> Path:
     recipe = settled(recipe, uses_deepspeed())
     rewards = check_rl(recipe) if recipe.method in RL_METHODS else []
     rows = load_rows(recipe)
-    if recipe.method in RL_METHODS and len(rows.train) < recipe.extra.prompts_per_step:
-        raise ValueError(
-            f"prompts_per_step {recipe.extra.prompts_per_step} is more than the {len(rows.train)} training rows of "
-            f"dataset {recipe.data.dataset}: a rollout takes each prompt once; lower it, or take more rows"
-        )
     warm_start = warm_start_of(recipe)
     if warm_start is not None:
         finish(warm_start)
@@ -107,13 +96,8 @@ def run(recipe: Recipe) -> Path:
         train_rl(recipe, warm_start, rows, rewards)
     else:
         train_supervised(recipe, warm_start, rows)
+    logger.info("model: %s", recipe.output_dir / "model")
     return recipe.output_dir
-
-
-def check_rl(recipe: Recipe) -> list[Callable]:
-    """The reward functions of a recipe, whose batches divide over the processes."""
-    batch_plan(recipe, world_size())
-    return reward_functions(recipe.extra.rewards)
 
 
 def finish(warm_start: Recipe) -> None:
@@ -244,7 +228,7 @@ def report(recipe: Recipe) -> None:
         metrics=out / "metrics.jsonl",
         ks=recipe.eval.eval_k,
     )
-    write_atomic(out / "model" / "README.md", model_card(out, figures, recipe.values))
+    write_atomic(out / "model" / "README.md", model_card(out / "model", recipe.values, figures))
     logger.info("%s; report: %s", figures["title"], out / "report.md")
 
 
@@ -299,34 +283,8 @@ def validate_every(trainer: Any, recipe: Recipe, layout: Layout, rows: list[data
 # Parts that all methods share
 
 
-def load_rows(recipe: Recipe) -> Rows:
-    """Training and held-out problems, which never overlap (asserted by question hash); their golds can be read."""
-    d = recipe.data
-    options, columns = d.dataset_options or {}, d.dataset_columns
-    train = data.load_rows(d.dataset, "train", d.train_size, d.data_seed_train, options, columns)
-    check_golds(train, d.dataset)
-    if not d.eval_problems:
-        return Rows(train, [])
-    test = data.load_rows(
-        d.eval_dataset or d.dataset,
-        "evaluation",
-        d.eval_problems,
-        d.data_seed_eval,
-        (d.eval_dataset_options or {}) if d.eval_dataset else options,
-        d.eval_dataset_columns if d.eval_dataset else columns,
-    )
-    check_golds(test, d.eval_dataset or d.dataset)
-    data.assert_disjoint(train, test)
-    return Rows(train, test)
-
-
 def row_columns(row: data.Row) -> dict[str, Any]:
     return {"id": row.id, "answer": row.answer, "answer_type": row.answer_type, "source": row.source}
-
-
-def world_size() -> int:
-    """Processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def training_values(recipe: Recipe) -> dict[str, Any]:
@@ -367,12 +325,8 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
 def save(trainer: Any, recipe: Recipe, tokenizer: Any) -> None:
     """The trained model into output_dir/model, by all processes together."""
     main = trainer.is_world_process_zero()
-    policy.save(recipe.output_dir / "model", trainer.save_model, tokenizer, recipe.thinking, main)
+    folder = recipe.output_dir / "model"
+    policy.save(folder, trainer.save_model, tokenizer, recipe.thinking, main)
+    if main:
+        write_atomic(folder / "README.md", model_card(folder, recipe.values))
     PartialState().wait_for_everyone()
-
-
-def describe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, for --dry-run; its rewards can be made."""
-    if recipe.method in RL_METHODS:
-        reward_functions(recipe.extra.rewards)
-    return yaml.safe_dump(settled(recipe, uses_deepspeed()).resolved, sort_keys=False, allow_unicode=True)

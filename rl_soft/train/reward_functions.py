@@ -12,6 +12,9 @@ import importlib
 import inspect
 import itertools
 import logging
+import os
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,14 +73,44 @@ def _reward(entry: Any) -> Callable:
 
 
 def _find(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module or "rewards"), attribute)
-    except (ImportError, AttributeError):
-        import rewards
+    """What a name stands for: of the package `rewards`, or by its dotted path from the current folder on.
 
-        hint = nearest(name, rewards.__all__) or f"; known: {', '.join(rewards.__all__)}, or a dotted path"
-        raise ValueError(f"rewards: cannot find {name!r}{hint}") from None
+    Raises:
+        ValueError: no such module, one that cannot be imported (with its file and line), or no such name in it.
+    """
+    module, _, attribute = name.rpartition(".")
+    if os.getcwd() not in sys.path:  # `rl-soft` is a program in another folder
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module or "rewards")
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"rewards: {name}: no module {error.name!r} is in {os.getcwd()} or installed; known without a module: "
+                f"{', '.join(_known())}"
+            ) from None
+        frames = traceback.extract_tb(error.__traceback__)
+        raise ValueError(
+            f"rewards: {name}: importing {module} failed in {frames[-1].filename}, line {frames[-1].lineno}: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    function = getattr(found, attribute, None)
+    if callable(function):
+        return function
+    if function is not None:
+        raise ValueError(f"rewards: {name} is no function, it is {function!r:.60}")
+    if not module:
+        hint = nearest(name, _known()) or f"; known: {', '.join(_known())}, or a dotted path: my_rewards.{name}"
+        raise ValueError(f"rewards: cannot find {name!r}{hint}")
+    own = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+    hint = nearest(attribute, own) or f"; it has {', '.join(own) or 'no function'}"
+    raise ValueError(f"rewards: module {module} ({found.__file__}) has no {attribute!r}{hint}")
+
+
+def _known() -> list[str]:
+    import rewards
+
+    return list(rewards.__all__)
 
 
 def _check_parameters(name: str, function: Any, parameters: dict[str, Any]) -> None:

@@ -39,10 +39,12 @@ def sft_trainer(recipe: Recipe, start: Policy, args: Any, layout: Layout, rows: 
     """
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     args.max_length = None
-    return SFTTrainer(
+    trainer = SFTTrainer(
         start.model,
         args,
         train_dataset=Dataset.from_list([example(layout, row, recipe.extra.worked_steps) for row in rows]),
         processing_class=layout.tokenizer,
         peft_config=lora_config(recipe),
     )
+    trainer.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]  # the pipeline writes one
+    return trainer

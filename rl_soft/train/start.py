@@ -8,16 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rl_soft.config.recipe import (
-    RL_METHODS,
-    Recipe,
-    find_recipe,
-    load_recipe,
-)
+from rl_soft.config.recipe import RL_METHODS, Recipe
 from rl_soft.config.refusals import IN_MEMORY
 from rl_soft.data.row import question_hash
 from rl_soft.model import policy
-from rl_soft.model.adapters import is_adapter
+from rl_soft.model.folder import is_adapter, read_thinking
 from rl_soft.model.projector import beside_adapter
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.kinds import KINDS
@@ -43,14 +38,6 @@ def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
     # A longer vocabulary makes peft save both embedding matrices whole; only these rows differ from the base's.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
-
-
-def warm_start_of(recipe: Recipe) -> Recipe | None:
-    """The warm start's recipe, with this run's seed; its path is relative to the working folder or to this recipe."""
-    name = recipe.model.warm_start
-    if name is None:
-        return None
-    return load_recipe(find_recipe(name, recipe.path), {"seed": recipe.seed})
 
 
 def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
@@ -97,7 +84,7 @@ def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> p
     source = getattr(model, "name_or_path", "")
     if tokenizer is None and not source:
         raise ValueError("processing_class is missing: this model was made in memory and has no tokenizer beside it")
-    trained = policy.read_thinking(Path(source)) if source and not hasattr(model, "peft_config") else None
+    trained = read_thinking(Path(source)) if source and not hasattr(model, "peft_config") else None
     name = "processing_class" if tokenizer else source
     tokenizer = tokenizer or load_tokenizer(source)
     check_tokenizer(tokenizer, model, name)
@@ -186,7 +173,9 @@ def check_thinking(thinking: Thinking, trained: Thinking | None, where: str) -> 
         ours, theirs = getattr(thinking, name), getattr(trained, name)
         if ours != theirs:
             raise ValueError(f"{name} is {ours!r} in {where}, but the checkpoint was trained with {theirs!r}")
-    if trained.thought != thinking.thought and KINDS[trained.thought].discrete:
+    # In phase explicit soft thoughts go on from a model that writes its reasoning: with all weight on one id a soft
+    # token is that token.
+    if thinking.phase == "latent" and trained.thought != thinking.thought and KINDS[trained.thought].discrete:
         raise ValueError(
             f"thought {thinking.thought} does not fit a checkpoint trained with thought {trained.thought}"
         )

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, VOCABULARY, tiny_policy
 
 from rl_soft import cli
 from rl_soft.cli import eval as eval_command
-from rl_soft.config.recipe import load_recipe, parse_overrides
+from rl_soft.config.recipe import load_command, load_recipe, parse_overrides
 from rl_soft.data.sources import Row
 from rl_soft.data.sources import load_rows as load
 from rl_soft.evaluation import judging, records
@@ -62,10 +62,12 @@ def run(model, out, **changes):
     return eval_command.run(str(model), values(out, **changes))
 
 
+def yaml_words(given):
+    return [f"--{key}={yaml.safe_dump(v, default_flow_style=True).split(chr(10))[0]}" for key, v in given.items()]
+
+
 def command(model, out, **changes):
-    words = [f"--{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}" for key, value in
-             values(out, **changes).items()]  # fmt: skip
-    return ["-m", "rl_soft", "eval", str(model), *words]
+    return ["-m", "rl_soft", "eval", str(model), *yaml_words(values(out, **changes))]
 
 
 def read(folder):
@@ -342,7 +344,6 @@ def test_records_of_other_questions_are_refused(model, whole, tmp_path):
         ({"model_name_or_path": "gpt2"}, "model_name_or_path is the first argument of eval"),
         ({"eval_samples": 0}, "eval_samples must be at least 1, got 0"),
         ({"eval_samples": "many"}, "eval_samples must be a whole number, at least 1, got 'many'"),
-        ({"eval_k": [8]}, r"eval_k must be between 1 and eval_samples \(5\)"),
         ({"thought": "gumble"}, "thought must be one of .*, got 'gumble'"),
         ({"dtype": "float31"}, "dtype must be one of float32.*got 'float31'"),
         ({"dataset": None}, "dataset is missing"),
@@ -401,7 +402,7 @@ def test_an_unreadable_gold_is_named_before_any_model_work(tmp_path):
     message = r"dataset .*words.jsonl, row words/q2: the gold answer '\.\.\.' cannot be read \(answer_type free\)"
     words = {"dataset": str(file), "dataset_options": {"answer_type": "free"}}
     with pytest.raises(ValueError, match=message):
-        run("no/model/here", tmp_path / "out", eval_problems=None, end_of_thinking="=", **words)
+        run("no/model", tmp_path / "out", eval_problems=None, end_of_thinking="=", **words)
     assert [row.id for row in load(str(file), "train", options={"drop": ["words/q2"]})] == ["words/q1"]
     recipe = {
         "method": "codi", "model_config": {**TINY, "model_type": "llama"}, "vocabulary": "a", "eval_problems": 0,
@@ -451,6 +452,64 @@ def test_programs_are_run_only_when_that_is_confirmed(model, tmp_path):
     file.write_text(json.dumps(task) + "\n")
     programs = {"dataset": "mbpp", "dataset_options": {"path": str(file)}, "eval_problems": None, "eval_samples": 2}
     with pytest.raises(ValueError, match=r"graded by running the programs .* --confirm_run_unsafe_code"):
-        run("no/model/here", tmp_path / "out", end_of_thinking="=", **programs)
+        run("no/model", tmp_path / "out", end_of_thinking="=", **programs)
     found = read(run(model, tmp_path / "out", confirm_run_unsafe_code=True, **programs))
     assert {row["outcome"] for row in found.values()} <= {"wrong", "unparsed"} and len(found) == 3
+
+
+# -- like another evaluation
+
+
+def test_an_evaluation_like_another_one_pairs_with_it(model, whole, tmp_path):
+    out = eval_command.run(str(model), {"like": str(whole), "output_dir": str(tmp_path / "out")})
+    assert_same_records(out, whole)
+    other = load_command("eval", "m", {"like": str(whole), "output_dir": "o", "thought_tau": 0.1, "dataset": "gsm8k"})
+    arguments, changes, _ = other
+    assert changes["thought_tau"] == 0.1 and changes["num_thoughts"] == THINKING.num_thoughts
+    assert (arguments.dataset, arguments.dataset_options, arguments.eval_problems) == ("gsm8k", None, None)
+    with pytest.raises(ValueError, match=r"neither a run .* nor an evaluation"):
+        load_command("eval", "m", {"like": str(tmp_path), "output_dir": "o"})
+
+
+def test_an_evaluation_like_a_run_takes_its_held_out_problems(tmp_path):
+    run = {
+        "method": "grpo",
+        "dataset": "a.jsonl",
+        "dataset_columns": {"question": "q"},
+        "eval_dataset": "b.jsonl",
+        "eval_dataset_options": {"holdout": True},
+        "eval_problems": 0,
+        "eval_seed": 3,
+        "thought_tau": 0.3,
+        "question_template": "Q: {question}",
+        "learning_rate": 1.0,
+        "phase": "explicit",
+        "end_of_thinking": "#",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(ValueError, match="has eval_problems 0; say how many: --eval_problems N"):
+        load_command("eval", "m", {"like": str(tmp_path), "output_dir": "o"})
+    arguments, changes, _ = load_command("eval", "m", {"like": str(tmp_path), "output_dir": "o", "eval_problems": 9})
+    assert (arguments.dataset, arguments.dataset_options, arguments.dataset_columns) == (
+        "b.jsonl",
+        {"holdout": True},
+        None,
+    )
+    assert (arguments.eval_problems, arguments.eval_seed) == (9, 3)
+    assert changes == {k: run[k] for k in ("thought_tau", "question_template", "phase", "end_of_thinking")}
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_run_s_folder_means_its_model(model, tmp_path, command, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    words = {"eval": yaml_words(values(tmp_path / "out", eval_problems=2, eval_samples=1)),
+             "generate": ["--prompt", "1+1="]}[command]  # fmt: skip
+    with pytest.raises(SystemExit):
+        cli.main([command, str(run), *words])
+    assert "has no model yet" in capsys.readouterr().err
+    (run / "model").symlink_to(model)
+    cli.main([command, str(run), *words])
+    if command == "eval":
+        assert records.read_header(tmp_path / "out")["model"] == str(run / "model")

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 
 from rl_soft.cli import main
 from rl_soft.config.recipe import batch_plan, load_recipe, parse_overrides
+from rl_soft.train.ready import describe
 
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
 
@@ -59,7 +60,10 @@ def write(tmp_path, **values):
         ({"model_name_or_path": None}, "must name one of warm_start, model_name_or_path and model_config"),
         ({"warm_start": "x.yaml"}, "not warm_start and model_name_or_path"),
         ({"method": "gpro"}, "method must be one of"),
-        ({"eval_k": [64]}, "eval_k must be at most eval_samples"),
+        ({"method": None}, "method is missing in .*; it is one of codi"),
+        ({"learning_rate": "abc"}, "learning_rate must be a number, got 'abc'"),
+        ({"reward_weights": [1.0, 0.2]}, r"reward_weights must hold one number .* 1 rewards \(math_accuracy\), got"),
+        ({"eval_k": [0, 2]}, r"eval_k must be at least 1 each, got \[0, 2\]"),
         ({"phase": "explicit"}, "end_of_thinking must be a text"),
         # keys that would have no effect
         ({"top_p": 0.9}, "top_p is not available: training draws from the whole distribution"),
@@ -93,6 +97,24 @@ def test_a_mistake_names_the_field_and_the_way_out(tmp_path, values, message):
         load_recipe(write(tmp_path, **values))
 
 
+def test_all_mistakes_of_a_recipe_are_told_at_once(tmp_path, capsys):
+    wrong = {"thought_kay": 1, "torch_dtype": "float16", "learning_rate": "abc", "thought_tau": 0, "top_p": 0.9,
+             "lora_r": 0, "dataset": None, "output_dir": None, "reward_weights": [1, 2]}  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(["check", str(write(tmp_path, **wrong))])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(wrong) and all(line.startswith("rl_soft: error: ") for line in lines)
+    for key in wrong:
+        assert sum(key in line.split(": ", 2)[2] for line in lines) == 1, key
+
+
+def test_an_eval_k_above_the_samples_is_cut_with_a_line(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="rl_soft"):
+        recipe = load_recipe(write(tmp_path, eval_samples=8, eval_k=[1, 4, 64]))
+    assert recipe.eval.eval_k == recipe.values["eval_k"] == [1, 4, 8]
+    assert "eval_k [1, 4, 64]: eval_samples is 8, so it becomes [1, 4, 8]" in caplog.text
+
+
 def test_a_key_that_says_what_is_so_anyway_is_no_mistake(tmp_path):
     same = {"top_p": 1, "top_k": 0, "min_p": None, "use_vllm": False, "cache_implementation": None}
     assert load_recipe(write(tmp_path, **same, disable_dropout=True, vllm_mode="colocate")).method == "grpo"
@@ -119,7 +141,7 @@ def test_the_resolved_recipe_names_our_defaults_of_the_trainer(tmp_path, method)
     if method == "sft":
         values |= {"phase": "explicit", "thought": "token", "end_of_thinking": "#"}
     recipe = load_recipe(write(tmp_path, **values))
-    shown = yaml.safe_load(train.describe(recipe))
+    shown = yaml.safe_load(describe(recipe))
     used = train.training_values(recipe)
     assert all(shown[key] == value for key, value in used.items() if key in shown)
     assert used.keys() - shown.keys() == {"use_cpu", "bf16"}, "which the machine decides"
@@ -239,9 +261,10 @@ def test_a_recipe_is_a_program():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_recipe_passes_the_check(path, monkeypatch, capsys):
+def test_every_recipe_passes_the_check(path, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
-    main(["check", str(path)])
+    monkeypatch.setattr("rl_soft.train.ready.model_folder", str)  # a clone has no models yet
+    main(["check", str(path), "--output_dir", str(tmp_path / "run")])
     shown = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(path.read_text())
     assert {k for k in given.keys() - shown.keys() if k != "_"} == set()

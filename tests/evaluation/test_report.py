@@ -16,9 +16,13 @@ from urllib.parse import urlencode
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from rl_soft import files
+from rl_soft.config.recipe import load_recipe
 from rl_soft.evaluation import records, render, report
+from rl_soft.evaluation.card import model_card
+from rl_soft.evaluation.figures import curves_figure
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><b>`|\n```\n# h"
@@ -373,28 +377,39 @@ def _built(folder):
 
 def test_model_card(pair, tmp_path):
     built = report.compare(pair, out=tmp_path / "run")
-    config = {"method": "grpo", "thought": "gumbel", "base_model": "org/model-1", "seed": 1, "dataset_options": {}}
-    card = render.model_card(tmp_path / "run", built, config)
+    config = load_recipe(ROOT / "recipes/qwen2.5_0.5b/grpo_gumbel.yaml", {"model_name_or_path": "org/model-1"}).values
+    card = model_card(tmp_path / "run/model", config, built)
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers"
+    assert front["library_name"] == "peft"
     assert front["base_model"] == "org/model-1"
     assert front["tags"] == ["rl-soft", "soft-thinking", "grpo", "gumbel"]
     metrics = {m["name"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
     assert metrics["pass@1"] == built["evaluations"][1]["pass_at_k"][0]["mean"]
     assert "| pass@1 | 35.0 % |" in card
-    assert "base_model" not in render.model_card(tmp_path, built, {"base_model": "/some/path"}).split("---\n")[1]
+    local = model_card(tmp_path / "run/model", {**config, "model_name_or_path": str(tmp_path)}, built)
+    assert "base_model" not in local.split("---\n")[1] and f"from the model `{tmp_path}`" in local
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[!a]*/*.yaml")) + sorted(ROOT.glob("recipes/*.yaml")))
+def test_a_model_card_says_what_the_model_is_and_leaves_no_form_unfilled(path, tmp_path):
+    config = load_recipe(path).values
+    card = model_card("runs/x/model", config)
+    assert "# x\n" in card and f"`{config['method']}`" in card and "load_policy('runs/x/model')" in card
+    assert "None" not in card and "More Information" not in card and "null" not in card
+    assert f"`{config['dataset']}`" in card and ("LoRA adapter" in card) == config["use_peft"]
+    yaml.safe_load(card.split("---\n")[1])
 
 
 # report.html
 
 
-def dump(path, tmp_path, **fragment):
-    """The document after its script has run."""
+def dump(path, tmp_path, width=1300, **fragment):
+    """The document after its script has run, in a window of `width` pixels."""
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         "--disable-component-update --disable-sync --dump-dom"
     )
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
     url = f"file://{path}#{urlencode(fragment)}"
     return subprocess.run([*command, url], check=True, capture_output=True, timeout=120).stdout.decode()
 
@@ -450,6 +465,38 @@ def test_browser_runs_no_injected_script(tmp_path):
     assert listed(dom) == [escapes.escape(EVIL, quote=False)]
     text = (folder / "report.md").read_text()
     assert "````text" in text  # a fence longer than any in the output
+
+
+@browser
+@pytest.mark.parametrize("width", [1300, 800, 500])
+def test_a_page_of_long_thinking_is_as_wide_as_its_window(tmp_path, width):
+    rows = rows_of([0, 1, 0], thoughts=300, text="so it is " * 300)
+    for row in rows:
+        row["thought_tokens"] = [[["farmer", 0.6], ["apples", 0.4]]] * records.MAX_THOUGHTS
+    folder = evaluation(tmp_path / "explicit", rows, decoder={"phase": "explicit", "end_of_thinking": "####"})
+    report.build(folder)
+    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", (folder / "report.html").read_text())
+    measure = "const d = document.documentElement; document.title = `${d.scrollWidth} ${d.clientWidth}`;"
+    (tmp_path / "measured.html").write_text(text.replace("</body>", f"<script>{measure}</script></body>"))
+    dom = dump(tmp_path / "measured.html", tmp_path, width)
+    needed, there = map(int, re.search(r"<title>(\d+) (\d+)</title>", dom).groups())
+    assert needed <= there <= width
+
+
+@pytest.mark.parametrize(
+    "corrects", [[[0] * 60, [0] * 60], [[0] * 60, [1] + [0] * 59], [[1, 0, 0] * 20, [1, 1, 0] * 20]]
+)
+def test_labels_do_not_cover_each_other(tmp_path, corrects):
+    """At 0 to 5 % all curves are near the axis."""
+    made = [evaluation(tmp_path / str(i), rows_of(c, n=8), n=8) for i, c in enumerate(corrects)]
+    figure = curves_figure(report.compare(made, out=tmp_path / "out", ks=[1, 2, 4, 8]))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    texts = [t for t in [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels()] if t.get_text()]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
+    for i, (one, a) in enumerate(boxes):
+        for other, b in boxes[:i]:
+            assert not a.overlaps(b), (one, other)
 
 
 def test_html_holds_a_bounded_part_and_says_so(tmp_path):

@@ -17,7 +17,7 @@ from test_kl import soft_trainer, train
 from rl_soft.cli.opening import load_policy as open_policy
 from rl_soft.config.arguments import EvaluationArguments
 from rl_soft.model import policy
-from rl_soft.model.adapters import base_of
+from rl_soft.model.folder import base_of
 
 IDS = torch.arange(5, 19)[None]  # (1, 14)
 

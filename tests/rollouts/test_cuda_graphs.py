@@ -206,7 +206,8 @@ def cuda(monkeypatch):
     fake = Fake()
     fake.said = []
     for name, value in {
-        "CUDAGraph": fake.CUDAGraph, "graph": fake.graph, "synchronize": int, "MemPool": lambda: SimpleNamespace(id=(0, 1)),
+        "CUDAGraph": fake.CUDAGraph, "graph": fake.graph, "synchronize": int,
+        "MemPool": lambda: SimpleNamespace(id=(0, 1)),
         "get_sync_debug_mode": lambda: fake.mode, "set_sync_debug_mode": fake.set_mode,
         "current_stream": lambda: fake.stream, "set_stream": fake.set_stream,
     }.items():  # fmt: skip

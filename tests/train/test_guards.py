@@ -95,7 +95,13 @@ def boom(values):
 @pytest.mark.parametrize(
     "change,index,message",
     [
-        (boom, [0], r"^reward some_reward raised RuntimeError: no answer key for completion 0 of 8; saved in .*json$"),
+        (
+            boom,
+            [0],
+            r"^reward some_reward raised RuntimeError: no answer key for completion 0 of 8 \(.*test_guards.py, "
+            r"line \d+\); saved in .*json$",
+        ),
+        (lambda v: str(v)["content"], [0], "completions are text here: write completion for completion"),
         (lambda v: v[:-1], [*range(8)], "^reward some_reward returned 7 rewards for 8 completions; saved in"),
         (lambda v: 0.5, [*range(8)], "returned float 0.5; it must return a list of 8 numbers"),
         (lambda v: None, [*range(8)], "returned NoneType None; it must return a list"),
@@ -156,8 +162,24 @@ def test_an_async_reward_trains_and_fails_like_any_other(tmp_path):
     t = trainer(tmp_path / "a", reward=fine, max_steps=1)
     t.train()
     assert t.keep.logs[0]["rewards/fine/std"] > 0
-    with pytest.raises(ValueError, match="reward some_reward raised KeyError: 'answer'; saved in"):
+    with pytest.raises(ValueError, match=r"reward some_reward raised KeyError: 'answer' .*line [0-9]+.; saved in"):
         trainer(tmp_path / "b", reward=some_reward).train()
+
+
+def never(completions, **kwargs):
+    return [None] * len(completions)
+
+
+def test_a_reward_that_never_applies_ends_the_run(tmp_path):
+    t = trainer(tmp_path / "alone", reward=never)
+    with pytest.raises(
+        ValueError, match=r"^reward never was None for every completion of 1 rollout, so there is nothing"
+    ):
+        t.train()
+    assert not t.keep.states, "nothing was trained on it"
+    t = trainer(tmp_path / "beside", reward=[never, parity], max_steps=8)
+    with pytest.raises(ValueError, match="reward never was None for every completion of 5 rollouts"):
+        t.train()
 
 
 def test_none_means_that_a_reward_does_not_apply(tmp_path):

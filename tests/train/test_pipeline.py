@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, TINY, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_soft.config.recipe import load_recipe, write_config
+from rl_soft.config.recipe import load_recipe, warm_start_of, write_config
 from rl_soft.evaluation import records
 from rl_soft.model import policy
 from rl_soft.model.scored_forward import add_soft_forward
@@ -84,7 +84,7 @@ def test_a_finished_model_is_evaluated_with_the_recipe_s_attention(tmp_path, mon
     recipe = load_recipe(recipes(tmp_path, attn_implementation="float64"))
     for name in ("codi", "rl"):  # both are there: what is left is the evaluation
         policy.save(tmp_path / f"{name}/model", made.model.save_pretrained, made.tokenizer, recipe.thinking, True)
-    for stored in (recipe, start.warm_start_of(recipe)):
+    for stored in (recipe, warm_start_of(recipe)):
         write_config(settled(stored, False))
     seen = []
     monkeypatch.setattr(train, "evaluate", lambda model, *args, **more: seen.append(model.config._attn_implementation))
@@ -104,6 +104,35 @@ def test_a_system_prompt_without_a_chat_template_is_refused_before_training(tmp_
     with pytest.raises(ValueError, match="system_prompt 'Think' needs a chat template, and the tokenizer has none"):
         train.run(load_recipe(recipes(tmp_path), given))
     assert not (tmp_path / "rl/eval_before").exists()
+
+
+def cards(folder):
+    return {path: path.read_text() for path in folder.rglob("README.md")}
+
+
+def test_the_only_cards_are_those_of_the_models_and_they_are_filled_in(finished):
+    found = cards(finished)
+    assert {path.parent for path in found} == {finished / "codi/model", finished / "rl/model"}
+    assert not any("More Information" in text or "None" in text for text in found.values())
+    assert "| pass@1 |" in found[finished / "rl/model/README.md"]
+
+
+def test_an_explicit_adapter_is_gone_on_with_under_another_cap_and_each_has_its_card(tmp_path, caplog):
+    made = tiny_policy()
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    given = {"model_name_or_path": str(tmp_path / "base"), "warm_start": None, "phase": "explicit", "max_steps": 2,
+             "end_of_thinking": "=", "answer_prompt": "", "use_peft": True, "eval_problems": 0, "num_thoughts": 6,
+             "save_steps": 2, "ratio": "top1", "log_completions": True}  # fmt: skip
+    with caplog.at_level("INFO", logger="rl_soft"):
+        train.run(load_recipe(recipes(tmp_path, **given)))
+    assert caplog.messages[-1] == f"model: {tmp_path / 'rl/model'}"
+    more = {"model_name_or_path": str(tmp_path / "rl"), "num_thoughts": 9, "output_dir": str(tmp_path / "more")}
+    train.run(load_recipe(tmp_path / "rl.yaml", more))
+    found = cards(tmp_path)
+    assert {path.parent for path in found} == {tmp_path / "rl/model", tmp_path / "more/model"}
+    for text in found.values():
+        assert "LoRA adapter" in text and "More Information" not in text and "None" not in text
 
 
 def test_one_recipe_ends_in_a_report(finished):

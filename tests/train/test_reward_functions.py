@@ -16,6 +16,7 @@ from trl.trainer.utils import get_callable_name
 from rewards import StrictFormat, math_accuracy
 from rl_soft.train import pipeline as train
 from rl_soft.train.grpo import SoftGRPOTrainer
+from rl_soft.train.ready import describe
 from rl_soft.train.reward_functions import own_names, reward_functions
 
 BATCH = {"prompts": ["?", "?"], "completions": ["It is 3.", "#### 3"], "answer": ["3", "3"]}
@@ -67,6 +68,36 @@ def test_a_reward_of_one_s_own(monkeypatch):
         reward_functions([{"own_rewards.mine": {"bonos": 2.0}}])
 
 
+SOURCES = {
+    "own_good": "def mine(completions, **columns):\n    return [0.0] * len(completions)\n\nnumber = 3\n",
+    "own_broken": "import math\nimport no_such_package\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_good.mine", None),
+        ("own_good.minde", r"module own_good \(.*own_good.py\) has no 'minde'; did you mean mine"),
+        ("own_good.number", "own_good.number is no function, it is 3"),
+        ("own_nowhere.mine", "no module 'own_nowhere' is in .* or installed; known without a module: .*math_accuracy"),
+        ("own_good.sub.mine", "own_good.sub"),
+        ("own_broken.mine", "importing own_broken failed in .*own_broken.py, line 2: ModuleNotFoundError"),
+    ],
+)
+def test_a_module_of_the_current_folder_is_found_and_what_is_wrong_with_it_told(tmp_path, monkeypatch, name, message):
+    for module, source in SOURCES.items():
+        (tmp_path / f"{module}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as the program rl-soft has it
+    if message is None:
+        assert reward_functions([name])[0](completions=["a"]) == [0.0]
+        return
+    with pytest.raises(ValueError, match=message):
+        reward_functions([name])
+
+
 def test_check_tells_it_before_anything_runs(tmp_path):
     from rl_soft.config.recipe import load_recipe
 
@@ -75,7 +106,7 @@ def test_check_tells_it_before_anything_runs(tmp_path):
         "method: grpo\noutput_dir: run\ndataset: chain_sum\nmodel_name_or_path: m\n"
         "rewards: [{math_accuracy: {bogus: 1}}]\n"
     )
-    for command in (train.describe, train.run):
+    for command in (describe, train.run):
         with pytest.raises(ValueError, match="math_accuracy has no parameter 'bogus'"):
             command(load_recipe(path))
 

@@ -14,11 +14,11 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from test_pipeline import CODI, GRPO, metrics, write
 
-from rl_soft.config.recipe import load_recipe
+from rl_soft.config.recipe import load_recipe, warm_start_of
 from rl_soft.model import policy
 from rl_soft.model.side_modules import language_model
 from rl_soft.train import pipeline as train
-from rl_soft.train.start import starting_policy, warm_start_of
+from rl_soft.train.start import starting_policy
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 

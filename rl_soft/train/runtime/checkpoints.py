@@ -37,6 +37,7 @@ class Checkpoints(TrainerCallback):
         if args.should_save:
             content = {"step": state.global_step, "processes": processes.num_processes, "zero": zero_stage(args)}
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / "README.md").unlink(missing_ok=True)  # an empty form of PEFT's
             write_atomic(folder / COMPLETE, json.dumps(content) + "\n")
             rotate_checkpoints(args.output_dir, self.keep)
         processes.wait_for_everyone()

@@ -1,16 +1,18 @@
 """When something fails, a run says so in one line, keeps what is needed to look into it, and loses nothing.
 
-Guarded            mixin of a GRPO trainer: a reward that fails ends the run on all processes and is named; a step
-                   whose loss or gradient is not finite is skipped, counted and saved, three in a row end the run
+Guarded            mixin of a GRPO trainer: a reward that fails, or never applies, ends the run on all processes; a
+                   step whose loss or gradient is not finite is skipped, counted and saved, three in a row end the run
 check_density_gap  ends a run in float32 whose rollout and training pass score two different models
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from rl_soft.train.soft_batch import SoftBatch
 logger = logging.getLogger("rl_soft")
 
 MAX_SKIPPED_IN_A_ROW = 3
+MAX_ABSENT_IN_A_ROW = 5  # rollouts, a reward that others stand beside
 MAX_SAVED_STEPS = 5  # files in nonfinite/, a process
 CUDNN = (
     "cuDNN's attention is on, whose gradients are NaN at some padded lengths: "
@@ -57,7 +60,9 @@ class RewardWatch:
                 try:
                     values = await function(**batch)
                 except Exception as error:
-                    return self._fail(f"reward {name} raised {_words(error)}", None, batch)
+                    return self._fail(
+                        f"reward {name} raised {_words(error)}{_hint(error, function, batch)}", None, batch
+                    )
                 return self._checked(name, values, batch)
 
             return watched_async
@@ -68,7 +73,8 @@ class RewardWatch:
             except Exception as error:
                 index = _first_that_raises(function, batch)
                 where = "" if index is None else f" for completion {index} of {len(batch['completions'])}"
-                return self._fail(f"reward {name} raised {_words(error)}{where}", index, batch)
+                hint = _hint(error, function, batch)
+                return self._fail(f"reward {name} raised {_words(error)}{where}{hint}", index, batch)
             return self._checked(name, values, batch)
 
         return watched
@@ -138,6 +144,19 @@ def _first_that_raises(function: Callable, batch: dict[str, Any]) -> int | None:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _hint(error: Exception, function: Any, batch: dict[str, Any]) -> str:
+    """The file and line of the function that an error came from; and what a completion is, where it was taken for chat
+    messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    own = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+    hint = f" ({own}, line {lines[-1]})" if lines else ""
+    if isinstance(error, TypeError) and "indices" in str(error) and isinstance(batch["completions"][0], str):
+        hint += "; completions are text here: write completion for completion[0]['content']"
+    return hint
 
 
 def _shown(value: Any) -> str:
@@ -221,6 +240,7 @@ class Guarded:
             function if isinstance(function, torch.nn.Module) else self._watch.wrap(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        self._absent = [0] * len(self.reward_funcs)  # rollouts in a row in which a reward was None for all
         self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # (loss, inputs) since the last optimizer step
         self._skipped_in_a_row = 0
         self._skipped = 0  # since the last log
@@ -234,7 +254,30 @@ class Guarded:
                 failure = next(line for line in gather_object([failure]) if line is not None)
         if failure is not None:
             raise ValueError(failure)
+        self._refuse_absent(rewards)
         return rewards
+
+    def _refuse_absent(self, rewards: Tensor) -> None:
+        """Raises ValueError for a reward that was None for every completion: at once where there is no other reward,
+        and after some rollouts where another one may have been meant for them.
+
+        Args:
+            rewards: (completions of all processes, reward functions), NaN for None.
+        """
+        absent = rewards.isnan().all(0).tolist()  # of each function
+        self._absent = [n + 1 if never else 0 for n, never in zip(self._absent, absent, strict=True)]
+        for name, n in zip(self.reward_func_names, self._absent, strict=True):
+            if n == MAX_ABSENT_IN_A_ROW or (n and all(absent)):
+                raise ValueError(
+                    f"reward {name} was None for every completion of {n} rollout{'s' * (n > 1)}, so there is nothing "
+                    "to learn from it: None means that a reward does not apply to a row. Look at the columns that it "
+                    "reads; the trainer passes answer, answer_type, source, id, thoughts and answer_text"
+                )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, where it can name the base model; the pipeline writes one of its own."""
+        if not Path(getattr(self.accelerator.unwrap_model(self.model).config, "name_or_path", "") or ".").exists():
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]

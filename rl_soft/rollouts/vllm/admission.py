@@ -1,0 +1,23 @@
+"""vLLM asks this class whether a request may enter; in the process that answers users, before a worker sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+from rl_soft.rollouts.vllm.request import from_arguments
+
+
+class Admission(LogitsProcessor):
+    """Changes no logits."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        from_arguments(sampling_params.extra_args)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False
+
+    def apply(self, logits: Any, ctx: Any) -> Any:
+        return logits
