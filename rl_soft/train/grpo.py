@@ -29,9 +29,11 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
+from rl_soft.rollouts import cuda_graphs
 from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.kinds import KINDS, RATIOS
 from rl_soft.thoughts.layout import Layout, check_texts
@@ -107,8 +109,9 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
+        avoid_cudnn_attention()
         args = args or self._config_class(output_dir=f"{folder_name(model)}-RL")
-        policy = policy_of(model, args, processing_class)
+        policy = policy_of(model, args, processing_class, peft_config is not None)
         thinking = fitting(thinking, policy)
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
@@ -365,6 +368,8 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             logs["rollout/density_gap"] = self._density_gap
             self._density_gap = 0.0
             logs["memory/peak_gib"] = peak_gib()
+            if self.args.device.type == "cuda":
+                logs["rollout/graphs_recorded"] = cuda_graphs.recorded
         training = "loss" in logs  # the summary at the end of a run shows no completions again
         super().log(logs, *args, **kwargs)
         if self.log_completions and training and self.accelerator.is_main_process:

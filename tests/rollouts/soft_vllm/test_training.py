@@ -148,6 +148,11 @@ def test_k_1_is_trl_with_vllm(folder, tmp_path, mode):
         def _get_train_sampler(self, dataset=None):
             return ours._get_train_sampler(dataset)
 
+        def _generate(self, prompts):
+            out = list(super()._generate(prompts))
+            out[2] = [[0, *[1] * (len(ids) - 1)] for ids in out[1]]  # <eot> is fed, not sampled
+            return tuple(out)
+
         def _tokenize_prompts(self, prompts):
             return [ours.layout.prompt_ids(p) for p in prompts], None, {}
 
