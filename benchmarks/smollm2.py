@@ -239,8 +239,9 @@ class Study:
             "dataset": str(self.out / "problems" / f"{problems}.jsonl"), "train_size": None, "seed": seed,
             "thought_temperature": 1.0, "temperature": 1.0, "rewards": ["math_accuracy"], "reward_weights": None,
             "prompts_per_step": sizes.prompts, "num_generations": sizes.completions, "max_steps": sizes.steps,
-            "per_device_train_batch_size": sizes.prompts * sizes.completions, "learning_rate": sizes.learning_rate,
-            "save_steps": 5, "save_total_limit": 1, "log_completions": False, "disable_tqdm": True,
+            "per_device_train_batch_size": sizes.prompts * sizes.completions // 2, "save_steps": 5,
+            "learning_rate": sizes.learning_rate, "save_total_limit": 1, "log_completions": False,
+            "disable_tqdm": True,
         }  # fmt: skip
         trained("grpo_gumbel", common | values | {"output_dir": str(run)})
 
