@@ -151,8 +151,7 @@ command+=(rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
 tell() {
   say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
   if [[ ${devices:-0} == 0 && $busy -ge $cores ]]; then
-    say "the load is $busy on $cores cores: jobs that share cores wait for each other. For one core each:"
-    say "OMP_NUM_THREADS=1 ./launch.sh ... --nproc 1 --zero 0"
+    say "the load is $busy on $cores cores: this run shares them with other work. OMP_NUM_THREADS=1 keeps it to $nproc"
   fi
   say "$(printf '%q ' "${command[@]}")"
 }

@@ -48,6 +48,7 @@ def main(argv: list[str] | str | None = None) -> None:
         words = [*words[1:], "--only-check"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_cores()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other; not a user's
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
     # DeepSpeed's settings are made from the trainer's; a user has nothing to mend.
@@ -70,6 +71,14 @@ def main(argv: list[str] | str | None = None) -> None:
         print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
     if code:
         raise SystemExit(code)
+
+
+def share_cores() -> None:
+    """Where other work wants the cores, threads that wait sleep. With threads that spin, a step of two jobs of two
+    threads took 299 s on two busy cores, and 20 s so. OpenMP reads it when torch is imported."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if 2 * load > (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def lines_of(error: Exception) -> list[str]:
