@@ -96,7 +96,6 @@ if [[ $1 == eval ]]; then
 else
   program=("$1")
   zero=2
-  [[ -f $1 ]] || die "recipe $1 does not exist"
   shift
 fi
 nproc="" dry="" rest=()
@@ -128,8 +127,6 @@ fi
 if [[ $zero != 0 && ${devices:-0} == 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
   say "no C++ compiler found: running without DeepSpeed (--zero 0)"
   zero=0
-elif [[ $zero == 0 ]]; then
-  say "running without DeepSpeed"
 fi
 if [[ $zero != 0 ]]; then
   config=$root/recipes/accelerate/zero$zero.yaml
