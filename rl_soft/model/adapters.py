@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rl_soft.model.folder import base_of
@@ -88,3 +93,40 @@ def merged(model: Any) -> Any:
     if (tied and adapted) or any(getattr(config, "lora_bias", False) for config in model.peft_config.values()):
         return model
     return model.merge_and_unload()
+
+
+@contextmanager
+def merged_for_now(model: nn.Module) -> Iterator[None]:
+    """Plain LoRA adapters in float32 are added into the weights of their `nn.Linear`s on a CPU; then the weights are
+    back, bit by bit.
+
+    A rollout reads every weight once per position, so one product in place of three is what counts there. It takes the
+    memory of the adapted weights once more. An adapter in lower precision is left as it is: the sum would be rounded,
+    and the model another one than that which is trained. So is one of a matrix that another module shares.
+    """
+    from peft.tuners.lora import Linear
+
+    shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    kept: list[tuple[Any, Any, torch.Tensor]] = []
+    try:
+        for module in model.modules():
+            if isinstance(module, Linear) and _mergeable(module) and shared[id(module.get_base_layer().weight)] == 1:
+                base: Any = module.get_base_layer()
+                kept.append((base, module, base.weight.data))
+                base.weight.data = base.weight.data.clone()
+                module.merge()
+        yield
+    finally:
+        for base, module, weight in kept:
+            base.weight.data = weight
+            module.merged_adapters.clear()
+
+
+def _mergeable(module: Any) -> bool:
+    base = module.get_base_layer()
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return (
+        (type(base) is nn.Linear and bool(names) and not module.merged and not module.disable_adapters)
+        and not (module.lora_variant or any(module.lora_bias.values()) or hasattr(base.weight, "ds_id"))  # ZeRO-3
+        and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in module.parameters())
+    )

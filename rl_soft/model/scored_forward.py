@@ -163,8 +163,56 @@ def _states(soft: SoftInputs) -> Any:
 
 def _recorded_states(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -> Tensor:
     """One teacher-forced pass over the recorded actions; the thoughts fed are constants."""
+    if _can_share_prompts(causal.model, soft.prompt_ids):
+        prompts = torch.cat([soft.prompt_ids, attention_mask[:, : soft.prompt_ids.shape[1]]], dim=1)  # (B, 2P)
+        distinct, number = prompts.unique(dim=0, return_inverse=True)
+        if 2 * len(distinct) <= len(prompts):
+            return _states_after_shared_prompts(causal.model, soft, attention_mask, number)
     states = causal.model.base_model(**_recorded(causal.model, soft, attention_mask)).last_hidden_state
     return states[:, -soft.support.shape[1] - 1 : -1]
+
+
+def _can_share_prompts(model: Any, prompt_ids: Tensor) -> bool:
+    """Whether a prompt may go through the model apart from what follows it: on a CPU, where positions are the cost; in
+    layers that see all positions before them; and not under checkpointing, which drops the cache."""
+    config = model.config.get_text_config()
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    return (
+        prompt_ids.device.type == "cpu"
+        and not (windows or getattr(config, "sliding_window", None))
+        and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    )
+
+
+def _states_after_shared_prompts(model: Any, soft: SoftInputs, attention_mask: Tensor, number: Tensor) -> Tensor:
+    """As `_recorded_states`; each of the U prompts once, as in the rollout, and its rows go on from its keys and
+    values.
+
+    Args:
+        number: (B,) int64, which of the U prompts a row has.
+    """
+    embedding, P, C = model.get_input_embeddings(), *soft.prompt_ids.shape[1:], soft.support.shape[1]
+    first = torch.stack([(number == u).nonzero()[0, 0] for u in range(int(number.max()) + 1)])  # (U,)
+    mask, positions = attention_mask[first, :P], position_ids(attention_mask)
+    cache: Any = DynamicCache(config=model.config)
+    last = model.base_model(
+        inputs_embeds=embedding(soft.prompt_ids[first]),
+        attention_mask=mask,
+        position_ids=positions[first, :P],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1:]  # (U, 1, H)
+    for layer in cache.layers:  # by index_select, whose gradients are summed in one order on any number of threads
+        layer.keys, layer.values = (x.index_select(0, number) for x in (layer.keys, layer.values))
+    mixtures = mix_embeddings(embedding, soft.support[:, : C - 1], soft.log_weights[:, : C - 1])
+    states = model.base_model(
+        inputs_embeds=mixtures,
+        attention_mask=attention_mask[:, : P + C - 1],
+        position_ids=positions[:, P : P + C - 1],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return torch.cat([last.index_select(0, number), states], dim=1)
 
 
 def _recorded(model: Any, soft: SoftInputs, attention_mask: Tensor) -> dict[str, Any]:

@@ -243,3 +243,20 @@ def test_threads_sleep_where_other_work_wants_the_cores(load, policy, monkeypatc
     monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
     app.share_cores()
     assert os.environ.pop("OMP_WAIT_POLICY", None) == policy
+
+
+@pytest.mark.parametrize(
+    ("given", "vllm", "becomes"),
+    [(None, False, "expandable_segments:True"), ("backend:native", False, None), (None, True, None)],
+)
+def test_the_allocator_takes_segments_that_grow_where_nothing_else_is_set(monkeypatch, capsys, given, vllm, becomes):
+    for name in app.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    find = app.importlib.util.find_spec
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda n: object() if vllm and n == "vllm" else find(n))
+    main(["recipes"])
+    assert app.os.environ.get("PYTORCH_ALLOC_CONF") == becomes
+    capsys.readouterr()

@@ -233,20 +233,6 @@ def test_a_draw_from_peaks_and_from_what_is_not_finite():
 
 
 @compiled
-def test_adapters_stay_as_they_are(calls, monkeypatch):
-    """The base's products go through the kernels, those of the adapter are small."""
-    made = large_policy()
-    made.model = get_peft_model(made.model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    with torch.no_grad():
-        for name, p in made.model.named_parameters():
-            p.add_(torch.randn_like(p) * 0.05) if "lora_B" in name else None
-    with_kernels = roll(made)
-    assert calls["product"] > 50 and not calls["after_attention"]
-    monkeypatch.setattr(ours, "library", lambda: None)
-    torch.testing.assert_close(with_kernels.log_probs, roll(made).log_probs, atol=1e-4, rtol=1e-5)
-
-
-@compiled
 def test_nothing_is_left_behind(calls):
     made = large_policy()
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -328,14 +314,35 @@ def test_only_what_does_nothing_may_be_in_a_layer(calls):
 
 
 @compiled
-def test_merged_adapters_are_taken_with_the_layer(calls):
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_are_merged_for_as_long_as_a_rollout_takes(calls, merged):
+    """Layers are taken whole, the rollout is that of the adapted model, and its weights are what they were."""
     made = large_policy()
     made.model = get_peft_model(made.model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    roll(made)
-    assert not calls["after_attention"]
-    made.model.merge_adapter()
-    roll(made)
+    for name, p in made.model.named_parameters():
+        p.data += 0.1 * torch.randn_like(p) if "lora_B" in name else 0
+    if merged:
+        made.model.merge_adapter()
+    before = {name: p.clone() for name, p in made.model.named_parameters()}
+    ids = torch.arange(4, 12)[None]
+    expected = made.model(input_ids=ids).logits
+    out = roll(made)
     assert calls["after_attention"]
+    assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+    assert torch.equal(made.model(input_ids=ids).logits, expected)
+    made.model = made.model.merge_and_unload()
+    assert torch.equal(roll(made).completion_ids, out.completion_ids)
+
+
+@compiled
+def test_the_weights_are_back_after_a_rollout_that_fails(monkeypatch):
+    made = large_policy()
+    made.model = get_peft_model(made.model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: p.clone() for name, p in made.model.named_parameters()}
+    with pytest.raises(KeyError), ours.cpu_kernels(made.model):
+        assert any(not torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+        raise KeyError
+    assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])

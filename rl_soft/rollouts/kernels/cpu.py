@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_soft.model.adapters import merged_for_now
 from rl_soft.rollouts.kernels.layers import Layer, Parts, casts, is_step, parts_of, patched
 
 logger = logging.getLogger(__name__)
@@ -80,19 +81,21 @@ def library() -> ctypes.CDLL | None:
 
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
-    """While on, steps without gradients take the kernels: in layers, large `nn.Linear`, and attention `sdpa`."""
+    """While on, steps without gradients take the kernels: in layers, large `nn.Linear`, and attention `sdpa`. Adapters
+    are merged for as long."""
     linears = [m for m in model.modules() if type(m) is nn.Linear and _takes(m)]
     kernels = library() if linears else None
     if kernels is None:
         yield
         return
-    forwards: dict[Any, Any] = {}
-    for module in model.modules():
-        if (parts := parts_of(module)) is not None and _takes_layer(parts):
-            forwards[module] = CpuLayer(kernels, module, parts)
-    forwards |= {module: functools.partial(_linear, kernels, module) for module in linears}
-    with patched(forwards, functools.partial(_attention, kernels)):
-        yield
+    with merged_for_now(model):
+        forwards: dict[Any, Any] = {}
+        for module in model.modules():
+            if (parts := parts_of(module)) is not None and _takes_layer(parts):
+                forwards[module] = CpuLayer(kernels, module, parts)
+        forwards |= {module: functools.partial(_linear, kernels, module) for module in linears}
+        with patched(forwards, functools.partial(_attention, kernels)):
+            yield
 
 
 def _takes(module: nn.Linear) -> bool:

@@ -1,0 +1,399 @@
+"""Does SmolLM2-135M-Instruct get better by RL, and do soft thoughts add something to tokens? One command that resumes.
+
+    rl-soft fetch smollm2
+    nice python benchmarks/smollm2.py [--seeds 1 2 3] [--arms NAME ...] [--out runs/smollm2_study]
+
+Problems are gsm_symbolic's, with their equations as worked steps; those of a third of the templates are never trained
+on. One warm start, supervised, is shared by all arms. An arm is trained for two halves of equally many steps, on
+problems that no half before it has met, with a fresh optimizer; each half has a kind of thought (`ARMS`). Then it is
+evaluated on problems of templates that it has seen, and of those that it has not.
+
+The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
+CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
+is done once its small result file is there (docs/results/smollm2/ENTRY.json: counts by problem, figures by step).
+Everything may be killed at any time: training goes on from its last checkpoint, an evaluation from its last record.
+Two commands on one folder share the work, if they name different seeds. `python benchmarks/smollm2_report.py` makes
+tables and picture from the result files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import gc
+import json
+import logging
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from smollm2_report import ARMS, COUNTS, METRICS, SPLITS, entry_of, report
+
+from rl_soft.config.recipe import load_recipe
+from rl_soft.data.row import Row, question_hash
+from rl_soft.data.sources import load_rows
+from rl_soft.evaluation.records import GREEDY, read
+from rl_soft.files import write_atomic
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes" / "smollm2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What `--size NAME=VALUE` sets."""
+
+    drawn: int = 30000  # problems that are drawn from the generator
+    question_tokens: int = 80  # longer questions are left out, which keeps a step short
+    step_tokens: int = 48  # longer solutions too
+    template_rows: int = 150  # a template with fewer problems is left out
+    unseen: int = 190  # problems of an evaluation
+    seen: int = 76
+    validation: int = 48  # of each; the warm start stops by them
+    rl_rows: int = 1280
+    warm_rows: int = 6400
+    warm_batch: int = 8
+    warm_steps: int = 800
+    warm_accuracy: float = 0.3  # of the validation, at which the warm start stops
+    codi_steps: int = 300
+    prompts: int = 8
+    completions: int = 8
+    steps: int = 40  # of one half
+    learning_rate: float = 1e-4  # of RL
+    samples: int = 16
+    thoughts: int = 56  # the most; solutions are shorter
+    lora_r: int = 16
+    gradient_batches: int = 24
+
+
+SOFT = {"thought": "gumbel", "thought_k": 4, "thought_tau": 0.3, "ratio": "top1"}
+KINDS: dict[str, dict[str, Any]] = {"token": {"thought": "token", "ratio": "top1"}, "soft": SOFT}
+
+
+class Study:
+    """The entries, by name.
+
+    Args:
+        out: run folders and problems.
+        results: small files, one for each entry that is done.
+        model: the folder of SmolLM2-135M-Instruct.
+    """
+
+    def __init__(self, out: Path, results: Path, model: Path, sizes: Sizes) -> None:
+        self.out, self.results, self.model, self.sizes = out, results, model, sizes
+        self.text = {
+            "end_of_thinking": "####",
+            "num_thoughts": sizes.thoughts,
+            "step_separator": "\n",
+            "question_template": "{question}\n",
+            "max_answer_tokens": 6,
+        }
+
+    def entries(self, seeds: list[int], arms: list[str], codi: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+        made: dict[str, Callable[[], dict[str, Any]]] = {"warm": self.warm}
+        for seed in seeds:
+            halves = [ARMS[arm][:half] for half in (1, 2) for arm in arms]  # a first half may be that of two arms
+            made |= {entry_of(kinds, seed): partial(self.half, kinds, seed) for kinds in halves}
+            made |= {"warm-eval": self.warm_eval}
+            made |= {f"{entry_of(ARMS[arm], seed)}-eval": partial(self.arm_eval, ARMS[arm], seed) for arm in arms}
+        made |= {"gradients": self.gradients}
+        return made | ({"codi": self.codi, "cot": self.cot, "codi_rl": self.codi_rl} if codi else {})
+
+    # -- entries ------------------------------------------------------------------------------------------------------
+
+    def warm(self) -> dict[str, Any]:
+        """Supervised on worked equations; its adapter is then merged."""
+        from rl_soft.model import policy
+        from rl_soft.model.adapters import merged
+
+        self.problems()
+        sizes, run, start = self.sizes, self.out / "warm", self.out / "start"
+        values = self.text | {
+            "model_name_or_path": str(self.model), "lora_r": 2 * sizes.lora_r, "lora_alpha": 4 * sizes.lora_r,
+            "max_steps": sizes.warm_steps, "validation_problems": 2 * sizes.validation, "validation_every": 80,
+            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "bf16": True,
+            "attn_implementation": "eager",
+        }  # fmt: skip
+        self.supervised("sft_cot", run, values)
+        if not (start / "model").exists():
+            made = policy.load_policy(str(run / "model"))
+            assert made.thinking is not None
+            start.mkdir(exist_ok=True)
+            policy.save(start / "model", merged(made.model).save_pretrained, made.tokenizer, made.thinking, True)
+        return {"curve": losses(run)}
+
+    def warm_eval(self) -> dict[str, Any]:
+        """The warm start in tokens and in soft thoughts."""
+        start = self.out / "start"
+        found = {kind: self.evaluated(f"warm-{kind}", start, **self.thought(kind)) for kind in KINDS}
+        return {"evaluations": found, "agreement": self.agreement()}
+
+    def half(self, kinds: tuple[str, ...], seed: int) -> dict[str, Any]:
+        """One half of an arm, by the kinds of thoughts of its halves so far."""
+        run, before = (
+            self.out / entry_of(kinds, seed),
+            self.out / (entry_of(kinds[:-1], seed) if kinds[1:] else "start"),
+        )
+        self.reinforced(run, before, self.text | KINDS[kinds[-1]], f"rl{len(kinds)}", seed)
+        return {"curve": by_step(run)}
+
+    def arm_eval(self, kinds: tuple[str, ...], seed: int) -> dict[str, Any]:
+        """An arm after both halves; one that ends with soft thoughts also in tokens."""
+        name = entry_of(kinds, seed)
+        found = {"own": self.evaluated(name, self.out / name)}
+        if kinds[-1] != "token":
+            found["token"] = self.evaluated(f"{name}-token", self.out / name, **self.thought("token"))
+        return {"evaluations": found}
+
+    def gradients(self) -> dict[str, Any]:
+        """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""
+        from smollm2_gradients import measure
+
+        start, problems = self.out / "start" / "model", self.out / "problems" / "rl1.jsonl"
+        return {
+            k: measure(start, problems, self.thought(k), self.out / f"gradients-{k}.pt", self.sizes) for k in KINDS
+        }
+
+    def codi(self) -> dict[str, Any]:
+        """Six Gumbel thoughts in the place of the equations, from the warm start."""
+        run = self.out / "codi"
+        self.supervised("codi", run, self.after_warm() | {"num_thoughts": 6, "thought": "gumbel", "answer_prompt": ""})
+        return {"curve": losses(run), "evaluations": {"own": self.evaluated("codi", run)}}
+
+    def cot(self) -> dict[str, Any]:
+        """The twin of `codi`: as many steps with the same adapter, on the equations."""
+        run = self.out / "cot"
+        self.supervised("sft_cot", run, self.after_warm() | self.text)
+        return {"curve": losses(run), "evaluations": {"own": self.evaluated("cot", run)}}
+
+    def codi_rl(self) -> dict[str, Any]:
+        """RL of latent thoughts, from `codi`."""
+        latent = {"phase": "latent", "num_thoughts": 6, "answer_prompt": "", "end_of_thinking": ""}
+        values = self.text | SOFT | latent | {"thought_tau": 0.5, "lora_r": 128, "lora_alpha": 32}
+        run = self.out / "codi_rl"
+        self.reinforced(run, self.out / "codi", values, "rl1", 1)
+        return {"curve": by_step(run), "evaluations": {"own": self.evaluated("codi_rl", run)}}
+
+    # -- what they are made of ----------------------------------------------------------------------------------------
+
+    def problems(self) -> None:
+        """The problem files, made once. Templates and then problems are taken in turn, so no file shares a problem."""
+        folder, sizes = self.out / "problems", self.sizes
+        if (self.results / "problems.json").exists() and folder.exists():
+            return
+        from transformers import AutoTokenizer
+
+        tokenizer, by_template = AutoTokenizer.from_pretrained(str(self.model)), defaultdict(list)
+        options = {"compact": True, "steps": "equations"}
+        for row in load_rows("gsm_symbolic", "train", sizes.drawn, 1, options):
+            steps = "".join(step + "\n" for step in row.steps)
+            lengths = [len(tokenizer.encode(text)) for text in (row.question, steps)]
+            if lengths[0] <= sizes.question_tokens and lengths[1] <= sizes.step_tokens:
+                by_template[row.family].append(row)
+        enough = [template for template, rows in by_template.items() if len(rows) >= sizes.template_rows]
+        templates = sorted(enough, key=question_hash)
+        unseen = templates[::3]
+        seen = [t for t in templates if t not in unseen]
+        of_unseen, of_seen = Turns(by_template, unseen), Turns(by_template, seen)
+        files = {"unseen": of_unseen.take(sizes.unseen), "seen": of_seen.take(sizes.seen)}
+        validation = zip(of_seen.take(sizes.validation), of_unseen.take(sizes.validation), strict=True)
+        half, all_rl = sizes.prompts * sizes.steps, of_seen.take(sizes.rl_rows)
+        files |= {name: all_rl[i * half : (i + 1) * half] for i, name in enumerate(("rl1", "rl2"))}
+        files["warm"] = [row for pair in validation for row in pair] + of_seen.take(sizes.warm_rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in files.items():
+            lines = [{**dataclasses.asdict(row), "steps": list(row.steps)} for row in rows]
+            keys = ("id", "question", "answer", "steps", "family", "answer_type")
+            text = "".join(json.dumps({key: line[key] for key in keys}) + "\n" for line in lines)
+            write_atomic(folder / f"{name}.jsonl", text)
+        held_out = {split: [[row.id, row.family] for row in files[split]] for split in SPLITS}
+        self.store("problems", {"templates": {"unseen": len(unseen), "seen": len(seen)}, **held_out})
+
+    def supervised(self, recipe: str, run: Path, values: dict[str, Any]) -> None:
+        batch = {
+            "dataset": str(self.out / "problems" / "warm.jsonl"), "dataset_options": None, "train_size": None,
+            "per_device_train_batch_size": self.sizes.warm_batch, "gradient_accumulation_steps": 1,
+            "train_sampling_strategy": "group_by_length", "logging_steps": 10, "save_steps": 40,
+            "save_total_limit": 1, "disable_tqdm": True,
+        }  # fmt: skip
+        trained(recipe, batch | values | {"output_dir": str(run)})
+
+    def after_warm(self) -> dict[str, Any]:
+        """Values of `codi` and its twin."""
+        return {
+            "model_name_or_path": str(self.out / "start" / "model"), "max_steps": self.sizes.codi_steps,
+            "validation_problems": 2 * self.sizes.validation, "validation_every": 100, "max_answer_tokens": 6,
+            "question_template": "{question}\n", "learning_rate": 5e-4,
+        }  # fmt: skip
+
+    def reinforced(self, run: Path, start: Path, values: dict[str, Any], problems: str, seed: int) -> None:
+        sizes = self.sizes
+        common = {
+            "model_name_or_path": str(start / "model"), "lora_r": sizes.lora_r, "lora_alpha": 2 * sizes.lora_r,
+            "dataset": str(self.out / "problems" / f"{problems}.jsonl"), "train_size": None, "seed": seed,
+            "thought_temperature": 1.0, "temperature": 1.0, "rewards": ["math_accuracy"], "reward_weights": None,
+            "prompts_per_step": sizes.prompts, "num_generations": sizes.completions, "max_steps": sizes.steps,
+            "per_device_train_batch_size": sizes.prompts * sizes.completions, "learning_rate": sizes.learning_rate,
+            "save_steps": 5, "save_total_limit": 1, "log_completions": False, "disable_tqdm": True,
+        }  # fmt: skip
+        trained("grpo_gumbel", common | values | {"output_dir": str(run)})
+
+    def thought(self, kind: str) -> dict[str, Any]:
+        return {key: value for key, value in KINDS[kind].items() if key != "ratio"}
+
+    def evaluated(self, name: str, run: Path, **thinking: Any) -> dict[str, Any]:
+        """Counts of right answers by problem, of the samples and of the greedy one."""
+        from rl_soft.cli.eval import run as evaluate
+
+        found: dict[str, Any] = {"samples": self.sizes.samples}
+        positions = []
+        for split in SPLITS:
+            folder = self.out / "evals" / name / split
+            asked = {"dataset": str(self.out / "problems" / f"{split}.jsonl"), "output_dir": str(folder)}
+            asked |= {"eval_samples": self.sizes.samples, "eval_batch_size": 20 * self.sizes.samples}
+            evaluate(str(run / "model"), asked | thinking)
+            correct: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # of the samples, of the greedy answer
+            for r in read(folder / "records.jsonl"):
+                correct[r["problem_id"]][r["sample"] == GREEDY] += r["outcome"] == "correct"
+                positions += [r["thoughts"] + r["answer_tokens"]] * (r["sample"] != GREEDY)
+            rows = [json.loads(line) for line in (self.out / "problems" / f"{split}.jsonl").read_text().splitlines()]
+            counts = [correct[f"{split}/{row['id']}"] for row in rows]
+            found[split] = dict(zip(COUNTS, map(list, zip(*counts, strict=True)), strict=True))
+        return found | {"positions": sum(positions) / len(positions)}
+
+    def agreement(self) -> dict[str, float]:
+        """Of the warm start in tokens and in soft thoughts, drawn with one noise: how much of the text is the same.
+
+        A thought's strongest id is the token that the same noise draws, until what was fed before makes a difference.
+        """
+        same, shared, n = 0, 0.0, 0
+        for split in SPLITS:
+            token, soft = (texts(self.out / "evals" / f"warm-{kind}" / split) for kind in KINDS)
+            for key, text in token.items():
+                other, n = soft[key], n + 1
+                same += text == other
+                longest = max(len(text), len(other), 1)
+                common = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
+                shared += (min(len(text), len(other)) if common is None else common) / longest
+        return {"same text": same / n, "share of the text before they part": shared / n, "completions": n}
+
+    # -- the queue ----------------------------------------------------------------------------------------------------
+
+    def store(self, name: str, values: dict[str, Any]) -> None:
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.results / f"{name}.json", json.dumps(rounded(values)) + "\n")
+
+    def check_sizes(self) -> None:
+        """Results of other sizes are not mixed with these."""
+        file, sizes = self.results / "sizes.json", dataclasses.asdict(self.sizes)
+        if file.exists() and (stored := json.loads(file.read_text())) != sizes:
+            different = next(key for key in sizes if sizes[key] != stored.get(key))
+            raise SystemExit(
+                f"{self.results} holds results of {different} = {stored.get(different)}, not {sizes[different]}; "
+                "choose another --results and --out"
+            )
+        self.store("sizes", sizes)
+
+
+class Turns:
+    """Problems of some templates, one of each in turn; none is taken twice."""
+
+    def __init__(self, by_template: dict[str, list[Row]], templates: list[str]) -> None:
+        self.rows, self.at = [by_template[template] for template in templates], 0
+
+    def take(self, count: int) -> list[Row]:
+        """`count` problems, from each template's next one on."""
+        taken: list[Row] = []
+        while len(taken) < count:
+            turn = [rows[self.at] for rows in self.rows if self.at < len(rows)]
+            if not turn:
+                raise SystemExit(f"{count} more problems are wanted than were drawn; set --size drawn=... higher")
+            taken, self.at = taken + turn, self.at + 1
+        return taken[:count]
+
+
+def trained(recipe: str, values: dict[str, Any]) -> None:
+    """Run a recipe, or what is left of it; a run before it in this process leaves nothing behind."""
+    from accelerate.state import AcceleratorState
+
+    from rl_soft import run
+
+    if not (Path(values["output_dir"]) / "model").exists():
+        run(load_recipe(RECIPES / f"{recipe}.yaml", {"eval_problems": 0, **values}))
+        gc.collect()
+        AcceleratorState._reset_state()
+
+
+def by_step(run: Path) -> dict[str, list[float]]:
+    """Figures of every step; after a resume the last line of a step counts."""
+    lines = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if "reward" in line:
+            lines[line["step"]] = line
+    return {ours: [line[name] for _, line in sorted(lines.items())] for ours, name in METRICS.items()}
+
+
+def losses(run: Path) -> dict[str, list[float]]:
+    lines = {x["step"]: x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in x}
+    return {name: [line[name] for _, line in sorted(lines.items())] for name in ("step", "loss")}
+
+
+def texts(evaluation: Path) -> dict[tuple[str, int], str]:
+    return {(r["problem_id"], r["sample"]): r["text"] for r in read(evaluation / "records.jsonl")}
+
+
+def rounded(value: Any) -> Any:
+    """Five significant digits are enough for a figure by step, and keep the files small."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    return [rounded(x) for x in value] if isinstance(value, list) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="NAME")
+    parser.add_argument("--no-codi", action="store_true", help="without the three entries of CODI")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "smollm2_study", help="run folders")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "smollm2", help="result files")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
+    parser.add_argument("--size", nargs="*", default=[], metavar="NAME=VALUE", help="; ".join(map(str, vars(Sizes()))))
+    parser.add_argument("--entry", help="this one alone, in this process")
+    args = parser.parse_args()
+    sizes = Sizes(**{name: json.loads(value) for name, value in (word.split("=") for word in args.size)})
+    study = Study(args.out.resolve(), args.results.resolve(), args.model.resolve(), sizes)
+    entries = study.entries(args.seeds, args.arms, not args.no_codi)
+    if args.entry:
+        logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
+        logging.getLogger("rl_soft").setLevel(logging.INFO)
+        study.store(args.entry, entries[args.entry]())
+        return
+    study.check_sizes()
+    for name in entries:
+        if (study.results / f"{name}.json").exists():
+            continue
+        log = study.out / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # The process keeps the lock: where this one was killed and that one was not, the next command waits for it.
+        with (study.out / f"{name}.lock").open("w") as lock, log.open("a") as file:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (study.results / f"{name}.json").exists():
+                continue
+            print(f"{name}: {log}", flush=True)
+            command = [sys.executable, *sys.argv, "--entry", name]
+            code = subprocess.run(command, stdout=file, stderr=file, pass_fds=[lock.fileno()]).returncode
+        if code:
+            raise SystemExit(f"{name} ended with exit code {code}, see {log}; the same command goes on")
+    report(study.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Tables and picture of benchmarks/smollm2.py, from its small result files alone: no checkpoints, no torch.
+
+    python benchmarks/smollm2_report.py [--results docs/results/smollm2]
+
+Writes RESULTS.json and RESULTS.png beside the folder, and prints Markdown. What is missing is named: a table counts
+the seeds that it has. Intervals are 95 %, by bootstrap over problems, each with all its seeds; in brackets those over
+templates, whose problems resemble each other. Differences are paired by problem and by the noise of the samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl_soft.evaluation import passk
+from rl_soft.evaluation.figures import COLOURS, canvas, clean, png
+from rl_soft.files import write_atomic
+
+ROOT = Path(__file__).parents[1]
+COUNTS = ("correct", "greedy")  # of each problem: right answers among the samples, and of the greedy one
+METRICS = {  # ours -> the trainer's
+    "reward": "reward",
+    "groups alike": "frac_reward_zero_std",
+    "length": "completions/mean_length",
+    "thoughts": "thoughts/count",
+    "entropy": "thoughts/entropy",
+    "softness": "thoughts/softness",
+    "density gap": "rollout/density_gap",
+    "gradient": "grad_norm",
+    "rollout": "seconds/rollout",
+    "rewards": "seconds/reward",
+    "scoring": "seconds/scoring",
+    "update": "seconds/update",
+}
+SECONDS = ("rollout", "rewards", "scoring", "update")
+KS = (1, 4, 16)
+# arm -> how it thinks in each half of its steps; the warm start that it is compared with thinks as it does in the end
+ARMS = {"token": ("token", "token"), "soft": ("soft", "soft"), "soft then token": ("soft", "token")}
+CODI = ("codi", "cot", "codi_rl")
+SPLITS = {"unseen": "templates never trained on", "seen": "templates trained on"}
+COLOUR = dict(zip(ARMS, COLOURS, strict=False))
+
+
+def entry_of(kinds: tuple[str, ...], seed: int) -> str:
+    """What a run of one half is called, by the kinds of thoughts of the halves up to it."""
+    return f"{'+'.join(kinds)}-seed{seed}"
+
+
+class Results:
+    """The result files of a folder.
+
+    Attributes:
+        files: name of an entry -> its content.
+        curves: arm -> seed -> figures by step, of the halves that are there.
+        evaluated: arm -> seed -> evaluations by how the arm thinks in it.
+    """
+
+    def __init__(self, folder: Path, seeds: tuple[int, ...]) -> None:
+        self.files = files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        self.curves: dict[str, dict[int, dict[str, list[float]]]] = {arm: {} for arm in ARMS}
+        self.evaluated: dict[str, dict[int, Any]] = {arm: {} for arm in ARMS}
+        for arm, kinds in ARMS.items():
+            for seed in seeds:
+                halves = [entry_of(kinds[:half], seed) for half in (1, 2)]
+                there = [files[name]["curve"] for name in halves if name in files]
+                if there:
+                    self.curves[arm][seed] = {m: [x for half in there for x in half[m]] for m in METRICS}
+                if f"{halves[1]}-eval" in files:
+                    self.evaluated[arm][seed] = files[f"{halves[1]}-eval"]["evaluations"]
+        names = [entry_of(kinds[:half], s) for s in seeds for half in (1, 2) for kinds in ARMS.values()]
+        names += [f"{entry_of(kinds, s)}-eval" for s in seeds for kinds in ARMS.values()]
+        self.missing = [n for n in dict.fromkeys(["warm", "warm-eval", *names, "gradients", *CODI]) if n not in files]
+        self.templates = {s: [family for _, family in files.get("problems", {}).get(s, [])] for s in SPLITS}
+
+    def before(self, kind: str, split: str, k: int) -> np.ndarray:
+        return solved(self.files["warm-eval"]["evaluations"][kind], split, k)
+
+    def after(self, arm: str, split: str, k: int, seeds: list[int], how: str = "own") -> np.ndarray:
+        """(seeds * problems,)"""
+        return np.concatenate([solved(self.evaluated[arm][s][how], split, k) for s in seeds])
+
+    def interval(self, split: str, values: np.ndarray, against: np.ndarray | None = None) -> dict[str, Any]:
+        """Of the mean of some seeds' values, or of their mean difference from others; over problems and templates."""
+        templates = self.templates[split] * (len(values) // len(self.templates[split]))
+        problems = list(range(len(self.templates[split]))) * (len(values) // len(self.templates[split]))
+        found = []
+        for families in (problems, templates):
+            if against is None:
+                found.append(vars(passk.bootstrap(values, families)))
+            else:
+                found.append(vars(passk.paired_bootstrap(against, values, families)))
+        return found[0] | {"by template": {end: found[1][end] for end in ("low", "high")}}
+
+
+def solved(evaluation: dict[str, Any], split: str, k: int) -> np.ndarray:
+    """pass@k of each problem, (P,)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # n = k
+        return np.asarray(passk.pass_at_k(evaluation["samples"], np.array(evaluation[split]["correct"]), k))
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """All figures of the tables; `seeds` says what each is made of."""
+    found: dict[str, Any] = {"before": {}, "arms": {}, "against token": {}, "training": {}}
+    found["training"] = {arm: training(list(by.values())) for arm, by in results.curves.items() if by}
+    found["gradients"] = results.files.get("gradients")
+    if "warm-eval" not in results.files:
+        return found
+    ks = [k for k in KS if k <= results.files["warm-eval"]["evaluations"]["token"]["samples"]]
+    for kind in ("token", "soft"):
+        rows = {s: {f"pass@{k}": results.interval(s, results.before(kind, s, k)) for k in ks} for s in SPLITS}
+        found["before"][kind] = rows
+    found["agreement"] = results.files["warm-eval"]["agreement"]
+    for arm, by_seed in results.evaluated.items():
+        if not by_seed:
+            continue
+        seeds, both = sorted(by_seed), sorted(by_seed.keys() & results.evaluated["token"].keys())
+        row: dict[str, Any] = {"seeds": seeds}
+        against: dict[str, Any] = {"seeds": both}
+        for split in SPLITS:
+            row[split], against[split] = {}, {}
+            for k in ks:
+                after = results.after(arm, split, k, seeds)
+                before = np.tile(results.before(ARMS[arm][-1], split, k), len(seeds))
+                row[split][f"pass@{k}"] = {
+                    "after": results.interval(split, after),
+                    "gain": results.interval(split, after, before),
+                    "gain by seed": [float(d.mean()) for d in (after - before).reshape(len(seeds), -1)],
+                }
+                if both and arm != "token":
+                    ours, tokens = (results.after(a, split, k, both) for a in (arm, "token"))
+                    against[split][f"pass@{k}"] = results.interval(split, ours, tokens)
+        found["arms"][arm] = row
+        if both and arm != "token":
+            found["against token"][arm] = against
+    for name in CODI:
+        if name in results.files:
+            own = results.files[name]["evaluations"]["own"]
+            found[name] = {s: {f"pass@{k}": results.interval(s, solved(own, s, k)) for k in ks} for s in SPLITS}
+            found[name]["positions"] = own["positions"]
+    return found
+
+
+def training(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Means over the steps of all seeds, and over the first and last fifth of the steps that all of them have."""
+    steps = min(len(run["reward"]) for run in runs)
+    curves = {name: np.array([run[name][:steps] for run in runs]) for name in METRICS}  # (seeds, steps)
+    fifth = max(1, steps // 5)
+    ends = {name: [float(c[:, :fifth].mean()), float(c[:, -fifth:].mean())] for name, c in curves.items()}
+    return {
+        "seeds": len(runs),
+        "steps": steps,
+        "mixed groups": float(1 - curves["groups alike"].mean()),
+        "positions of an answer": ends["length"],
+        "reward": ends["reward"],
+        "entropy": ends["entropy"],
+        "softness": ends["softness"],
+        "largest density gap": float(curves["density gap"].max()),
+        "seconds": {name: float(np.median(curves[name])) for name in SECONDS},
+    }
+
+
+def show(found: dict[str, Any], missing: list[str]) -> str:
+    """Markdown."""
+
+    def value(row: dict[str, Any], sign: str = "") -> str:
+        low, high = (100 * row["by template"][end] for end in ("low", "high"))
+        middle = f"{100 * row['mean']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
+        return f"{middle} [{low:{sign}.1f} to {high:{sign}.1f}]"
+
+    lines = [f"Not there yet: {', '.join(missing)}."] if missing else []
+    for split, title in SPLITS.items():
+        lines += ["", f"**{title}**, %", "", "| | seeds | pass@1 | pass@4 | pass@16 |", "|---|---|---|---|---|"]
+        table: list[tuple[str, str, list[str]]] = []
+        for kind, row in found["before"].items():
+            table.append((f"before RL, {kind}", "", [value(x) for x in row[split].values()]))
+        for arm, row in found["arms"].items():
+            seeds = ", ".join(map(str, row["seeds"]))
+            table.append((f"{arm}, after RL", seeds, [value(x["after"]) for x in row[split].values()]))
+            table.append((f"{arm}, after less before", seeds, [value(x["gain"], "+") for x in row[split].values()]))
+        for arm, row in found["against token"].items():
+            seeds = ", ".join(map(str, row["seeds"]))
+            table.append((f"{arm} less token", seeds, [value(x, "+") for x in row[split].values()]))
+        for name in CODI:
+            if name in found:
+                table.append((name, "1", [value(x) for x in found[name][split].values()]))
+        lines += [f"| {name} | {seeds} | {' | '.join(values)} |" for name, seeds, values in table]
+    if found["training"]:
+        lines += [
+            "",
+            "| | seeds | steps | mixed groups | reward | positions | entropy | softness | density gap | seconds |",
+        ]
+        lines += ["|---|---:|---:|---:|---|---|---|---|---|---|"]
+    for arm, row in found["training"].items():
+        ends = [f"{a:.3g} to {b:.3g}" for a, b in (row[name] for name in
+                ("reward", "positions of an answer", "entropy", "softness"))]  # fmt: skip
+        seconds = ", ".join(f"{name} {s:.1f}" for name, s in row["seconds"].items())
+        mixed, gap = f"{row['mixed groups']:.0%}", f"{row['largest density gap']:.1e}"
+        figures = [arm, row["seeds"], row["steps"], mixed, *ends, gap, seconds]
+        lines.append(f"| {' | '.join(map(str, figures))} |")
+    return "\n".join(lines)
+
+
+def draw(results: Results, found: dict[str, Any]) -> bytes:
+    """Reward by step, and what each arm gained on templates never trained on."""
+    figure = canvas(10.5, 4.3)
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    for axes in (left, right):
+        clean(axes)
+    for arm, by_seed in results.curves.items():
+        curves = [np.array(curve["reward"]) for curve in by_seed.values()]
+        width = max(1, min(10, len(curves[0]) // 4)) if curves else 1
+        smooth = [np.convolve(curve, np.ones(width) / width, "valid") for curve in curves]
+        for curve in smooth:
+            left.plot(np.arange(len(curve)) + width, 100 * curve, color=COLOUR[arm], alpha=0.25, linewidth=0.9)
+        if smooth:
+            mean = 100 * np.mean([curve[: min(map(len, smooth))] for curve in smooth], axis=0)
+            left.plot(np.arange(len(mean)) + width, mean, color=COLOUR[arm], linewidth=2, label=arm)
+    left.set(xlabel="step", ylabel="right answers in training, %, mean of ten steps")
+    ks = list(next(iter(found["arms"].values()), {}).get("unseen", {}))
+    for i, (arm, row) in enumerate(found["arms"].items()):
+        for j, name in enumerate(ks):
+            gain, y = row["unseen"][name]["gain"], -j - 0.2 * i
+            right.plot([100 * gain["low"], 100 * gain["high"]], [y, y], color=COLOUR[arm], linewidth=2)
+            right.plot(100 * gain["mean"], y, "o", color=COLOUR[arm], markersize=5)
+    right.axvline(0, color="#8c959f", linewidth=1)
+    right.set_yticks([-j - 0.2 for j in range(len(ks))], ks)
+    right.set(xlabel="after RL less before it, points, with 95 % intervals over problems")
+    if any(results.curves.values()):
+        left.legend(frameon=False, fontsize=9)
+    seeds = ", ".join(f"{arm}: {len(by_seed)}" for arm, by_seed in results.evaluated.items())
+    return png(
+        figure, "SmolLM2-135M on templates that it was never trained on", f"Evaluated seeds of each arm: {seeds}."
+    )
+
+
+def report(folder: Path, wanted: tuple[int, ...] = (1, 2, 3)) -> None:
+    """Write the tables' figures and the picture beside `folder`, and print the tables."""
+    results = Results(folder, wanted)
+    found = summarise(results) | {"missing": results.missing, "sizes": results.files.get("sizes")}
+    write_atomic(folder.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    if found["training"]:
+        folder.with_suffix(".png").write_bytes(draw(results, found))
+    print(show(found, results.missing), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "smollm2")
+    report(parser.parse_args().results)

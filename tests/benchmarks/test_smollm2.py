@@ -1,0 +1,129 @@
+"""The study of SmolLM2 ends with one table, however often it is killed on the way; what its report says.
+
+pytest tests/benchmarks/test_smollm2.py; -m slow: a study of a tiny model, killed three times
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+
+from rl_soft.data.sources import load_rows
+from rl_soft.model import policy
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from smollm2_report import METRICS, SPLITS, report
+
+SIZES = {
+    "drawn": 400, "question_tokens": 400, "step_tokens": 90, "template_rows": 2, "unseen": 3, "seen": 3,
+    "validation": 2, "rl_rows": 8, "warm_rows": 20, "warm_batch": 4, "warm_steps": 2, "warm_accuracy": 1.1,
+    "prompts": 2, "completions": 2, "steps": 2, "samples": 4, "thoughts": 8, "lora_r": 2,
+}  # fmt: skip
+
+
+def tiny_model(folder: Path) -> Path:
+    """A random model that spells the problems in characters."""
+    drawn = load_rows("gsm_symbolic", "train", SIZES["drawn"], 1, {"compact": True, "steps": "equations"})
+    characters = sorted({c for row in drawn for c in "".join((row.question, *row.steps, row.answer))} | {"\n", "#"})
+    made = policy.make({**TINY, "model_type": "llama", "max_position_embeddings": 1024}, "".join(characters), 0)
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def study(folder: Path, model: Path, **kwargs) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/smollm2.py"),
+        "--seeds",
+        "1",
+        "--arms",
+        "token",
+        "soft then token",
+    ]
+    command += ["--no-codi", "--model", str(model), "--out", str(folder / "out"), "--results", str(folder / "results")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--size", *(f"{name}={value}" for name, value in SIZES.items())],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def table(folder: Path) -> dict:
+    """What the report wrote, without the clock."""
+    found = json.loads((folder / "results.json").read_text())
+    for row in found["training"].values():
+        row.pop("seconds")
+    return found
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
+    model, whole, killed = tiny_model(tmp_path / "model"), tmp_path / "whole", tmp_path / "killed"
+    done = study(whole, model)
+    printed, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, printed
+    signs = "results/warm.json", "out/token-seed1/checkpoint-2", "out/soft+token-seed1/metrics.jsonl"
+    for sign in signs:
+        process = study(killed, model, start_new_session=True)
+        while process.poll() is None and not (killed / sign).exists():
+            time.sleep(0.02)
+        assert process.poll() is None
+        os.killpg(process.pid, 9)
+        process.communicate()
+    again = study(killed, model)
+    printed_again, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, printed_again
+    assert table(killed) == table(whole)
+    assert set(table(whole)["arms"]) == {"token", "soft then token"} and "soft+soft-seed1" in table(whole)["missing"]
+    assert (whole / "results.png").stat().st_size > 10_000
+    assert "Not there yet" in printed and "soft then token less token" in printed
+
+
+def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
+    """Files as of a finished study: `token` and `soft` solve half of the problems, `soft` one problem more."""
+    folder.mkdir(parents=True)
+    rows = [[f"p{i}", f"t{i % 3}"] for i in range(12)]
+    counts = {"token": [16, 0] * 6, "soft": [16, 0] * 5 + [16, 16], "before": [8, 0] * 6}
+
+    def evaluation(name):
+        return {"samples": 16} | {s: {"correct": counts[name], "greedy": [0] * 12} for s in SPLITS}
+
+    files = {"problems": dict.fromkeys(SPLITS, rows)}
+    before = {kind: evaluation("before") for kind in ("token", "soft")}
+    files["warm-eval"] = {"evaluations": before, "agreement": None}
+    for arm, some in seeds.items():
+        for seed in some:
+            for half in (1, 2):
+                files[f"{'+'.join([arm] * half)}-seed{seed}"] = {"curve": {name: [0.25] * 5 for name in METRICS}}
+            files[f"{arm}+{arm}-seed{seed}-eval"] = {"evaluations": {"own": evaluation(arm)}}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_table_names_the_seeds_that_it_has(tmp_path, capsys):
+    write_results(tmp_path / "r", {"token": [1, 2], "soft": [1, 3]})
+    report(tmp_path / "r")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["arms"]["token"]["seeds"] == [1, 2] and found["arms"]["soft"]["seeds"] == [1, 3]
+    assert found["against token"]["soft"]["seeds"] == [1], "arms are compared on the seeds that both have"
+    assert "soft+soft-seed2-eval" in found["missing"] and "soft+soft-seed2-eval" in capsys.readouterr().out
+    assert found["training"]["soft"]["mixed groups"] == 0.75 and found["training"]["soft"]["steps"] == 10
+
+
+def test_figures_are_paired_by_problem_and_resampled_with_all_their_seeds(tmp_path):
+    for name, seeds in (("one", [1]), ("three", [1, 2, 3])):
+        write_results(tmp_path / name, {"token": seeds, "soft": seeds})
+        report(tmp_path / name)
+    one, three = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "three"))
+    pair = one["against token"]["soft"]["unseen"]["pass@1"]
+    assert pair["mean"] == pytest.approx(1 / 12) and (pair["gained"], pair["lost"]) == (1, 0)
+    assert one["arms"]["token"]["unseen"]["pass@1"]["gain"]["mean"] == pytest.approx(0.25)
+    # Seeds that agree on every problem are no further problems: the interval stays as wide.
+    ends = [found["against token"]["soft"]["unseen"]["pass@1"] for found in (one, three)]
+    assert ends[0]["low"] == pytest.approx(ends[1]["low"]) and ends[0]["high"] == pytest.approx(ends[1]["high"])
