@@ -60,9 +60,8 @@ class SoftModel:
             if "inner.weight" not in state:
                 return  # which tells its size
             size, width = state["inner.weight"].shape
-            device = next(iter(self.parameters())).device  # type: ignore[attr-defined]
-            # Outside of the modules, so that vLLM's check for weights that were not loaded leaves it alone.
-            object.__setattr__(self, PROJECTOR, Projector(width, size, state["inner.weight"].dtype, device))
+            # Outside of the modules, so that vLLM's ways to load and reload them leave it alone.
+            object.__setattr__(self, PROJECTOR, Projector(width, size, state["inner.weight"].dtype))
         assert self.projector is not None
         self.projector.load_state_dict(state, strict=False)
 
