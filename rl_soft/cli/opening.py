@@ -22,8 +22,9 @@ def with_dtype(arguments: Asked) -> Asked:
 def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> policy.Policy:
     """An adapter in float32 is added into its weights where it can be: faster, and the same up to rounding."""
     devices.set_up()
+    dtype = arguments.dtype or devices.default_dtype()
     try:
-        loaded = policy.load_policy(model, str(arguments.dtype), arguments.attn_implementation)
+        loaded = policy.load_policy(model, dtype, arguments.attn_implementation)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model {model!r} is neither a folder here nor to be had from the hub: {first}") from None
