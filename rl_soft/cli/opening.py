@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 
 from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments, GenerateArguments
 from rl_soft.model import policy
 from rl_soft.model.adapters import merged
+from rl_soft.rollouts.engines import Roll, check_engine, roll_of
+from rl_soft.thoughts.layout import Layout
 
 
 def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments | AnalysisArguments) -> policy.Policy:
-    """An adapter in float32 is added into its weights where it can be: faster, and the same up to rounding."""
+    """An adapter in float32 is added into its weights where it can be: faster, and the same up to rounding.
+
+    Where another engine than ours makes the rollouts, no weights are loaded here.
+    """
     try:
+        if arguments.engine != "ours":
+            check_engine(arguments.engine, arguments.server, model, arguments.dtype)
+            return policy.describe_policy(model, arguments.dtype)
         loaded = policy.load_policy(model, arguments.dtype, arguments.attn_implementation)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub
         first = str(error).strip().splitlines()[0]
@@ -19,3 +30,18 @@ def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments |
     if loaded.model.dtype == torch.float32:
         loaded.model = merged(loaded.model)
     return loaded
+
+
+def place(model: Any, device: torch.device | str) -> Any:
+    """The model on its device, if its weights are here."""
+    return model if model.device.type == "meta" else model.to(device)
+
+
+def choose_roll(
+    model: str,
+    arguments: EvaluationArguments | GenerateArguments | AnalysisArguments,
+    layouts: Sequence[Layout],
+    questions: Iterable[str],
+) -> Roll:
+    """What makes the rollouts of a command; see `roll_of`."""
+    return roll_of(arguments.engine, arguments.server, model, arguments.dtype, layouts, list(questions))
