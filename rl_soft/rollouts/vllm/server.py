@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -72,12 +73,12 @@ class Server:
             raise ValueError(f"{said}, not {model}")
         if dtype != theirs["dtype"]:
             raise ValueError(
-                f"dtype is {dtype}, and server {self.url} has {theirs['dtype']}: give --dtype {theirs['dtype']} here, or "
-                f"--dtype {dtype} to rl-soft serve"
+                f"dtype is {dtype}, and server {self.url} has {theirs['dtype']}: give --dtype {theirs['dtype']} here, "
+                f"or --dtype {dtype} to rl-soft serve"
             )
 
     def check_room(self, layout: Layout, longest: int) -> None:
-        """Raises ValueError for thoughts that the server was not made for, and a context too short for prompts of up to
+        """Raises ValueError for thoughts that the server was not made for, or a context too short for prompts of
         `longest` ids."""
         about, name = self.about, f"server {self.url}"
         named = f"{name} (rl-soft serve --slots, --thoughts)"
@@ -149,8 +150,6 @@ def _entries(position: dict[str, float]) -> list[tuple[int, float]]:
 def _message(error: urllib.error.HTTPError) -> str:
     """What an error of the OpenAI API says."""
     text = error.read().decode(errors="replace")
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        pass
     return f"{error.code} {' '.join(text.split())[:300]}"
