@@ -9,7 +9,7 @@ usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value 
        ./launch.sh test [--vllm] [pytest arguments]
        ./launch.sh COMMAND ...            any other rl-soft command: generate, analyze, check, estimate, report, compare, recipes, ...
 
-  --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; for eval 0)
+  --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; 0 for one process, an adapter, eval)
   --nproc N    processes (default: one per GPU; without a GPU, 2 where there are 2 cores)
   --dry-run    validate the recipe, print it resolved and the command, run nothing
   --key value  overrides a key of the recipe, or of eval
@@ -124,7 +124,7 @@ if [[ $1 == eval ]]; then
   shift 2
 else
   program=("$1")
-  zero=2
+  zero=""
   [[ -f $1 ]] || die "recipe $1 does not exist"
   shift
 fi
@@ -137,11 +137,16 @@ while [[ $# -gt 0 ]]; do
     *) rest+=("$1"); shift ;;
   esac
 done
-[[ $zero =~ ^[0-3]$ ]] || die "--zero must be 0, 1, 2 or 3, got '$zero'"
+[[ -z $zero || $zero =~ ^[0-3]$ ]] || die "--zero must be 0, 1, 2 or 3, got '$zero'"
 [[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || die "--nproc must be a whole number above 0, got '$nproc'"
 
 setup
 devices=$(gpus)
+if [[ ${devices:-0} -gt 0 ]]; then # a driver that is too old for torch: not one slow process on the CPU per GPU
+  "$venv/bin/python" -c 'import sys; from rl_soft.model.devices import check_gpus
+try: check_gpus()
+except ValueError as error: sys.exit(f"launch.sh: error: {error}")' || exit 2
+fi
 read -r cores busy < <("$venv/bin/python" -c '
 import os
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -151,6 +156,15 @@ if [[ -z $nproc ]]; then
     nproc=$devices
   else
     nproc=$((cores < 2 ? 1 : 2))
+  fi
+fi
+if [[ -z $zero ]]; then # one process has nothing to divide, an adapter hardly anything, and DeepSpeed would round it
+  zero=2
+  words=" ${rest[*]+${rest[*]}} "
+  if [[ $nproc == 1 ]] || [[ ${words/=/ } == *" --use_peft true"* ]]; then
+    zero=0
+  elif grep -qE '^use_peft: *true' "${program[0]}" && [[ ${words/=/ } != *" --use_peft false"* ]]; then
+    zero=0
   fi
 fi
 # On GPUs nothing is compiled (AdamW is torch's), and bfloat16 weights need the float32 copies that DeepSpeed keeps.
@@ -188,6 +202,7 @@ tell() {
 check=("$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"})
 if [[ -n $dry ]]; then
   tell
+  [[ $zero == 0 ]] || export ACCELERATE_USE_DEEPSPEED=true
   WORLD_SIZE=$nproc exec "${check[@]}"
 fi
 # What is wrong is told at once and by one process; what is only noted is told by the run.

@@ -61,13 +61,14 @@ class Gathered:
 
 
 class OneOf:
-    """The choices of a text: `Annotated[str, OneOf(NAMES)]`."""
+    """The choices of a text: `Annotated[str, OneOf(NAMES)]`, or of `str | None`."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.literal_schema(list(self.names))
+        names = core_schema.literal_schema(list(self.names))
+        return core_schema.nullable_schema(names) if type(None) in typing.get_args(source) else names
 
 
 def nearest(name: object, known: Iterable[str], prefix: str = "") -> str:

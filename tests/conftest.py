@@ -1,4 +1,7 @@
-"""Tests run on a CPU, offline, without telemetry, on tiny random models."""
+"""Tests run on a CPU, offline, without telemetry, on tiny random models; `-m gpu` runs those that need a GPU.
+
+Any other run hides the GPUs of the machine, so that it is the same everywhere.
+"""
 
 import os
 
@@ -7,6 +10,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +44,16 @@ def tiny_policy(model_type: str = "llama", tied: bool = True, seed: int = 0) -> 
     with torch.no_grad():
         made.model.get_input_embeddings().weight.mul_(4)
     return made
+
+
+def wants_gpu(expression: str) -> bool:
+    """Whether the expression after -m asks for tests that need a GPU."""
+    return re.search(r"(?<!not )\bgpu\b", expression or "") is not None
+
+
+def pytest_configure(config) -> None:
+    if not wants_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

@@ -10,12 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rl_soft.analyses import cost, probe, traces
 from rl_soft.analyses import report as analysis_report
 from rl_soft.analyses import run as analysis_run
-from rl_soft.cli.opening import choose_roll, load_policy
+from rl_soft.cli.opening import choose_roll, load_policy, with_dtype
 from rl_soft.cli.opening import place as put
 from rl_soft.cli.plans import check_folder, load_rows, thinking_of
 from rl_soft.config.arguments import AnalysisArguments
@@ -26,6 +24,7 @@ from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import GREEDY, read_header
 from rl_soft.evaluation.samples import sample_records
 from rl_soft.model.adapters import merged
+from rl_soft.model.devices import device
 from rl_soft.model.folder import model_folder, read_thinking
 from rl_soft.model.policy import Policy, context_length
 from rl_soft.thoughts.fit import check_lengths
@@ -48,6 +47,7 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
         ValueError: arguments, data set and model that do not fit.
     """
     arguments, changes, _ = load_command("analyze", model_folder(model), overrides)
+    arguments = with_dtype(arguments)
     if kind == "cost" and not arguments.against:
         raise ValueError("against is missing: rl-soft analyze cost MODEL --against COT_MODEL --dataset NAME")
     if kind in TRACES and not arguments.output_dir:
@@ -73,7 +73,7 @@ def place(loaded: Policy, thinking: Thinking, rows: list[Row], dataset: str) -> 
     """A model on its device, in evaluation mode, and its layout, which the rows fit."""
     layout = layout_for(loaded.model, loaded.tokenizer, thinking)
     check_lengths(rows, layout, context_length(loaded.model), dataset)
-    return put(loaded.model, "cuda" if torch.cuda.is_available() else "cpu").eval(), layout
+    return put(loaded.model, device()).eval(), layout
 
 
 def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:

@@ -5,6 +5,7 @@ Imports are lazy: help, completion and a mistake in a recipe come without torch.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ KEYED: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
     "options_metavar": "",
 }
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}  # a user's own settings
 STOPPED = 130  # what typer returns after Ctrl-C
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a name that `rl-soft recipes` lists.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, PEFT folder or hub id.")]
@@ -48,6 +50,9 @@ def main(argv: list[str] | str | None = None) -> None:
         words = [*words[1:], "--only-check"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Rollout and update want memory in pieces of other sizes. Where vLLM is, its sleep mode would free nothing then.
+    if not ALLOCATOR & os.environ.keys() and importlib.util.find_spec("vllm") is None:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other; not a user's
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
     # DeepSpeed's settings are made from the trainer's; a user has nothing to mend.

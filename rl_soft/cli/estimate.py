@@ -21,6 +21,7 @@ from rl_soft.config.arguments import EstimateArguments
 from rl_soft.config.recipe import RL_METHODS, Recipe, batch_plan, warm_start_of
 from rl_soft.model.policy import character_tokenizer
 from rl_soft.rollouts.engine import PREFILL_TOKENS
+from rl_soft.train.precision import settled
 from rl_soft.train.start import lora_config
 
 GIB = 2**30
@@ -33,6 +34,7 @@ class Estimate:
     """Bytes per process; seconds per step."""
 
     model: str
+    dtype: str
     parameters: int
     trained: int
     asked: EstimateArguments
@@ -58,6 +60,7 @@ def estimate(recipe: Recipe, asked: EstimateArguments, speeds: tuple[float, floa
     Raises:
         ValueError: a batch that does not divide over the processes; a model that is not there.
     """
+    recipe = settled(recipe, asked.zero > 0)
     model = meta_model(recipe)
     config, size, rl = model.config.get_text_config(), model.dtype.itemsize, recipe.method in RL_METHODS
     V, T, processes, stage = config.vocab_size, completion_length(recipe), asked.processes, asked.zero
@@ -65,7 +68,7 @@ def estimate(recipe: Recipe, asked: EstimateArguments, speeds: tuple[float, floa
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = batch_size(recipe)
     rows = batch_plan(recipe, processes)["steps_per_generation"] * batch if rl else batch
-    made = Estimate(type(model).__name__, total, trained, asked, T, rows)
+    made = Estimate(type(model).__name__, str(recipe.model.dtype), total, trained, asked, T, rows)
 
     trained_size = FLOAT32 if recipe.model.use_peft else size  # adapters are float32
     weights = (total - trained) * size + trained * trained_size
@@ -94,6 +97,8 @@ def estimate(recipe: Recipe, asked: EstimateArguments, speeds: tuple[float, floa
         prompts = max(1, min(rows // group_size(recipe), at_once // asked.prompt_tokens))
         made.rollout["cache"] = (rows * length + prompts * asked.prompt_tokens) * token
         made.rollout["logits"] = 5 * rows * V * FLOAT32
+        if float(recipe.training.get("beta") or 0):
+            made.always["reference's states"] = rows * T * config.hidden_size * size
         made.rollout["records"] = rows * T * (16 * recipe.thinking.support_size(V) + 40)
     made.seconds = step_seconds(recipe, made, model, speeds or measure_speeds(model.dtype))
     return made
@@ -128,7 +133,7 @@ def meta_model(recipe: Recipe) -> Any:
     if attention and "flash" not in attention:  # which is not there for a device without data
         config._attn_implementation = attention
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, m.dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, m.dtype or "float32"))
         if (adapter := lora_config(recipe)) is not None:
             from peft import get_peft_model
 
@@ -226,7 +231,7 @@ def describe(recipe: Recipe, made: Estimate, memory: float | None) -> str:
     """The table that `rl-soft estimate` prints; `memory` in GiB."""
     asked = made.asked
     lines = [
-        f"{recipe.path}: {made.model}, {recipe.model.dtype}, {made.parameters / 1e6:,.2f} M parameters, "
+        f"{recipe.path}: {made.model}, {made.dtype}, {made.parameters / 1e6:,.2f} M parameters, "
         f"{made.trained / 1e6:,.2f} M trained",
         f"{asked.processes} process(es), ZeRO {asked.zero}; prompts of {asked.prompt_tokens} and completions of "
         f"{made.completion_tokens} tokens at most",

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rl_soft.cli.opening import choose_roll, load_policy, place
+from rl_soft.cli.opening import choose_roll, load_policy, place, with_dtype
 from rl_soft.cli.plans import Plan, check_control, check_folder, load_rows, plans_of
 from rl_soft.config.recipe import load_command
 from rl_soft.evaluation.generation import layout_for
@@ -41,6 +41,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
     """
     model = model_folder(model)
     arguments, changes, decoding = load_command("eval", model, overrides)
+    arguments = with_dtype(arguments)
     check_control(arguments)
     check_folder(arguments.output_dir)
     plans = plans_of(arguments, changes, decoding)

@@ -12,9 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rl_soft.cli.opening import choose_roll, load_policy, place
+from rl_soft.cli.opening import choose_roll, load_policy, place, with_dtype
 from rl_soft.cli.plans import load_rows, thinking_of
 from rl_soft.cli.terminal import Terminal, decoder
 from rl_soft.config.arguments import GenerateArguments
@@ -23,6 +21,7 @@ from rl_soft.data.row import encodable
 from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for
 from rl_soft.evaluation.records import GREEDY
 from rl_soft.files import JsonLines
+from rl_soft.model.devices import device
 from rl_soft.model.folder import model_folder, read_thinking
 from rl_soft.thoughts.layout import tell_template
 
@@ -43,6 +42,7 @@ def run(model: str, overrides: dict[str, Any]) -> None:
     """
     model = model_folder(model)
     arguments, changes, decoding = load_command("generate", model, overrides)
+    arguments = with_dtype(arguments)
     ours = read_thinking(Path(model)) is not None or changes.get("phase") == "latent"
     thinking = thinking_of(model, changes if ours else CAPS | changes)
     questions = read_questions(arguments)
@@ -72,7 +72,7 @@ def run(model: str, overrides: dict[str, Any]) -> None:
         layout = layout_for(loaded.model, loaded.tokenizer, thinking)
         tell_template(layout)
         roll = choose_roll(model, arguments, [layout], questions.values())
-        place(loaded.model, "cuda" if torch.cuda.is_available() else "cpu")
+        place(loaded.model, device())
         soft = thinking.support_size(loaded.model.config.get_text_config().vocab_size) > 1
         terminal = Terminal(decoder(loaded.tokenizer), arguments.show if soft else 0, thinking.end_of_thinking)
         streams = len(tasks) == 1 and not arguments.json

@@ -23,7 +23,9 @@ MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 class WeightArguments:
     """How weights are loaded."""
 
-    dtype: Annotated[str, OneOf(("float32", "bfloat16", "float16"))] = key("dtype of the weights.", default="float32")
+    dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+        "dtype of the weights; if absent bfloat16 on a GPU that has it, and else float32 (docs/gpu.md).", default=None
+    )
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, or float64 (small models).", default=None)
 
 

@@ -55,7 +55,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # command on a model -> whose fields 
     "generate": (GenerateArguments, Thinking, Decoding),
     "analyze": (AnalysisArguments, Thinking),
 }
-TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; precision and device are `device_defaults`
+TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; for the precision see `train.precision`
     "logging_steps": 1,
     "report_to": "none",
     "save_strategy": "steps",
@@ -308,16 +308,6 @@ def trainer_defaults(method: str) -> dict[str, Any]:
     return TRAINER_DEFAULTS | ({"disable_dropout": True} if method in RL_METHODS else {})
 
 
-def device_defaults() -> dict[str, Any]:
-    """Precision and device by what is there. On CPU `use_cpu` must be an argument of the trainer: as an accelerate
-    setting or in the environment it turns DeepSpeed or the second process off without a word."""
-    import torch
-
-    if torch.cuda.is_available():
-        return {"use_cpu": False, "bf16": torch.cuda.is_bf16_supported()}
-    return {"use_cpu": True, "bf16": False}
-
-
 def batch_plan(recipe: Recipe, world_size: int) -> dict[str, int]:
     """TRL's batch fields from prompts_per_step, num_generations, per_device_train_batch_size, updates_per_rollout.
 
@@ -375,6 +365,8 @@ def check_output_dir(recipe: Recipe) -> bool:
     now = recipe.resolved
     free = {"output_dir"} | unread_keys(recipe.method)  # a run may be moved
     for key in sorted((before.keys() | now.keys()) - free):
+        if key in ("dtype", "bf16") and now.get(key) is None:  # then the run keeps its own (`train.precision`)
+            continue
         if before.get(key) != now.get(key):
             if not has_begun(recipe.output_dir):  # a start that failed, and was corrected
                 return False

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from rl_soft.model.head_product import add_weight_gradient, through
 from rl_soft.thoughts import densities
 
 
@@ -24,19 +25,6 @@ def grad_raw(d: Tensor, logits: Tensor, temperature: Tensor, softcap: float | No
         capped = logits * (temperature / softcap)  # tanh of the raw logits / softcap
         d.mul_(capped.square_().neg_().add_(1))
     return d
-
-
-def plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) if the head is `hidden @ weight.T + bias` and nothing else; None if it must be called as a
-    module."""
-    if isinstance(lm_head, Tensor):
-        return lm_head, None
-    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in vars(lm_head)
-    if type(lm_head) is not nn.Linear or hooks:
-        return None
-    weight = lm_head.weight
-    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3, DTensor
-    return None if partitioned else (weight, lm_head.bias)
 
 
 def chunk_plan(
@@ -62,13 +50,6 @@ def chunk_plan(
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected None or >= 1, got {chunk_size}")
     return temperature, chunk_size
-
-
-def cast_like(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype of the weight, or in autocast's where that is on: inside the Functions nothing is cast for us."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def most_calls(lm_head: nn.Module, calls: int, device: torch.device) -> int:
@@ -102,11 +83,9 @@ class HeadGradients:
             self._of_bias += grad.sum(0, dtype=torch.float32)
         grad = grad.to(self._weight.dtype)
         if self._of_hidden is not None:
-            torch.mm(grad, self._weight, out=self._of_hidden[rows])
-        if self._of_weight is not None and self._weight.dtype == torch.float32:
-            self._of_weight.addmm_(grad.T, self._hidden[rows])
-        elif self._of_weight is not None:
-            self._of_weight += grad.T @ self._hidden[rows]
+            self._of_hidden[rows] = through(grad, self._weight)
+        if self._of_weight is not None:
+            add_weight_gradient(self._of_weight, grad, self._hidden[rows])
 
     def result(self) -> tuple[Tensor | None, ...]:
         """Of hidden, weight and bias; None where it was not wanted."""

@@ -31,22 +31,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rl_soft.model import head_triton as kernels
-from rl_soft.model.chunks import (
-    HeadGradients,
-    cast_like,
-    chunk_plan,
-    grad_raw,
-    most_calls,
-    plain_head,
-    slices,
-    tempered,
-)
+from rl_soft.model.chunks import HeadGradients, chunk_plan, grad_raw, most_calls, slices, tempered
+from rl_soft.model.head_product import cast_like, logits_of, plain_head, through
 from rl_soft.thoughts import densities
 
 # (support_log_probs, log_outside, log_weights, parameter) -> (...); the parameter is tau, or gamma of a Dirichlet
@@ -187,7 +178,8 @@ class _TrainedHead(torch.autograd.Function):
             logits = _logits(hidden[r], weight, bias, temperature[r], ctx.softcap)
             chunk_stats, chunk_grads = Stats(*(s[r] for s in stats)), [None if g is None else g[r] for g in grads]
             slots = densities.fill_absent(support[r], present[r])
-            total.add(r, _grad_logits(logits, *slots, temperature[r], ctx.softcap, chunk_stats, chunk_grads))
+            args = (logits, *slots, temperature[r], ctx.softcap, chunk_stats, chunk_grads, weight.dtype)
+            total.add(r, _grad_logits(*args))
         return *total.result(), *[None] * 5
 
 
@@ -214,8 +206,8 @@ class _FrozenHead(torch.autograd.Function):
                 ones = torch.ones_like(stats.entropy)
                 wanted = [(*grads, None), (None, None, ones)] if entropy_grad else [(*grads, None)]
                 args = (logits, *slots, temperature[r], softcap, stats)
-                d = (_grad_logits(*args, g, keep_logits=g is not wanted[-1]) for g in wanted)
-                saved.append([x.to(weight.dtype) @ weight for x in d])
+                d = (_grad_logits(*args, g, weight.dtype, keep_logits=g is not wanted[-1]) for g in wanted)
+                saved.append([through(x, weight) for x in d])
         ctx.save_for_backward(*(torch.cat(part) for part in zip(*saved, strict=True)))
         log_prob, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         if not entropy_grad:
@@ -240,7 +232,7 @@ class _FrozenHead(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None) -> Tensor:
     """(C, V): float32, capped and divided by the temperature; for the kernels, as the product leaves them."""
-    logits = F.linear(hidden, weight, bias)
+    logits = logits_of(hidden, weight, bias)
     return logits if kernels.usable(logits) else tempered(logits.float(), temperature, softcap)
 
 
@@ -290,12 +282,13 @@ def _grad_logits(
     softcap: float | None,
     stats: Stats,
     grads: Sequence[Tensor | None],
+    dtype: torch.dtype,
     *,
     keep_logits: bool = False,
 ) -> Tensor:
     """The gradient to the head's output, (C, V), from those to the three statistics (formula: module docstring).
 
-    The kernel writes it over the logits, unless `keep_logits`.
+    The kernel writes it in `dtype`, over the logits where they have it, unless `keep_logits`.
     """
     (support_log_probs, log_outside, entropy, log_z), (g_support, g_outside, g_entropy) = stats, grads
     zero = torch.zeros_like(log_z)
@@ -316,7 +309,7 @@ def _grad_logits(
     if kernels.usable(logits):
         chosen = tempered(logits.gather(-1, ids).float(), temperature, softcap)
         at_support = grad_raw(at_support, chosen, temperature, softcap)
-        out = torch.empty_like(logits) if keep_logits else None
+        out = torch.empty_like(logits, dtype=dtype) if keep_logits or logits.dtype != dtype else None
         return kernels.gradient(logits, ids, at_support, outside, level, slope, temperature, softcap, out)
     q = (logits - outside.unsqueeze(-1)).exp_()
     if g_entropy is None:

@@ -3,9 +3,8 @@
 The products with the weight belong to cuBLAS. The passes in between are elementwise and bound by memory, so each is
 one kernel: one read of the logits for the statistics, one read and one write for the gradient.
 
-The logits are read as the product left them. A bfloat16 product has been rounded once, to bfloat16, as in `head`'s own
-passes; from there on everything is float32, in registers, so no float32 copy of a chunk is ever made. The gradient is
-rounded once more, to the logits' dtype, in which the product back takes it.
+The logits are read as the product left them, float32 from operands of any dtype (`head_product`), and are capped and
+tempered in registers. The gradient is rounded once, to the weight's dtype, in which the product back takes it.
 
 The kernels do not know the support. Its K logits per row are gathered, -inf while the statistics are formed, and put
 back; its gradient is scattered over what the kernel has left there. That is exact, since q, the law within the
@@ -102,7 +101,7 @@ def gradient(
         at_support: (C, K) float32, the gradient on the support, complete; repeated ids are summed.
         outside: (C,) float32 from `complement`.
         level, slope: (C,) float32.
-        out: (C, V) in the logits' dtype; the logits' own storage if None, which is overwritten.
+        out: (C, V) of any float dtype; the logits' own storage if None, which is overwritten.
 
     Returns:
         out.

@@ -20,21 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rl_soft.model.chunks import (
-    HeadGradients,
-    cast_like,
-    chunk_plan,
-    grad_raw,
-    most_calls,
-    plain_head,
-    slices,
-    tempered,
-)
+from rl_soft.model.chunks import HeadGradients, chunk_plan, grad_raw, most_calls, slices, tempered
+from rl_soft.model.head_product import cast_like, logits_of, plain_head, through
 from rl_soft.thoughts import densities
 
 
@@ -105,7 +96,7 @@ def categorical_kl(
 
 def _call(lm_head: nn.Module | Tensor, states: Tensor) -> Tensor:
     plain = plain_head(lm_head)
-    return lm_head(states) if plain is None else F.linear(*cast_like(states, *plain))  # type: ignore[operator]
+    return lm_head(states) if plain is None else logits_of(*cast_like(states, *plain))  # type: ignore[operator]
 
 
 class _PlainHead(torch.autograd.Function):
@@ -117,12 +108,12 @@ class _PlainHead(torch.autograd.Function):
         ctx.trained = any(ctx.needs_input_grad[1:3])
         values, grads = [], []
         for r in slices(len(hidden), rows):
-            logits = tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], softcap)
+            logits = tempered(logits_of(hidden[r], weight, bias).float(), divisor[r], softcap)
             log_p, d = _log_ratio(logits, ref_logits(r))
             values.append(_divergence(log_p, d))
             if ctx.needs_input_grad[0] and not ctx.trained:
                 grad = grad_raw(_gradient(log_p, d), logits, divisor[r], softcap)
-                grads.append(grad.to(weight.dtype) @ weight)
+                grads.append(through(grad, weight))
         saved = (hidden, weight, bias, divisor) if ctx.trained else (torch.cat(grads) if grads else None,)
         ctx.save_for_backward(*saved)
         return torch.cat(values)
@@ -137,7 +128,7 @@ class _PlainHead(torch.autograd.Function):
         hidden, weight, bias, divisor = ctx.saved_tensors
         total = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         for r in slices(len(hidden), ctx.rows):
-            logits = tempered(F.linear(hidden[r], weight, bias).float(), divisor[r], ctx.softcap)
+            logits = tempered(logits_of(hidden[r], weight, bias).float(), divisor[r], ctx.softcap)
             grad = _gradient(*_log_ratio(logits, ctx.ref_logits(r))).mul_(grad_kl[r].unsqueeze(-1))
             total.add(r, grad_raw(grad, logits, divisor[r], ctx.softcap))
         return *total.result(), *nothing

@@ -53,16 +53,23 @@ def mix_embeddings(embedding: nn.Module, support: Tensor, log_weights: Tensor) -
     """Weighted sum of K embeddings per position: (..., K), (..., K) -> (..., H).
 
     The ids go through the embedding *module*, one slot at a time: its hooks (ZeRO-3 gathering, PEFT's input-gradient
-    hook, Gemma's scaling) fire, and backward keeps indices rather than K copies of (..., H).
+    hook, Gemma's scaling) fire, and backward keeps indices rather than K copies of (..., H). Sums are float32.
     """
     weights = log_weights.exp()
     mixture: Tensor | None = None
     for j in range(support.shape[-1]):
         row = embedding(support[..., j])  # (..., H)
-        row = row * weights[..., j, None].to(row.dtype)
+        dtype, row = row.dtype, row * weights[..., j, None]  # float32 or wider
         mixture = row if mixture is None else mixture + row
     assert mixture is not None
-    return mixture
+    return mixture.to(dtype)
+
+
+def mix_few(embedding: nn.Module, support: Tensor, log_weights: Tensor) -> Tensor:
+    """As `mix_embeddings` of (m, K), in five launches whatever K is: of a decode step, where (m, K, H) is small."""
+    rows = embedding(support)  # (m, K, H)
+    wide = torch.promote_types(rows.dtype, log_weights.dtype)
+    return torch.bmm(log_weights.exp().to(wide)[:, None], rows.to(wide))[:, 0].to(rows.dtype)
 
 
 def thought_input(

@@ -87,7 +87,7 @@ class RowLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None and key_states.shape[2] == 1
         c = self.cache
         lo, hi = (column - self.base for column in self.span())
-        at = c.at - self.base if c.grain > 1 else None  # a number on the device, so that the step can be replayed
+        at = c.column(self.base) if c.grain > 1 else None  # a number on the device, so that the step can be replayed
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             if at is None:
                 buffer[: c.n, :, c.end - self.base] = new[:, :, 0]
@@ -154,14 +154,29 @@ class RowCache(Cache):
         self.renumber = RENUMBER if renumber is None else renumber
         self.grain, self.chunk, self.places = grain, chunk, places
         self.n = self.start = self.end = self.last = self.version = 0
+        self._columns: dict[int, Tensor] = {}
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # `end`, on the device
         self.first = torch.zeros(places, dtype=torch.int64, device=device)  # (S,) the column of each row's first input
         super().__init__(layers=[RowLayer(self, window) for window in windows])
 
+    def column(self, base: int) -> Tensor:
+        """(1,) int64 on the device, where this step writes in buffers that start at `base`; made once per step."""
+        if base not in self._columns:
+            self._columns[base] = self.at - base if base else self.at
+        return self._columns[base]
+
     def attention_mask(self) -> Tensor:
         """(n, columns up to the last one seen) bool, True from each row's first input on."""
+        self._columns = {}
         hi = -(-(self.end + 1) // self.grain) * self.grain
         return torch.arange(hi, device=self.first.device) >= self.first[: self.n, None]
+
+    def whole_mask(self) -> Tensor:
+        """(n, 1, 1, columns seen) bool, as attention takes it, where all layers see the same columns."""
+        self._columns = {}
+        lo, hi = self.layers[0].span()
+        columns = torch.arange(lo, hi, device=self.first.device)
+        return ((columns >= self.first[: self.n, None]) & (columns <= self.at))[:, None, None]
 
     def reserve(self) -> None:
         """Room for the next step, in all layers."""
@@ -169,8 +184,8 @@ class RowCache(Cache):
             layer.reserve()
 
     def shapes(self) -> tuple[Any, ...]:
-        """What a recorded step depends on: rows, buffers, columns seen."""
-        return (self.n, self.version, frozenset(layer.span() for layer in self.layers))
+        """What a recorded step depends on besides the buffers (`version`): rows, columns seen."""
+        return (self.n, frozenset(layer.span() for layer in self.layers))
 
     def enter(self, prompts: Any, which: Sequence[int], lengths: Tensor, longest: int, steps: int) -> None:
         """Rows n .. n + m - 1 start from prefilled prompts.
@@ -262,6 +277,11 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
+# What errors say that are no OutOfMemoryError: of a CPU, of cuBLAS and cuDNN, whose handles and workspaces are not
+# torch's, and of the driver, whose line NCCL passes on.
+NO_MEMORY = ("DefaultCPUAllocator", "_STATUS_ALLOC_FAILED", "out of memory")
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)

@@ -15,6 +15,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+recorded = 0  # graphs, in the life of this process
+_pools: dict[int, Any] = {}  # of memory for graphs, by device; kept for the next rollout
 LOOKS = 3  # steps that may make the CPU wait; the first may have to, for what is made once and kept
 
 
@@ -31,20 +33,26 @@ class Replay:
 
     def __init__(self, device: torch.device) -> None:
         self.on = device.type == "cuda" and (device.index is None or device.index == torch.cuda.current_device())
-        self._graphs: dict[Hashable, Any] = {}  # None: met once, and run as it is, which warms it up
-        self._pool: Any = None
+        self._device = device.index or 0
+        self._warm: set[Hashable] = set()  # shapes that were met and run as they are
+        self._graphs: dict[Hashable, Any] = {}
+        self._version = 0
         self._looks = 0
 
-    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+    def run(self, key: Hashable, step: Callable[[], None], version: int = 0) -> None:
         """Run `step` once.
 
         Args:
-            key: of all that the step depends on besides the contents of its tensors: shapes and addresses.
+            key: of all shapes that the step depends on.
             step: reads and writes tensors in place; the CPU never waits, nothing else that it changes.
+            version: of the addresses of its tensors; graphs of another one are of no use any more.
         """
+        if version != self._version:
+            self._graphs.clear()
+            self._version = version
         graph = None
-        if self.on and key in self._graphs:
-            graph = self._graphs[key] or self._record(key, step)
+        if self.on and key in self._warm:
+            graph = self._graphs.get(key) or self._record(key, step)
         if graph is not None:
             graph.replay()
         elif self.on:
@@ -71,16 +79,18 @@ class Replay:
             if self._looks == LOOKS:
                 self._stop(f"it makes the CPU wait, at {looks[-1].filename}:{looks[-1].lineno}")
         else:
-            self._graphs[key] = None
+            self._warm.add(key)
 
     def _record(self, key: Hashable, step: Callable[[], None]) -> Any:
         """The graph of a step, which recording does not run; None, and none from then on, where it cannot be had."""
+        global recorded
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         try:
+            if self._device not in _pools:
+                _pools[self._device] = torch.cuda.MemPool()
             # thread_local: other threads (NCCL's watchdog, a data loader's) may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=_pools[self._device].id, capture_error_mode="thread_local"):
                 step()
         except torch.OutOfMemoryError:
             self.clear()
@@ -91,6 +101,7 @@ class Replay:
         finally:
             torch.cuda.set_stream(stream)  # a recording that failed leaves its own one current
         self._graphs[key] = graph
+        recorded += 1
         return graph
 
     def _stop(self, reason: str) -> None:
@@ -101,4 +112,4 @@ class Replay:
     def clear(self) -> None:
         """Forget all graphs, and give back their memory."""
         self._graphs.clear()
-        self._pool = None
+        _pools.pop(self._device, None)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from rl_soft.model.head_product import float32_logits
 from rl_soft.model.policy import eos_token_ids
 from rl_soft.model.side_modules import language_model, trunk_of
-from rl_soft.model.think import disturb, mix_embeddings, position_ids, thought_input
+from rl_soft.model.think import disturb, mix_embeddings, mix_few, position_ids, thought_input
 from rl_soft.rollouts.cache import RowCache, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
@@ -41,8 +42,10 @@ PREFILL_TOKENS = {"cuda": 4096, "cpu": 512}
 MEMORY_SHARE = 0.6  # of the free memory, that the cache may take where no budget is given
 LOOK_EVERY = {"cuda": 8, "cpu": 1}  # steps between looks at which rows are done; a look makes the CPU wait
 IDLE = {"cuda": 0.5, "cpu": 0.0}  # share of the rows that may be done before others move up: a new shape, a new graph
-GRAIN = {"cuda": 256, "cpu": 1}  # columns that shapes are rounded up to, so that a graph serves many steps
+ROW_SIZES = {"cuda": 8}  # of how many sizes the number of rows is, counted in graphs, too
+GRAIN = {"cuda": 1024, "cpu": 1}  # columns that shapes are rounded up to, so that a graph serves many steps
 CHUNK = {"cuda": 1024, "cpu": 64}  # columns that the cache grows by
+FEW = 64  # slots whose embeddings a GPU looks up together
 
 # Is shown the records as they stand, one position wider than in the end, and which rows (B,) are done.
 Watch = Callable[[Rollout, Tensor], None]
@@ -140,7 +143,7 @@ class Engine:
         self.replay = Replay(self.device)
 
     def run(self) -> Rollout:
-        with cpu_kernels(self.model):  # which a GPU does not take
+        with cpu_kernels(self.model), float32_logits(self.model):  # the kernels are for a CPU
             self._run()
         failed = int(self.walk.out.failed.sum())
         if failed:
@@ -235,6 +238,8 @@ class Engine:
         grain = 1 if flash else GRAIN.get(kind, 1)
         self.replay.on &= grain > 1 and self.control == "none"
         renumber = 1 if has_alibi(self.model) else None
+        sdpa = self.model.config._attn_implementation == "sdpa"
+        self.one_mask = grain > 1 and sdpa and renumber is None and set(self.windows) == {None}
         self.cache = RowCache(self.windows, self.limit, grain, CHUNK.get(kind, 64), self.device, renumber)
         first = self.embedding.weight[:1] if self.control == "repeat" else None
         self.live = self.walk.places(self.limit, group.hidden, first)
@@ -244,7 +249,7 @@ class Engine:
     def step(self) -> None:
         """Feed what was sampled, sample what comes next, for all live rows."""
         self.cache.reserve()
-        self.replay.run(self.cache.shapes(), self._step)
+        self.replay.run(self.cache.shapes(), self._step, self.cache.version)
         self.cache.end += 1
 
     def _step(self) -> None:
@@ -252,7 +257,7 @@ class Engine:
         live = self.live.part(slice(0, self.n))
         out = self.model(
             inputs_embeds=self.next_input(live)[:, None],  # (n, 1, H)
-            attention_mask=self.cache.attention_mask(),
+            attention_mask=self.cache.whole_mask() if self.one_mask else self.cache.attention_mask(),
             position_ids=live.position[:, None],
             past_key_values=self.cache,
             use_cache=True,
@@ -265,7 +270,8 @@ class Engine:
 
     def next_input(self, live: Live) -> Tensor:
         """(n, H): embeddings of tokens and of what is forced; of a thought, what its kind makes of it."""
-        token = mix_embeddings(self.embedding, live.support, live.log_weights)
+        few = self.device.type == "cuda" and live.support.shape[-1] <= FEW
+        token = (mix_few if few else mix_embeddings)(self.embedding, live.support, live.log_weights)
         if not self.thinking.kind.reads_hidden and self.control == "none":
             return token  # a mixture, if it is a thought
         thought = thought_input(self.model, self.thinking, live.support, live.log_weights, live.hidden)
@@ -289,7 +295,14 @@ class Engine:
         n, idle = len(keep), IDLE.get(self.device.type, 0.0) * (0.5 if self.waiting else 1.0)
         if n == self.n or n > (1 - idle) * self.n:
             return
-        gaps, movers = (~on[:n]).nonzero()[:, 0], keep[keep >= n]
+        sizes = ROW_SIZES.get(self.device.type)
+        if sizes:  # some rows that are done stay, in the places of those that move up
+            size = max(1, self.limit // sizes)
+            n = min(self.n, -(-n // size) * size)
+        if n == self.n:
+            return
+        movers = keep[keep >= n]
+        gaps = (~on[:n]).nonzero()[: len(movers), 0]
         self.live.move(gaps, movers)
         self.cache.leave(gaps, movers, n)
         self.n = n

@@ -87,7 +87,7 @@ def roll_of(
 
     asked = Server(server)
     for layout in layouts:
-        asked.check_room(layout, longest)
+        asked.check(layout, longest)
     return _OnVllm(asked)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOConfig
@@ -18,6 +19,7 @@ from rl_soft.rollouts.models import check_rollout_model
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
+from rl_soft.train.precision import check_masters
 
 
 def check_config(
@@ -87,6 +89,9 @@ def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_conf
                 f"the model's {name} adapter is on its head, which TRL does not train; leave the head out of "
                 "target_modules, and ensure_weight_tying false"
             )
+    trained = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
+    if peft_config is None:
+        check_masters(str(trained).removeprefix("torch."), args.deepspeed_plugin is not None)
     check_rollout_model(model)
     logit_map(language_model(model))
     reads_hidden = KINDS[thinking.thought].reads_hidden

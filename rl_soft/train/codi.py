@@ -41,6 +41,7 @@ from rl_soft.config.refusals import refuse_checkpointing
 from rl_soft.data import sources as data
 from rl_soft.data.sources import Row
 from rl_soft.model import policy
+from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.projector import KeepsProjector, add_projector
 from rl_soft.model.think import last_state, position_ids, think
 from rl_soft.thoughts.layout import Layout, pad
@@ -147,6 +148,7 @@ class CodiTrainer(KeepsProjector, WholeStep, Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
+        avoid_cudnn_attention()
         codi = codi or CodiArguments()
         args.remove_unused_columns, args.label_names = False, ["student_labels"]
         refuse_checkpointing(

@@ -33,7 +33,6 @@ from rl_soft.config.recipe import (
     Recipe,
     batch_plan,
     check_output_dir,
-    device_defaults,
     trainer_class,
     trainer_defaults,
     warm_start_of,
@@ -45,6 +44,7 @@ from rl_soft.evaluation.card import model_card
 from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.files import write_atomic
 from rl_soft.model import policy
+from rl_soft.model.devices import device
 from rl_soft.thoughts.fit import check_characters, check_rows
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
@@ -52,6 +52,7 @@ from rl_soft.train.codi import codi_trainer
 from rl_soft.train.grpo import SoftGRPOTrainer
 from rl_soft.train.icot import icot_trainer
 from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
+from rl_soft.train.precision import settled, uses_deepspeed
 from rl_soft.train.ready import Rows, check_rl, load_rows, world_size
 from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
 from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
@@ -84,6 +85,7 @@ def run(recipe: Recipe) -> Path:
         ValueError: a mistake in the recipe or its data, told before anything is trained; a directory that holds
             another run.
     """
+    recipe = settled(recipe, uses_deepspeed())
     rewards = check_rl(recipe) if recipe.method in RL_METHODS else []
     rows = load_rows(recipe)
     warm_start = warm_start_of(recipe)
@@ -100,6 +102,7 @@ def run(recipe: Recipe) -> Path:
 
 def finish(warm_start: Recipe) -> None:
     """See that the result of a warm start is there."""
+    warm_start = settled(warm_start, uses_deepspeed())
     if check_output_dir(warm_start) and (warm_start.output_dir / "model").exists():
         logger.info("warm start: %s", warm_start.output_dir / "model")
         return
@@ -147,7 +150,8 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
             evaluate_as(start, "after", model)
     else:
         m = recipe.model
-        model = policy.load_policy(str(model_folder), m.dtype, m.attn_implementation).model.to(start.args.device)
+        made = policy.load_policy(str(model_folder), m.dtype or "float32", m.attn_implementation)
+        model = made.model.to(start.args.device)
         with gathered(model):
             evaluate_as(start, "after", model)
     if start.args.process_index == 0 and recipe.data.eval_problems:
@@ -285,7 +289,9 @@ def row_columns(row: data.Row) -> dict[str, Any]:
 
 def training_values(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of the trainer's configuration: our defaults, then the recipe's keys."""
-    defaults = trainer_defaults(recipe.method) | device_defaults()
+    # On a CPU `use_cpu` must be an argument of the trainer: as an accelerate setting or in the environment it turns
+    # DeepSpeed or the second process off without a word.
+    defaults = trainer_defaults(recipe.method) | {"use_cpu": device() == "cpu", "bf16": False}
     return {**defaults, **recipe.training, "output_dir": str(recipe.output_dir)}
 
 

@@ -12,12 +12,13 @@ from rl_soft.config.recipe import RL_METHODS, Recipe
 from rl_soft.config.refusals import IN_MEMORY
 from rl_soft.data.row import question_hash
 from rl_soft.model import policy
-from rl_soft.model.folder import read_thinking
+from rl_soft.model.folder import is_adapter, read_thinking
 from rl_soft.model.projector import beside_adapter
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.kinds import KINDS
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
+from rl_soft.train.precision import default_dtype
 
 logger = logging.getLogger("rl_soft")
 
@@ -42,10 +43,11 @@ def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
 def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     """What a recipe starts from: random weights, the result of its warm start, or a named model."""
     m = recipe.model
+    dtype = m.dtype or "float32"
     if m.model_config:
-        return policy.make(m.model_config, m.vocabulary or "", recipe.seed, m.dtype, m.attn_implementation)
+        return policy.make(m.model_config, m.vocabulary or "", recipe.seed, dtype, m.attn_implementation)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load_policy(source, m.dtype, m.attn_implementation, trainable=True)
+    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True)
     if hasattr(start.model, "peft_config"):
         check_adapter(recipe, source, start.model.peft_config["default"])
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
@@ -53,12 +55,13 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     return start
 
 
-def policy_of(model: Any, args: Any, tokenizer: Any) -> policy.Policy:
+def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> policy.Policy:
     """What a trainer is given to start from, in Python: a hub id or a folder, which is loaded, or a model.
 
     Args:
         args: the trainer's; `model_init_kwargs` may hold dtype and attn_implementation for a model that is loaded.
         tokenizer: None loads the one beside the model.
+        adapter: whether the trainer puts an adapter on it.
 
     Raises:
         ValueError: other model_init_kwargs; a model that was made in memory, without a tokenizer.
@@ -66,7 +69,8 @@ def policy_of(model: Any, args: Any, tokenizer: Any) -> policy.Policy:
     if isinstance(model, str | Path):
         asked = dict(args.model_init_kwargs or {})
         args.model_init_kwargs = None  # TRL is given the model
-        dtype = str(asked.pop("dtype", "float32")).removeprefix("torch.")
+        own = default_dtype(adapter or is_adapter(Path(model)), args.deepspeed_plugin is not None, args.bf16)
+        dtype = str(asked.pop("dtype", own)).removeprefix("torch.")
         attention = asked.pop("attn_implementation", None)
         if asked:
             raise ValueError(

@@ -234,3 +234,20 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(pipeline, "run", lambda recipe: {}["missing"])
     with pytest.raises(KeyError):
         main(["train", str(ROOT / "recipes/grpo_gumbel.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("given", "vllm", "becomes"),
+    [(None, False, "expandable_segments:True"), ("backend:native", False, None), (None, True, None)],
+)
+def test_the_allocator_takes_segments_that_grow_where_nothing_else_is_set(monkeypatch, capsys, given, vllm, becomes):
+    for name in app.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    find = app.importlib.util.find_spec
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda n: object() if vllm and n == "vllm" else find(n))
+    main(["recipes"])
+    assert app.os.environ.get("PYTORCH_ALLOC_CONF") == becomes
+    capsys.readouterr()

@@ -80,6 +80,10 @@ def test_what_makes_it_smaller():
     lora = predict({"use_peft": True, "beta": 0.1})
     assert "reference model" not in lora.always and lora.always["gradients"] < plain.always["gradients"]
     assert predict({"beta": 0.1}).always["reference model"] == plain.always["weights"]
+    states = lora.always["reference's states"]  # (rows, positions, H), of adapters too
+    assert states == lora.rows * lora.completion_tokens * 4 * 128
+    assert states == predict({"beta": 0.1}).always["reference's states"]
+    assert "reference's states" not in plain.always
     assert predict({"gradient_checkpointing": True}).update["activations"] < 0.6 * plain.update["activations"]
     half = predict({"per_device_train_batch_size": 4}).update["activations"]
     assert half == pytest.approx(plain.update["activations"] / 2, rel=0.01)
@@ -88,7 +92,9 @@ def test_what_makes_it_smaller():
     assert one[optimizer] == two[optimizer] == three[optimizer] == plain.always[optimizer] / 2
     assert one["gradients"] == plain.always["gradients"] == 2 * two["gradients"]
     assert two["weights"] == plain.always["weights"] == 2 * three["weights"]
-    assert predict({"dtype": "bfloat16"}).always["weights"] == plain.always["weights"] / 2
+    half = predict({"dtype": "bfloat16"}, zero=1).always
+    assert half["weights"] == plain.always["weights"] / 2
+    assert half[optimizer] == 1.5 * plain.always[optimizer], "float32 copies of the weights, and two moments"
     assert predict(processes=2).rollout["cache"] == pytest.approx(plain.rollout["cache"] / 2)
     assert predict({"prompts_per_step": 8}).seconds["update"] == pytest.approx(2 * plain.seconds["update"])
 

@@ -88,8 +88,8 @@ def write(tmp_path, **values):
         ),
         ({"method": "codi", "eval_samples": 8}, "eval_samples is not available: .*use rl-soft eval MODEL"),
         ({"method": "codi", "eval_k": [1, 2]}, "eval_k is not available: .*use rl-soft eval MODEL"),
-        ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'; did you mean bfloat16"),
-        ({"dtype": "half"}, "dtype must be one of float32, bfloat16, float16, got 'half'$"),
+        ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, or null, got 'bf16'; did you mean bfl"),
+        ({"dtype": "half"}, "dtype must be one of float32, bfloat16, float16, or null, got 'half'$"),
     ],
 )
 def test_a_mistake_names_the_field_and_the_way_out(tmp_path, values, message):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rl_soft.model import head
+from rl_soft.model.head_product import plain_head
 from rl_soft.thoughts import densities
 from rl_soft.thoughts.densities import GumbelTopK
 
@@ -131,7 +132,7 @@ def test_statistics(path):
 
 @pytest.mark.parametrize("path", ["trained", "frozen", "module"])
 def test_bfloat16(path):
-    """As close to float64 as the plain pass; in both the product with the weight is in bfloat16."""
+    """As close to float64 as its operands allow; a module's product is its own, and is rounded."""
     hidden, lm_head, support, log_weights = problem(torch.bfloat16)
     lm_head.requires_grad_(path != "frozen")
     parameters = [lm_head.weight]
@@ -144,8 +145,11 @@ def test_bfloat16(path):
     reference = backward(plain, hidden, lm_head, *args, parameters=parameters)
     module = Wrapped(lm_head) if path == "module" else lm_head
     ours = backward(head.soft_log_prob, hidden, module, *args, chunk_size=10, parameters=parameters)
-    torch.testing.assert_close(ours[0], reference[0], rtol=0, atol=1e-4)  # the same bfloat16 logits
-    assert ((ours[0] - exact[0]).abs() <= 2 * K * rounding).all()
+    if path == "module":
+        torch.testing.assert_close(ours[0], reference[0], rtol=0, atol=1e-4)  # the same bfloat16 logits
+        assert ((ours[0] - exact[0]).abs() <= 2 * K * rounding).all()
+    else:
+        assert ((ours[0] - exact[0]).abs() <= rounding / 100).all()
     for a, b, c in zip(ours[2:], reference[2:], exact[2:], strict=True):
         if a is not None:
             assert a.dtype == torch.bfloat16
@@ -225,7 +229,7 @@ def test_lora_head():
     model = peft.inject_adapter_in_model(config, model)
     adapted = model["lm_head"]
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    assert len(parameters) == 2 and head.plain_head(adapted) is None
+    assert len(parameters) == 2 and plain_head(adapted) is None
     args = (hidden, adapted, support, log_weights, TAU, 0.8)
     ours = backward(head.soft_log_prob, *args, chunk_size=10, parameters=parameters)
     assert_same(ours, backward(plain, *args, parameters=parameters))
@@ -233,7 +237,7 @@ def test_lora_head():
 
 def test_heads_that_must_be_called():
     linear = nn.Linear(4, 7)
-    assert head.plain_head(linear) is not None and head.plain_head(linear.weight) is not None
+    assert plain_head(linear) is not None and plain_head(linear.weight) is not None
     hooked = nn.Linear(4, 7)
     hooked.register_forward_hook(lambda *_: None)
     partitioned = nn.Linear(4, 7)
@@ -247,7 +251,7 @@ def test_heads_that_must_be_called():
         replaced,
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 7)),
     ):
-        assert head.plain_head(module) is None
+        assert plain_head(module) is None
 
 
 def test_spare_calls_of_a_partitioned_head_change_nothing(monkeypatch):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rl_soft.model import head_triton as kernels
-from rl_soft.rollouts import cache
+from rl_soft.rollouts import cache, cuda_graphs
 from rl_soft.rollouts import engine as engine
 from rl_soft.rollouts import state_machine as walk
 from rl_soft.rollouts.cuda_graphs import LOOKS, Replay
@@ -30,7 +30,7 @@ from rl_soft.thoughts.layout import Layout
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Shapes in grains, columns as numbers on the device, looks and moves now and then; columns renumbered early."""
-    for name, value in {"GRAIN": 4, "CHUNK": 16, "LOOK_EVERY": 5, "IDLE": 0.5}.items():
+    for name, value in {"GRAIN": 4, "CHUNK": 16, "LOOK_EVERY": 5, "IDLE": 0.5, "ROW_SIZES": 4}.items():
         monkeypatch.setattr(engine, name, {"cpu": value})
     monkeypatch.setattr(cache, "RENUMBER", 4)
     monkeypatch.setattr(walk.sampling, "draw", lambda *args: None)
@@ -78,10 +78,10 @@ class Compared:
     def __init__(self, device):
         self.on, self.known, self.replayed = True, {}, 0
 
-    def run(self, key, step):
+    def run(self, key, step, version):
         with Operations() as operations:
             step()
-        known = self.known.setdefault(key, operations.list)
+        known = self.known.setdefault((key, version), operations.list)
         for recorded, now in zip(known, operations.list, strict=True):
             assert recorded == now, key
         self.replayed += known is not operations.list
@@ -137,6 +137,22 @@ def test_a_step_that_runs_out_of_memory_while_it_samples_is_taken_again(kind, mo
     assert len(calls) > 13
 
 
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_counts_as_out_of_memory(text, memory):
+    """Errors of libraries whose memory is not torch's; as they word them."""
+    assert cache.is_out_of_memory(RuntimeError(text)) == memory
+
+
 def test_the_cache_is_given_back_when_a_rollout_ends(monkeypatch):
     """And not when Python next looks for cycles: the training pass needs the memory at once."""
     made, layout = make("qwen2", EXPLICIT)
@@ -190,7 +206,8 @@ def cuda(monkeypatch):
     fake = Fake()
     fake.said = []
     for name, value in {
-        "CUDAGraph": fake.CUDAGraph, "graph": fake.graph, "synchronize": int, "graph_pool_handle": object,
+        "CUDAGraph": fake.CUDAGraph, "graph": fake.graph, "synchronize": int,
+        "MemPool": lambda: SimpleNamespace(id=(0, 1)),
         "get_sync_debug_mode": lambda: fake.mode, "set_sync_debug_mode": fake.set_mode,
         "current_stream": lambda: fake.stream, "set_stream": fake.set_stream,
     }.items():  # fmt: skip
@@ -233,6 +250,24 @@ def test_nothing_is_recorded_on_another_device_than_the_current_one(cuda, monkey
     """torch would record the current device's idle stream, and replay nothing."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert Replay(torch.device("cuda:1")).on and not Replay(torch.device("cuda:0")).on
+
+
+def test_graphs_of_old_addresses_are_dropped_and_the_memory_is_kept(cuda):
+    """Shapes that were met before are recorded at once; the pool outlives the rollout."""
+    before, first = cuda_graphs.recorded, Replay(torch.device("cuda"))
+    for version in (1, 1, 1, 2, 2):
+        first.run("key", int, version)
+    assert (
+        cuda.said == ["recorded, thread_local", "replayed", "replayed"] + ["recorded, thread_local"] + ["replayed"] * 2
+    )
+    assert cuda_graphs.recorded == before + 2 and len(first._graphs) == 1
+    pool = cuda_graphs._pools[0]
+    second = Replay(torch.device("cuda"))
+    for _ in range(2):
+        second.run("key", int, 1)
+    assert cuda_graphs._pools[0] is pool
+    second.clear()
+    assert not cuda_graphs._pools
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out"), RuntimeError("not permitted")])

@@ -29,7 +29,14 @@ triton = pytest.importorskip(
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = kernels.usable(torch.empty(1, device=DEVICE))
-needs_kernels = pytest.mark.skipif(not RUNS, reason="no GPU, and not in Triton's interpreter (TRITON_INTERPRET=1)")
+skip = pytest.mark.skipif(not RUNS, reason="no GPU, and not in Triton's interpreter (TRITON_INTERPRET=1)")
+
+
+def needs_kernels(test):
+    """On a GPU, by `pytest -m gpu`; or in the interpreter."""
+    return pytest.mark.gpu(skip(test))
+
+
 # Of a number: the interpreter cuts bfloat16 off, a GPU rounds to the nearest.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-6 if kernels.INTERPRETED else 2**-8}
 DTYPES = list(ROUNDING)

@@ -220,7 +220,8 @@ def test_a_training_pass_of_another_model_ends_the_run_in_float32(tmp_path, monk
     monkeypatch.setattr("rl_soft.model.scored_forward.logit_map", lambda model: LogitMap(0.5))
     made = tiny_policy()
     made.model.to(dtype)
-    trainer = soft_trainer(tmp_path, made=made, max_steps=1)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if dtype != torch.float32 else None
+    trainer = soft_trainer(tmp_path, made=made, max_steps=1, peft_config=adapter)
     if dtype == torch.float32:
         with pytest.raises(ValueError, match=r"rollout/density_gap is \S+ at the first step, above 0.01 .*type llama"):
             trainer.train()

@@ -22,6 +22,7 @@ from trl import GRPOConfig
 
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.grpo import SoftGRPOTrainer
+from rl_soft.train.runtime import guards
 from rl_soft.train.runtime.callbacks import KnownFailures
 from rl_soft.train.runtime.checkpoints import COMPLETE, check_resumable, last_checkpoint, set_aside_unfinished
 from rl_soft.train.runtime.guards import Guarded, RewardWatch
@@ -43,6 +44,17 @@ class Keep(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"])))
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
 
 
 def trainer(tmp_path, trainer_class=SoftGRPOTrainer, reward=parity, **values):
@@ -225,6 +237,16 @@ def test_three_in_a_row_end_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"^step 6: loss or gradient was not finite in 3 steps in a row; .*nonfinite"):
         t.train()
     assert sorted(p.name for p in tmp_path.glob("nonfinite/*.json")) == [f"step-{n}.json" for n in (1, 2, 4, 5, 6)]
+
+
+def test_a_step_that_is_not_finite_names_cudnn_s_attention_where_it_is_on(tmp_path, monkeypatch, caplog):
+    t = trainer(tmp_path, spoiled({1, 3, 4, 5}, "nan"), max_steps=6)
+    with caplog.at_level(logging.WARNING, "rl_soft"), pytest.raises(ValueError, match=r"enable_cudnn_sdp\(False\)"):
+        t.add_callback(At(2, lambda: monkeypatch.setattr(guards, "has_cudnn_attention", lambda: True)))
+        t.train()
+    first, second, *_ = caplog.messages
+    assert "step 1 skipped" in first and "cuDNN" not in first
+    assert "step 3 skipped" in second and "cuDNN's attention is on" in second
 
 
 def test_a_good_run_is_the_run_without_the_guard_bit_by_bit(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train import pipeline as train
 from rl_soft.train import start
+from rl_soft.train.precision import settled
 from rl_soft.train.runtime import processes
 
 CODI = {
@@ -84,7 +85,7 @@ def test_a_finished_model_is_evaluated_with_the_recipe_s_attention(tmp_path, mon
     for name in ("codi", "rl"):  # both are there: what is left is the evaluation
         policy.save(tmp_path / f"{name}/model", made.model.save_pretrained, made.tokenizer, recipe.thinking, True)
     for stored in (recipe, warm_start_of(recipe)):
-        write_config(stored)
+        write_config(settled(stored, False))
     seen = []
     monkeypatch.setattr(train, "evaluate", lambda model, *args, **more: seen.append(model.config._attn_implementation))
     monkeypatch.setattr(train, "report", lambda recipe: None)

@@ -77,7 +77,7 @@ class Server:
                 f"or --dtype {dtype} to rl-soft serve"
             )
 
-    def check_room(self, layout: Layout, longest: int) -> None:
+    def check(self, layout: Layout, longest: int = 0) -> None:
         """Raises ValueError for thoughts that the server was not made for, or a context too short for prompts of
         `longest` ids."""
         about, name = self.about, f"server {self.url}"
@@ -100,9 +100,25 @@ class Server:
             ValueError: a context that is too short; thoughts that the server was not made for; a request that it
                 refuses, or does not answer.
         """
-        self.check_room(layout, max(map(len, prompt_ids)))
+        each = [None] * len(prompt_ids) if seeds is None else seeds.tolist()
+        rows = self.positions(layout, [*zip(prompt_ids, each, strict=True)], eos_ids, decoding)
+        return assemble(layout, self.about["vocab_size"], prompt_ids, seeds, eos_ids, rows, torch.device(device))
+
+    def positions(
+        self,
+        layout: Layout,
+        asked: Sequence[tuple[Sequence[int], int | None]],
+        eos_ids: Sequence[int],
+        decoding: Decoding | None = None,
+    ) -> list[list[Recorded]]:
+        """The positions of rows, each asked for by its prompt's ids and its seed, None for greedy decoding.
+
+        Raises:
+            ValueError: as `rollout`.
+        """
+        self.check(layout, max(len(ids) for ids, _ in asked))
         V, length, T = self.about["vocab_size"], self.about["max_model_len"], layout.max_completion_length
-        asked = [
+        bodies = [
             {
                 "prompt": list(ids),
                 "max_tokens": min(T + 1, length - len(ids)),  # one more than it takes, to say that it is done
@@ -112,19 +128,16 @@ class Server:
                 "return_tokens_as_token_ids": True,
                 "vllm_xargs": to_arguments(layout.thinking, decoding, eos_ids, seed),
             }
-            for ids, seed in zip(
-                prompt_ids, seeds.tolist() if seeds is not None else [None] * len(prompt_ids), strict=True
-            )
+            for ids, seed in asked
         ]
-        places = max(1, min(len(asked), MOST, 2 * self.about["max_num_seqs"]))
+        places = max(1, min(len(bodies), MOST, 2 * self.about["max_num_seqs"]))
         with ThreadPoolExecutor(places) as threads:
-            answers = [threads.submit(self._row, body, V) for body in asked]
+            answers = [threads.submit(self._row, body, V) for body in bodies]
             try:
-                rows = [answer.result() for answer in answers]
+                return [answer.result() for answer in answers]
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
-        return assemble(layout, V, prompt_ids, seeds, eos_ids, rows, torch.device(device))
 
     def _row(self, body: dict[str, Any], vocab_size: int) -> list[Recorded]:
         """The positions of one row."""

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl_soft.files import replacing, write_atomic
+from rl_soft.model.devices import has_cudnn_attention
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.reward_functions import own_names
 from rl_soft.train.soft_batch import SoftBatch
@@ -33,6 +34,10 @@ logger = logging.getLogger("rl_soft")
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_ABSENT_IN_A_ROW = 5  # rollouts, a reward that others stand beside
 MAX_SAVED_STEPS = 5  # files in nonfinite/, a process
+CUDNN = (
+    "cuDNN's attention is on, whose gradients are NaN at some padded lengths: "
+    "torch.backends.cuda.enable_cudnn_sdp(False) switches it off"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,6 +177,7 @@ def check_density_gap(
     model: Any,
     thinking: Thinking,
     mixed_precision: str,
+    by_vllm: bool = False,
 ) -> None:
     """Ends a run whose rollout and training pass score two different models.
 
@@ -181,6 +187,7 @@ def check_density_gap(
     Args:
         gap: over all processes; batch, first and mask are this process's, as in `metrics.density_gap`.
         mixed_precision: accelerate's; "no" is none.
+        by_vllm: the rollout was made by an engine that the weights were pushed to.
 
     Raises:
         ValueError: the gap is above the bound; names the model and the position that differs most.
@@ -192,6 +199,13 @@ def check_density_gap(
     found = (first - batch.sampled_log_probs).abs() * mask
     row, column = divmod(int(found.nan_to_num(0.0).argmax()), found.shape[1])
     what = "a thought" if batch.thought_mask[row, column] else "an answer token"
+    if by_vllm:
+        raise ValueError(
+            f"rollout/density_gap is {gap:.2g} right after the weights were pushed to vLLM, above {bound:g} in "
+            f"float32: for {what} vLLM recorded a log-density of {batch.sampled_log_probs[row, column]:.5g} and the "
+            f"training pass found {first[row, column]:.5g}. vLLM holds other weights than the trainer, or its model "
+            f"of type {model.config.model_type} differs; docs/vllm.md"
+        )
     raise ValueError(
         f"rollout/density_gap is {gap:.2g} at the first step, above {bound:g} in float32: for {what} the rollout "
         f"recorded a log-density of {batch.sampled_log_probs[row, column]:.5g} and the training pass found "
@@ -291,6 +305,7 @@ class Guarded:
         self._skipped += 1
         self._skipped_in_a_row += 1
         folder = self._output / "nonfinite"
+        cause = CUDNN if has_cudnn_attention() else None
         save_step(folder, step, float(norm), micro_batches, self.processing_class)
         if self.args.deepspeed_plugin is not None and not self.accelerator.optimizer_step_was_skipped:
             raise ValueError(
@@ -300,10 +315,11 @@ class Guarded:
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
                 f"step {step}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the batches "
-                f"are in {folder}. A smaller learning_rate or max_grad_norm, or dtype float32, may help"
+                f"are in {folder}. {cause or 'A smaller learning_rate or max_grad_norm, or dtype float32, may help'}"
             )
         if PartialState().is_main_process:
-            logger.warning("step %d skipped: loss or gradient is not finite; the batch is in %s", step, folder)
+            why = f". {cause}" if cause else ""
+            logger.warning("step %d skipped: loss or gradient is not finite; the batch is in %s%s", step, folder, why)
         model.zero_grad()  # an optimizer passes over parameters without a gradient
         return norm
 

@@ -12,13 +12,18 @@ import torch
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
-logger = logging.getLogger("rl_soft")
+from rl_soft.model import devices
 
 logger = logging.getLogger("rl_soft")
 
 
 def prepare_devices() -> None:
-    """CPU processes share the cores; DeepSpeed's shared-memory op is optional and would be compiled at start-up."""
+    """CPU processes share the cores; DeepSpeed's shared-memory op is optional and would be compiled at start-up.
+
+    Raises:
+        ValueError: see `devices.set_up`.
+    """
+    devices.set_up()
     disable_progress_bar()  # of the shards of a checkpoint; ours stays
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -52,9 +57,18 @@ def check_processes(args: Any) -> None:
         raise ValueError(
             f"launched {world} processes ({kind or 'no DeepSpeed'}); the trainer sees {state.num_processes} ({actual})"
         )
+    accumulate_in_float32(args)
     if args.process_index == 0:
         stage = f" ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin is not None else ""
         logger.info("%d process(es), %s%s, device %s", world, actual, stage, args.device)
+
+
+def accumulate_in_float32(args: Any) -> None:
+    """DeepSpeed adds the gradients of micro-batches up in the dtype of its weights otherwise; in bfloat16 those that
+    are small beside the sum are lost."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage and args.bf16:
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 def gathered(model: Any) -> Any:

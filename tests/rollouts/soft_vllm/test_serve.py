@@ -16,10 +16,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from soft_models import EOS, EXPLICIT, LATENT, Job, assert_same, build
 
 from rl_soft.cli import analyze as analyze_command
@@ -28,6 +28,7 @@ from rl_soft.cli import generate as generate_command
 from rl_soft.evaluation import records
 from rl_soft.rollouts.vllm.server import Server
 
+ROOT = Path(__file__).parents[3]
 PROBLEMS = {
     "dataset": "chain_sum",
     "dataset_options": {"min_terms": 2, "max_terms": 2, "compact": True},

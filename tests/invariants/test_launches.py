@@ -1,0 +1,147 @@
+"""How many kernels a decode step of a 1.5B model launches, counted on GPU tensors that have no data.
+
+A launch costs about 2 microseconds, also within a CUDA graph, and most of a step's are that short. The numbers here are
+upper bounds that a change must not pass; docs/gpu.md has what they mean.
+
+pytest tests/invariants/test_launches.py
+"""
+
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_engine import EXPLICIT, make
+from test_fake_cuda import fake, onto_cuda  # noqa: F401  (a fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rl_soft.rollouts.engine import Engine
+from rl_soft.rollouts.kernels import gpu_sampling
+from rl_soft.thoughts.layout import Layout
+
+ROWS, K = 64, 8
+QWEN = {  # Qwen2.5-1.5B
+    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+FREE = {
+    "device",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+    "lift_fresh",
+}
+SEVERAL = {"logsumexp": 6, "linalg_vecdot": 2, "topk": 4, "sort": 4, "nonzero": 4}  # of kernels, in one operation
+
+
+class Launches(TorchDispatchMode):
+    """Kernels by the part of a step that launches them, and by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.parts, self.operations = "model", Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket._qualified_op_name.split("::")[-1]
+        on_gpu = any(x.is_cuda for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor))
+        if on_gpu and not func.is_view and name not in FREE:
+            self.add(name, SEVERAL.get(name, 1))
+        return out
+
+    def add(self, name, count=1):
+        self.parts[self.part] += count
+        self.operations[self.part, name] += count
+
+    @contextmanager
+    def within(self, part):
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+
+class Stub:
+    """A Triton kernel that counts its launches and computes nothing."""
+
+    def __init__(self, launches, name):
+        self.launches, self.name = launches, name
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.add(self.name)
+
+
+def model_of(adapter=False, dtype=torch.bfloat16):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN), dtype=dtype).eval()
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def counted(fake, monkeypatch):  # noqa: F811
+    """Counts of a step by its parts."""
+
+    def count(adapter=False, thinking=EXPLICIT):
+        launches = Launches()
+
+        def within(owner, name, part):
+            inner = getattr(owner, name)
+
+            def wrapped(*args, **kwargs):
+                with launches.within(part):
+                    return inner(*args, **kwargs)
+
+            monkeypatch.setattr(owner, name, wrapped)
+
+        def attention(query, key, value, *args, **kwargs):
+            launches.add("attention")
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        monkeypatch.setattr(gpu_sampling, "usable", lambda x: x.is_cuda)
+        monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+        monkeypatch.setattr(gpu_sampling, "triton", SimpleNamespace(
+            cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()))  # fmt: skip
+        for name in [n for n in vars(gpu_sampling) if n.endswith("_kernel")]:
+            monkeypatch.setattr(gpu_sampling, name, Stub(launches, name))
+        _, layout = make("llama", replace(thinking, thought_k=K, num_thoughts=64))
+        model = model_of()
+        if adapter:
+            model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+        prompts = [[5, 6, 7]] * ROWS
+        with fake, torch.no_grad():
+            onto_cuda(model)
+            engine = Engine(model, Layout(layout.thinking, layout.tokenizer), prompts, torch.arange(ROWS), [2], 10**6)
+            engine.replay.on = False
+            engine.enter()
+            engine.step()
+            within(engine, "next_input", "mixing")
+            within(engine.cache, "attention_mask", "masks")
+            within(engine.walk, "sample", "state machine")
+            within(gpu_sampling, "draw", "sampling")
+            within(gpu_sampling, "log_outside", "sampling")
+            launches.parts.clear()
+            launches.operations.clear()
+            with launches:
+                engine.step()
+        return launches
+
+    return count
+
+
+def test_a_step(counted):
+    launches = counted(adapter=True)
+    print(dict(launches.parts), launches.parts.total())
+    for (part, name), n in sorted(launches.operations.items(), key=lambda x: (x[0][0], -x[1])):
+        print(part, name, n)
