@@ -94,8 +94,7 @@ case $1 in
       setup_vllm
       cd "$root"
       export PYTHONPATH=$root/rl_soft/rollouts/vllm/interpreter${PYTHONPATH:+:$PYTHONPATH}
-      [[ $# == 0 ]] && set -- tests/rollouts/soft_vllm
-      exec "$vllm/bin/python" -m pytest -m 'vllm and not slow' "$@"
+      exec "$vllm/bin/python" -m pytest -o testpaths=tests/rollouts/soft_vllm -m 'vllm and not slow' "$@"
     fi
     setup
     cd "$root"

@@ -39,8 +39,9 @@ def launch(tmp_path):
 
 
 def test_its_words_are_those_of_pytest(launch):
-    interpreter = "/rl_soft/rollouts/vllm/interpreter -m pytest -m vllm and not slow"
-    assert launch().stdout.splitlines()[-1].endswith(f"{interpreter} tests/rollouts/soft_vllm")
+    pytest = "-m pytest -o testpaths=tests/rollouts/soft_vllm -m vllm and not slow"
+    interpreter = f"/rl_soft/rollouts/vllm/interpreter {pytest}"
+    assert launch().stdout.splitlines()[-1].endswith(interpreter)
     again = launch("tests/x.py", "-k", "one two").stdout.splitlines()  # installed by now
     assert len(again) == 1 and again[0].endswith(f"{interpreter} tests/x.py -k one two")
 
