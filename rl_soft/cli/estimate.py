@@ -21,6 +21,7 @@ from rl_soft.config.arguments import EstimateArguments
 from rl_soft.config.recipe import RL_METHODS, Recipe, batch_plan, warm_start_of
 from rl_soft.model.policy import character_tokenizer
 from rl_soft.rollouts.engine import PREFILL_TOKENS
+from rl_soft.train.precision import settled
 from rl_soft.train.start import lora_config
 
 GIB = 2**30
