@@ -7,7 +7,7 @@ pytest tests/invariants/test_launches.py -rP
 """
 
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,12 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rl_soft.model.head_product import float32_logits
 from rl_soft.rollouts.engine import Engine
+from rl_soft.rollouts.kernels import few_launches as few
 from rl_soft.rollouts.kernels import gpu_sampling
 from rl_soft.thoughts.layout import Layout
 
 ROWS, K = 64, 8
-TOTAL, OF_BOOKKEEPING = 1345, 180  # today; before: 1,391 and 202
+TOTAL, OF_BOOKKEEPING, WITH_ADAPTER = 601, 177, 2001  # before: 1,391, 202 and 2,567
 QWEN = {  # Qwen2.5-1.5B
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096,
@@ -57,7 +59,8 @@ class Launches(TorchDispatchMode):
         name = func.overloadpacket._qualified_op_name.split("::")[-1]
         on_gpu = any(x.is_cuda for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor))
         if on_gpu and not func.is_view and name not in FREE:
-            self.add(name, SEVERAL.get(name, 1))
+            copies = name == "addmm" and args[0].dim() == 2  # of what the product is added to
+            self.add(name, 1 + copies if copies else SEVERAL.get(name, 1))
         return out
 
     def add(self, name, count=1):
@@ -109,7 +112,12 @@ def counted(fake, monkeypatch):  # noqa: F811
             launches.add("attention")
             return query.new_empty(*query.shape[:-1], value.shape[-1])
 
+        def norm(x, shape, weight, eps):  # one kernel, which a torch without CUDA has not
+            launches.add("rms_norm")
+            return torch.empty_like(x)
+
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        monkeypatch.setattr(torch.nn.functional, "rms_norm", norm)
         monkeypatch.setattr(gpu_sampling, "usable", lambda x: x.is_cuda)
         monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
         monkeypatch.setattr(gpu_sampling, "triton", SimpleNamespace(
@@ -121,8 +129,12 @@ def counted(fake, monkeypatch):  # noqa: F811
         if adapter:
             model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
         prompts = [[5, 6, 7]] * ROWS
-        with fake, torch.no_grad():
+        monkeypatch.setattr(few, "free_memory", lambda device: None)
+        monkeypatch.setattr(few.FewLaunches, "judge", lambda self, *args: setattr(self, "agreed", True))
+        with fake, torch.no_grad(), ExitStack() as stack:
             onto_cuda(model)
+            stack.enter_context(few.few_launches(model))
+            stack.enter_context(float32_logits(model))
             engine = Engine(model, Layout(layout.thinking, layout.tokenizer), prompts, torch.arange(ROWS), [2], 10**6)
             engine.replay.on = False
             engine.enter()
@@ -164,4 +176,4 @@ def test_the_number_of_slots_changes_nothing(counted):
 def test_a_step_with_an_adapter(counted):
     """In bfloat16 an adapter stays beside its weights: six launches for each of seven products per layer."""
     launches = counted(adapter=True)
-    assert launches.parts.total() <= TOTAL + 6 * 7 * 28, shown(launches)
+    assert launches.parts.total() <= WITH_ADAPTER, shown(launches)
