@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rl_soft.model.head_product import float32_logits
 from rl_soft.rollouts.engine import Engine
 from rl_soft.rollouts.kernels import few_launches as few
-from rl_soft.rollouts.kernels import gpu_sampling
+from rl_soft.rollouts.kernels import gpu_rules, gpu_sampling
 from rl_soft.thoughts.layout import Layout
 
 ROWS, K = 64, 8
-TOTAL, OF_BOOKKEEPING, WITH_ADAPTER = 601, 177, 2001  # before: 1,391, 202 and 2,567
+TOTAL, OF_BOOKKEEPING, WITH_ADAPTER = 429, 12, 1829  # before: 1,391, 202 and 2,567
 QWEN = {  # Qwen2.5-1.5B
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096,
@@ -120,10 +120,11 @@ def counted(fake, monkeypatch):  # noqa: F811
         monkeypatch.setattr(torch.nn.functional, "rms_norm", norm)
         monkeypatch.setattr(gpu_sampling, "usable", lambda x: x.is_cuda)
         monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-        monkeypatch.setattr(gpu_sampling, "triton", SimpleNamespace(
-            cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()))  # fmt: skip
-        for name in [n for n in vars(gpu_sampling) if n.endswith("_kernel")]:
-            monkeypatch.setattr(gpu_sampling, name, Stub(launches, name))
+        stand_in = SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
+        for module in (gpu_sampling, gpu_rules):
+            monkeypatch.setattr(module, "triton", stand_in)
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, Stub(launches, name))
         _, layout = make("llama", replace(EXPLICIT, thought_k=slots, num_thoughts=64))
         model = model_of()
         if adapter:
