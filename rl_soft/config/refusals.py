@@ -36,10 +36,16 @@ DERIVED_SFT = {
 WHOLE = "training draws from the whole distribution, whose density it scores"
 CUT = f"{WHOLE}; rl-soft eval and rl-soft generate take cuts"
 ENGINE = "soft thoughts are decoded by this package's own engine"
-VLLM = "vLLM takes embeddings for prompts only, so soft thoughts cannot be decoded by it"
+VLLM_KEYS = (  # of TRL's, that a run with use_vllm reads
+    "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length",
+    "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_group_port", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max",
+)  # fmt: skip
 # Keys of TRL's configuration that a soft rollout cannot have or never reads; the value TRL gives them anyway passes.
 REFUSED = {
-    "use_vllm": VLLM,
+    "vllm_model_impl": "soft thoughts are fed to vLLM's own implementation of a model",
+    "vllm_structured_outputs_regex": WHOLE,
     "top_p": CUT,
     "top_k": CUT,
     "min_p": CUT,
@@ -87,7 +93,9 @@ def check_features(given: Mapping[str, Any], method: str = "grpo") -> None:
 def _unavailable(given: Mapping[str, Any], method: str) -> Iterator[str]:
     defaults = trainer_fields(method)
     for key, value in given.items():
-        why = REFUSED.get(key) or (VLLM if key.startswith("vllm_") else None)
+        why = REFUSED.get(key)
+        if key.startswith("vllm_") and why is None:
+            why = None if given.get("use_vllm") and key in VLLM_KEYS else "it is read with use_vllm true"
         if why is not None and value is not None and value != defaults.get(key, False):
             yield f"{key} is not available: {why}"
 

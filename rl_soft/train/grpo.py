@@ -34,11 +34,12 @@ from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapte
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts import cuda_graphs
-from rl_soft.rollouts.engine import rollout
+from rl_soft.rollouts.engine import Rollout, rollout
 from rl_soft.thoughts.kinds import KINDS, RATIOS
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
+from rl_soft.train import vllm_rollouts
 from rl_soft.train.checks import check_config, check_model, check_prompts
 from rl_soft.train.metrics import density_gap, ratio_metrics, rollout_metrics
 from rl_soft.train.normaliser import aggregate
@@ -72,11 +73,11 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         **kwargs: other arguments of `trl.GRPOTrainer`.
 
     Raises:
-        ValueError: no thinking; a feature that soft rollouts cannot have or never read (vLLM, tools, a rollout
-            function, cuts of the distribution, images); a thought kind without a density; a ratio that is not made for
-            the kind, or not for the phase; gradient checkpointing where thoughts are fed one by one; a hybrid thought
-            without its projector; thought_epsilon where a sequence has one ratio; a reference that cannot be made; a
-            data set without prompts; temperature beside another one in `thinking`.
+        ValueError: no thinking; a feature that soft rollouts cannot have or never read (tools, a rollout function,
+            cuts of the distribution, images); a thought kind without a density; a ratio that is not made for the kind,
+            or not for the phase; gradient checkpointing where thoughts are fed one by one; a hybrid thought without
+            its projector; thought_epsilon where a sequence has one ratio; a reference that cannot be made; a data set
+            without prompts; temperature beside another one in `thinking`; use_vllm without a vLLM that fits.
 
     Source: GRPO, arXiv 2402.03300; soft thoughts with Gumbel-Softmax noise, arXiv 2508.03440; docs/grpo.md.
     """
@@ -121,9 +122,12 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         peft_config = beside_adapter(peft_config) if kind.reads_hidden else peft_config
         self.layout = Layout(thinking, policy.tokenizer)
         self.ratio, self.rest_weight, self.thought_epsilon = ratio, rest_weight, thought_epsilon
+        if args.use_vllm:
+            vllm_rollouts.check(args, ratio)
         check_texts(self.layout)
         check_prompts(train_dataset, self.layout, policy.model)
         settle(args, self.layout)
+        use_vllm, args.use_vllm = args.use_vllm, False  # TRL would make an engine for tokens
         super().__init__(
             policy.model,
             reward_funcs,  # type: ignore[arg-type]
@@ -151,6 +155,10 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         # found. A pass of the reference comes later and is not kept.
         self._soft: SoftBatch
         self._pass: Pass | None = None
+        self.use_vllm = args.use_vllm = use_vllm
+        self._pushed_step = -1  # whose weights vLLM has
+        if use_vllm:
+            self.vllm_generation = self._vllm = vllm_rollouts.SoftVLLM(self)
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
         assert self.num_generations is not None
@@ -176,22 +184,29 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             return output | self._soft.to_dict()
 
     def _roll_out(self, rows: list[dict[str, Any]]) -> SoftBatch:
-        args = self.args
-        with (
-            self._clock.section("rollout"),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-            ) as model,
-        ):
-            prompts = [self.layout.prompt_ids(row["prompt"]) for row in rows]
-            made = rollout(model, self.layout, prompts, self._seeds(rows), self.eos_token_ids)
+        prompts, seeds = [self.layout.prompt_ids(row["prompt"]) for row in rows], self._seeds(rows)
+        with self._clock.section("rollout"):
+            made = self._roll_out_by_vllm(prompts, seeds) if self.use_vllm else self._roll_out_here(prompts, seeds)
             metrics, positions = rollout_metrics(made, self.accelerator)
         self._clock.count("rollout", positions)
         self._log_all(metrics)
         return SoftBatch.from_rollout(made, self.ratio, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
+
+    def _roll_out_here(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
+        args = self.args
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as model:
+            return rollout(model, self.layout, prompts, seeds, self.eos_token_ids)
+
+    def _roll_out_by_vllm(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
+        if self._pushed_step != self.state.global_step:
+            self._vllm.sync_weights()
+            self._pushed_step = self.state.global_step
+        return self._vllm.rollout(prompts, seeds)
 
     def _seeds(self, rows: list[dict[str, Any]]) -> Tensor:
         """(B,) addresses of the noise: (run seed, problem id, sample index, step), and never the order of rows."""
@@ -316,10 +331,13 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         mask = soft.action_mask & inputs["completion_mask"].bool()
         first = now if old is None else old
         gap = density_gap(soft, first, mask, self.accelerator)
-        if self._first_step in (None, self.state.global_step):
-            self._first_step = self.state.global_step
+        fresh = (
+            old is not None or self._pushed_step == self.state.global_step
+        )  # scored with the weights of the rollout
+        if self._first_step in (None, self.state.global_step) or (self.use_vllm and fresh):
+            self._first_step = self._first_step or self.state.global_step
             owner, precision = self.accelerator.unwrap_model(self.model), self.accelerator.mixed_precision
-            check_density_gap(gap, soft, first, mask, owner, self.layout.thinking, precision)
+            check_density_gap(gap, soft, first, mask, owner, self.layout.thinking, precision, self.use_vllm)
         self._density_gap = max(self._density_gap, gap)
         kl = found.kl
         if self.beta:  # TRL's, of which it logs the mean over all positions

@@ -9,10 +9,9 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rl_soft.model.projector import PROJECTOR, Projector, read_projector
+from rl_soft.model.projector import PROJECTOR, Projector
 from rl_soft.rollouts.vllm.plugin import PREFIX
 
 _MADE: dict[str, type] = {}
@@ -23,6 +22,7 @@ class SoftModel:
 
     soft_hidden: Tensor | None = None  # (n, H), what the LM head has read last
     projector: Projector | None = None
+    pending: dict[str, Tensor] = {}  # noqa: RUF012 (replaced, never changed): weights of a projector to come
     config: Any
 
     @staticmethod
@@ -56,13 +56,14 @@ class SoftModel:
     def _load_projector(self, state: dict[str, Tensor]) -> None:
         """All of its weights or, when they are pushed one by one, some."""
         if self.projector is None:
+            self.pending = state = {**self.pending, **state}
+            if "inner.weight" not in state:
+                return  # which tells its size
             size, width = state["inner.weight"].shape
-            weight = next(iter(self.parameters()))  # type: ignore[attr-defined]
-            # Outside of the modules, so that vLLM's check for weights that were not loaded leaves it alone.
-            projector = Projector(width, size, torch.float32, weight.device)
-            object.__setattr__(self, PROJECTOR, projector)
+            # Outside of the modules, so that vLLM's ways to load and reload them leave it alone.
+            object.__setattr__(self, PROJECTOR, Projector(width, size, state["inner.weight"].dtype))
         assert self.projector is not None
-        read_projector(self, {**self.projector.state_dict(), **state})
+        self.projector.load_state_dict(state, strict=False)
 
 
 PARTS = tuple(Projector(1, 1).state_dict())

@@ -112,7 +112,7 @@ class SoftSampler:
         mixture = None
         if thinking.kind.mixes:
             mixture = self.state.mix(drawn.support, drawn.log_weights.exp())
-        return model.projector(hidden, mixture)
+        return model.projector.to(hidden.device)(hidden, mixture)
 
     def _empty(self, logits: Tensor, input_batch: Any) -> SamplerOutput:
         """Of a step without ordinary rows."""

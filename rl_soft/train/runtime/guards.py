@@ -177,6 +177,7 @@ def check_density_gap(
     model: Any,
     thinking: Thinking,
     mixed_precision: str,
+    by_vllm: bool = False,
 ) -> None:
     """Ends a run whose rollout and training pass score two different models.
 
@@ -186,6 +187,7 @@ def check_density_gap(
     Args:
         gap: over all processes; batch, first and mask are this process's, as in `metrics.density_gap`.
         mixed_precision: accelerate's; "no" is none.
+        by_vllm: the rollout was made by an engine that the weights were pushed to.
 
     Raises:
         ValueError: the gap is above the bound; names the model and the position that differs most.
@@ -197,6 +199,13 @@ def check_density_gap(
     found = (first - batch.sampled_log_probs).abs() * mask
     row, column = divmod(int(found.nan_to_num(0.0).argmax()), found.shape[1])
     what = "a thought" if batch.thought_mask[row, column] else "an answer token"
+    if by_vllm:
+        raise ValueError(
+            f"rollout/density_gap is {gap:.2g} right after the weights were pushed to vLLM, above {bound:g} in "
+            f"float32: for {what} vLLM recorded a log-density of {batch.sampled_log_probs[row, column]:.5g} and the "
+            f"training pass found {first[row, column]:.5g}. vLLM holds other weights than the trainer, or its model "
+            f"of type {model.config.model_type} differs; docs/vllm.md"
+        )
     raise ValueError(
         f"rollout/density_gap is {gap:.2g} at the first step, above {bound:g} in float32: for {what} the rollout "
         f"recorded a log-density of {batch.sampled_log_probs[row, column]:.5g} and the training pass found "
