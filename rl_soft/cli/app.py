@@ -166,6 +166,25 @@ def generate(context: typer.Context, model: ModelName) -> None:
     run(model, overrides)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="",
+    epilog="Example: rl-soft serve MODEL --port 8000 --max-model-len 4096; vllm serve --help=all lists its options",
+)
+def serve(
+    context: typer.Context,
+    model: ModelName,
+    slots: Annotated[
+        int | None, typer.Option(help="The most token ids that a request's thoughts may mix; 8 if absent.")
+    ] = None,
+    thoughts: Annotated[int | None, typer.Option(help="The most thoughts of a request; 1024 if absent.")] = None,
+) -> None:
+    """Start vLLM's own server so that it serves soft rows too; other options are those of vllm serve."""
+    from rl_soft.rollouts.vllm.serve import run
+
+    run(model, context.args, **{k: v for k, v in (("slots", slots), ("thoughts", thoughts)) if v is not None})
+
+
 @app.command("estimate", **KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")
 def estimated(context: typer.Context, recipe: RecipeName) -> None:
     """Tell memory and seconds of a training step before anything is loaded; exit code 1 if --memory is not enough."""

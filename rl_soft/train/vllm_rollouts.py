@@ -155,9 +155,12 @@ class SoftVLLM(VLLMGeneration):
 
     def sync_weights(self) -> None:
         if self.mode == "colocate" and self.accelerator.device.type == "cpu":
-            # A CPU has its weights packed, and packs them again; the iterator ends before adapters are unmerged.
+            from rl_soft.rollouts.vllm.models import tie_again
+
+            # A CPU has its weights packed, and packs them again; some at the end, when adapters are apart again.
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-            runner.reload_weights(weights_iterator=self._iter_named_params())
+            runner.reload_weights(weights_iterator=((name, x.clone()) for name, x in self._iter_named_params()))
+            tie_again(runner.model)
             self.llm.reset_prefix_cache()
         else:
             super().sync_weights()
@@ -202,7 +205,7 @@ class SoftVLLM(VLLMGeneration):
 
     def _ask_server(self, asked: list[tuple[list[int], int]], vocab_size: int) -> list[list[Recorded]]:
         """The main process asks for all."""
-        every, answer = gather_object(asked), [None]
+        every, answer = gather_object(asked), list[Any]([None])
         if self.accelerator.is_main_process:
             answer = [self.server.positions(self.layout, every, self.eos_ids, None)]
         broadcast_object_list(answer, from_process=0)
