@@ -50,6 +50,8 @@ def main(argv: list[str] | str | None = None) -> None:
         words = [*words[1:], "--only-check"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not os.environ.get("RL_SOFT_DEBUG"):  # DDP's advice of its own settings; what fails is an error there
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     share_cores()
     # Rollout and update want memory in pieces of other sizes. Where vLLM is, its sleep mode would free nothing then.
     if not ALLOCATOR & os.environ.keys() and importlib.util.find_spec("vllm") is None:
