@@ -124,7 +124,6 @@ if [[ $1 == eval ]]; then
 else
   program=("$1")
   zero=""
-  [[ -f $1 ]] || die "recipe $1 does not exist"
   shift
 fi
 nproc="" dry="" rest=()
@@ -162,7 +161,7 @@ if [[ -z $zero ]]; then # one process has nothing to divide, an adapter hardly a
   words=" ${rest[*]+${rest[*]}} "
   if [[ $nproc == 1 ]] || [[ ${words/=/ } == *" --use_peft true"* ]]; then
     zero=0
-  elif grep -qE '^use_peft: *true' "${program[0]}" && [[ ${words/=/ } != *" --use_peft false"* ]]; then
+  elif grep -qsE '^use_peft: *true' "${program[0]}" && [[ ${words/=/ } != *" --use_peft false"* ]]; then
     zero=0
   fi
 fi
@@ -170,8 +169,6 @@ fi
 if [[ $zero != 0 && ${devices:-0} == 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
   say "no C++ compiler found: running without DeepSpeed (--zero 0)"
   zero=0
-elif [[ $zero == 0 ]]; then
-  say "running without DeepSpeed"
 fi
 if [[ $zero != 0 ]]; then
   config=$root/recipes/accelerate/zero$zero.yaml
@@ -193,8 +190,7 @@ command+=(rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
 tell() {
   say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
   if [[ ${devices:-0} == 0 && $busy -ge $cores ]]; then
-    say "the load is $busy on $cores cores: jobs that share cores wait for each other. For one core each:"
-    say "OMP_NUM_THREADS=1 ./launch.sh ... --nproc 1 --zero 0"
+    say "the load is $busy on $cores cores: this run shares them with other work. OMP_NUM_THREADS=1 keeps it to $nproc"
   fi
   say "$(printf '%q ' "${command[@]}")"
 }

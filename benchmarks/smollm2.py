@@ -3,10 +3,10 @@
     rl-soft fetch smollm2
     nice python benchmarks/smollm2.py [--seeds 1 2 3] [--arms NAME ...] [--out runs/smollm2_study]
 
-Problems are gsm_symbolic's, with their equations as worked steps; those of a third of the templates are never trained
-on. One warm start, supervised, is shared by all arms. An arm is trained for two halves of equally many steps, on
-problems that no half before it has met, with a fresh optimizer; each half has a kind of thought (`ARMS`). Then it is
-evaluated on problems of templates that it has seen, and of those that it has not.
+Problems are gsm_symbolic's with small numbers, their equations as worked steps; those of a third of the templates are
+never trained on. One warm start, supervised, is shared by all arms. An arm is trained for two halves of equally many
+steps, on problems that no half before it has met, with a fresh optimizer; each half has a kind of thought (`ARMS`).
+Then it is evaluated on problems of templates that it has seen, and of those that it has not.
 
 The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
 CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
@@ -24,6 +24,8 @@ import fcntl
 import gc
 import json
 import logging
+import random
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -48,15 +50,16 @@ RECIPES = ROOT / "recipes" / "smollm2"
 class Sizes:
     """What `--size NAME=VALUE` sets."""
 
-    drawn: int = 30000  # problems that are drawn from the generator
+    drawn: int = 60000  # problems that are drawn from the generator
     question_tokens: int = 80  # longer questions are left out, which keeps a step short
     step_tokens: int = 48  # longer solutions too
-    template_rows: int = 150  # a template with fewer problems is left out
-    unseen: int = 190  # problems of an evaluation
-    seen: int = 76
-    validation: int = 48  # of each; the warm start stops by them
+    largest: int = 200  # so are solutions with larger numbers, or with numbers that are no integers
+    template_rows: int = 50  # a template with fewer problems is left out
+    unseen: int = 160  # problems of an evaluation
+    seen: int = 60
+    validation: int = 32  # of each; the warm start stops by them
     rl_rows: int = 1280
-    warm_rows: int = 6400
+    warm_rows: int = 3200  # and as many rows of bare equations
     warm_batch: int = 8
     warm_steps: int = 800
     warm_accuracy: float = 0.3  # of the validation, at which the warm start stops
@@ -107,30 +110,22 @@ class Study:
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def warm(self) -> dict[str, Any]:
-        """Supervised on worked equations; its adapter is then merged."""
-        from rl_soft.model import policy
-        from rl_soft.model.adapters import merged
-
+        """Supervised on worked equations, all weights."""
         self.problems()
-        sizes, run, start = self.sizes, self.out / "warm", self.out / "start"
+        sizes, run = self.sizes, self.out / "warm"
         values = self.text | {
-            "model_name_or_path": str(self.model), "lora_r": 2 * sizes.lora_r, "lora_alpha": 4 * sizes.lora_r,
-            "max_steps": sizes.warm_steps, "validation_problems": 2 * sizes.validation, "validation_every": 80,
-            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "model_name_or_path": str(self.model), "use_peft": False, "max_steps": sizes.warm_steps,
+            "validation_problems": 2 * sizes.validation, "validation_every": 100,
+            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "bf16": True,
             "attn_implementation": "eager",
         }  # fmt: skip
         self.supervised("sft_cot", run, values)
-        if not (start / "model").exists():
-            made = policy.load_policy(str(run / "model"))
-            assert made.thinking is not None
-            start.mkdir(exist_ok=True)
-            policy.save(start / "model", merged(made.model).save_pretrained, made.tokenizer, made.thinking, True)
         return {"curve": losses(run)}
 
     def warm_eval(self) -> dict[str, Any]:
         """The warm start in tokens and in soft thoughts."""
-        start = self.out / "start"
+        start = self.out / "warm"
         found = {kind: self.evaluated(f"warm-{kind}", start, **self.thought(kind)) for kind in KINDS}
         return {"evaluations": found, "agreement": self.agreement()}
 
@@ -138,7 +133,7 @@ class Study:
         """One half of an arm, by the kinds of thoughts of its halves so far."""
         run, before = (
             self.out / entry_of(kinds, seed),
-            self.out / (entry_of(kinds[:-1], seed) if kinds[1:] else "start"),
+            self.out / (entry_of(kinds[:-1], seed) if kinds[1:] else "warm"),
         )
         self.reinforced(run, before, self.text | KINDS[kinds[-1]], f"rl{len(kinds)}", seed)
         return {"curve": by_step(run)}
@@ -155,7 +150,7 @@ class Study:
         """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""
         from smollm2_gradients import measure
 
-        start, problems = self.out / "start" / "model", self.out / "problems" / "rl1.jsonl"
+        start, problems = self.out / "warm" / "model", self.out / "problems" / "rl1.jsonl"
         return {
             k: measure(start, problems, self.thought(k), self.out / f"gradients-{k}.pt", self.sizes) for k in KINDS
         }
@@ -194,7 +189,9 @@ class Study:
         for row in load_rows("gsm_symbolic", "train", sizes.drawn, 1, options):
             steps = "".join(step + "\n" for step in row.steps)
             lengths = [len(tokenizer.encode(text)) for text in (row.question, steps)]
-            if lengths[0] <= sizes.question_tokens and lengths[1] <= sizes.step_tokens:
+            numbers = re.findall(r"[\d.]+", steps)
+            small = all(number.isdigit() and int(number) <= sizes.largest for number in numbers)
+            if small and lengths[0] <= sizes.question_tokens and lengths[1] <= sizes.step_tokens:
                 by_template[row.family].append(row)
         enough = [template for template, rows in by_template.items() if len(rows) >= sizes.template_rows]
         templates = sorted(enough, key=question_hash)
@@ -205,7 +202,9 @@ class Study:
         validation = zip(of_seen.take(sizes.validation), of_unseen.take(sizes.validation), strict=True)
         half, all_rl = sizes.prompts * sizes.steps, of_seen.take(sizes.rl_rows)
         files |= {name: all_rl[i * half : (i + 1) * half] for i, name in enumerate(("rl1", "rl2"))}
-        files["warm"] = [row for pair in validation for row in pair] + of_seen.take(sizes.warm_rows)
+        warm = of_seen.take(sizes.warm_rows)
+        bare = bare_equations([row for template in seen for row in by_template[template]], sizes.warm_rows)
+        files["warm"] = [row for pair in (*validation, *zip(warm, bare, strict=True)) for row in pair]
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
             lines = [{**dataclasses.asdict(row), "steps": list(row.steps)} for row in rows]
@@ -219,15 +218,16 @@ class Study:
         batch = {
             "dataset": str(self.out / "problems" / "warm.jsonl"), "dataset_options": None, "train_size": None,
             "per_device_train_batch_size": self.sizes.warm_batch, "gradient_accumulation_steps": 1,
-            "train_sampling_strategy": "group_by_length", "logging_steps": 10, "save_steps": 40,
-            "save_total_limit": 1, "disable_tqdm": True,
+            "logging_steps": 10, "save_steps": 40, "save_total_limit": 1, "disable_tqdm": True,
         }  # fmt: skip
+        if recipe == "sft_cot":
+            batch |= {"train_sampling_strategy": "group_by_length"}  # less padding
         trained(recipe, batch | values | {"output_dir": str(run)})
 
     def after_warm(self) -> dict[str, Any]:
         """Values of `codi` and its twin."""
         return {
-            "model_name_or_path": str(self.out / "start" / "model"), "max_steps": self.sizes.codi_steps,
+            "model_name_or_path": str(self.out / "warm" / "model"), "max_steps": self.sizes.codi_steps,
             "validation_problems": 2 * self.sizes.validation, "validation_every": 100, "max_answer_tokens": 6,
             "question_template": "{question}\n", "learning_rate": 5e-4,
         }  # fmt: skip
@@ -316,6 +316,17 @@ class Turns:
                 raise SystemExit(f"{count} more problems are wanted than were drawn; set --size drawn=... higher")
             taken, self.at = taken + turn, self.at + 1
         return taken[:count]
+
+
+def bare_equations(rows: list[Row], count: int) -> list[Row]:
+    """Rows of eight equations each, drawn from all that stand in `rows`: arithmetic at little cost."""
+    every, draw = sorted({step for row in rows for step in row.steps}), random.Random(0)
+    made = []
+    for i in range(count):
+        steps = tuple(draw.choices(every, k=8))
+        answer = steps[-1].rpartition("=")[2]
+        made.append(Row(f"equations/{i}", "Work these out:", steps, answer, "number", "equations", "equations"))
+    return made
 
 
 def trained(recipe: str, values: dict[str, Any]) -> None:

@@ -105,6 +105,8 @@ def figures(total: torch.Tensor, gram: torch.Tensor, n: int) -> dict[str, Any]:
     found: dict[str, Any] = {"batches": n}
     weights = {name: torch.tensor([parts.get(p, 0.0) for p in PARTS]).double() for name, parts in ESTIMATORS.items()}
     unit = float(weights["top1"] @ within @ weights["top1"])
+    if not unit:
+        return found  # all groups were alike
     for name, w in weights.items():
         square, second = float(w @ between @ w), float(w @ within @ w)
         found[name] = {

@@ -50,6 +50,7 @@ def main(argv: list[str] | str | None = None) -> None:
         words = [*words[1:], "--only-check"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_cores()
     # Rollout and update want memory in pieces of other sizes. Where vLLM is, its sleep mode would free nothing then.
     if not ALLOCATOR & os.environ.keys() and importlib.util.find_spec("vllm") is None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -75,6 +76,14 @@ def main(argv: list[str] | str | None = None) -> None:
         print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
     if code:
         raise SystemExit(code)
+
+
+def share_cores() -> None:
+    """Where other work wants the cores, threads that wait sleep. With threads that spin, a step of two jobs of two
+    threads took 299 s on two busy cores, and 20 s so. OpenMP reads it when torch is imported."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if 2 * load > (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def lines_of(error: Exception) -> list[str]:

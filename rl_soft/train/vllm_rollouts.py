@@ -155,9 +155,12 @@ class SoftVLLM(VLLMGeneration):
 
     def sync_weights(self) -> None:
         if self.mode == "colocate" and self.accelerator.device.type == "cpu":
-            # A CPU has its weights packed, and packs them again; the iterator ends before adapters are unmerged.
+            from rl_soft.rollouts.vllm.models import tie_again
+
+            # A CPU has its weights packed, and packs them again; some at the end, when adapters are apart again.
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-            runner.reload_weights(weights_iterator=self._iter_named_params())
+            runner.reload_weights(weights_iterator=((name, x.clone()) for name, x in self._iter_named_params()))
+            tie_again(runner.model)
             self.llm.reset_prefix_cache()
         else:
             super().sync_weights()

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from smollm2_report import METRICS, SPLITS, report
 
 SIZES = {
-    "drawn": 400, "question_tokens": 400, "step_tokens": 90, "template_rows": 2, "unseen": 3, "seen": 3,
-    "validation": 2, "rl_rows": 8, "warm_rows": 20, "warm_batch": 4, "warm_steps": 2, "warm_accuracy": 1.1,
+    "drawn": 400, "question_tokens": 400, "step_tokens": 90, "template_rows": 2, "largest": 10000, "unseen": 3,
+    "seen": 3, "validation": 2, "rl_rows": 8, "warm_rows": 20, "warm_batch": 4, "warm_steps": 2, "warm_accuracy": 1.1,
     "prompts": 2, "completions": 2, "steps": 2, "samples": 4, "thoughts": 8, "lora_r": 2,
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def table(folder: Path) -> dict:
 def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
     model, whole, killed = tiny_model(tmp_path / "model"), tmp_path / "whole", tmp_path / "killed"
     done = study(whole, model)
-    printed, _ = done.communicate(timeout=300)
+    printed, _ = done.communicate(timeout=1800)
     assert done.returncode == 0, printed
     signs = "results/warm.json", "out/token-seed1/checkpoint-2", "out/soft+token-seed1/metrics.jsonl"
     for sign in signs:
@@ -77,7 +77,7 @@ def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
         os.killpg(process.pid, 9)
         process.communicate()
     again = study(killed, model)
-    printed_again, _ = again.communicate(timeout=300)
+    printed_again, _ = again.communicate(timeout=1800)
     assert again.returncode == 0, printed_again
     assert table(killed) == table(whole)
     assert set(table(whole)["arms"]) == {"token", "soft then token"} and "soft+soft-seed1" in table(whole)["missing"]

@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent / "interpreter"
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "RL_SOFT_VLLM_ON_CPU": "1",  # our own kernels stay off: what is exact without them is faster than interpreted
+    "TORCH_COMPILE_DISABLE": "1",  # inductor asks Triton for a GPU
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

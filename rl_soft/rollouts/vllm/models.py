@@ -94,3 +94,17 @@ def leave_alone(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, TorchCompileWithNoGuardsWrapper) and "do_not_compile" not in vars(module):
             vars(module)["do_not_compile"] = True
+
+
+def tie_again(model: Any) -> None:
+    """After a reload on a CPU: a head that shares its weight with the embeddings has the old one packed."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [m for m in tables if isinstance(m, ParallelLMHead)]
+    if not heads or not getattr(model.config, "tie_word_embeddings", False):
+        return
+    embedding = next(m for m in tables if not isinstance(m, ParallelLMHead))
+    for head in heads:
+        head.tie_weights(embedding)
+        head.quant_method.process_weights_after_loading(head)

@@ -36,9 +36,9 @@ EOS = [2]
 QUESTIONS = ["1+1=?", "a+12-34=?bc", "7"]
 
 
-def build(name, folder, spread=2.0):
+def build(name, folder, spread=2.0, **more):
     """A random policy, and the folder that it was saved to; `spread` makes its distributions less even."""
-    made = policy.make(MODELS[name], CHARACTERS, seed=0)
+    made = policy.make(MODELS[name] | more, CHARACTERS, seed=0)
     made.tokenizer.chat_template = None
     with torch.no_grad():
         for parameter in made.model.parameters():

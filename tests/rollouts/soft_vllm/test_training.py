@@ -98,9 +98,10 @@ def test_every_ratio(folder, tmp_path, ratio):
     assert max(log["rollout/density_gap"] for log in keep.logs) < 1e-3
 
 
-def test_an_adapter_and_ppo(folder, tmp_path):
-    """Merged for the push, and apart again."""
-    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+def test_an_adapter_and_ppo(tmp_path):
+    """Merged for the push, and apart again; a head that is the embeddings; single rows of them that are trained."""
+    folder = build("llama", tmp_path / "tied", spread=1.0, tie_word_embeddings=True)[1]
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", trainable_token_indices=[3, 4])
     run, keep = trainer(folder, tmp_path / "lora", LATENT, peft_config=lora)
     run.train()
     assert max(log["rollout/density_gap"] for log in keep.logs) < 1e-4

@@ -13,6 +13,7 @@ from importlib.abc import MetaPathFinder
 for name, value in {  # as rl_soft.rollouts.vllm.cpu
     "TRITON_INTERPRET": "1",
     "RL_SOFT_VLLM_ON_CPU": "1",
+    "TORCH_COMPILE_DISABLE": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
