@@ -171,11 +171,12 @@ def generate(context: typer.Context, model: ModelName) -> None:
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="",
-    epilog="Example: rl-soft serve MODEL --port 8000 --max-model-len 4096; vllm serve --help=all lists its options",
+    epilog="Options of vllm serve: --host, --port, --dtype, --max-model-len, --max-num-seqs, --tensor-parallel-size, "
+    "--gpu-memory-utilization, --weight-transfer-config (to train with), ...; vllm serve --help=all lists them",
 )
 def serve(
     context: typer.Context,
-    model: ModelName,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, run or hub id; no adapter.")],
     slots: Annotated[
         int | None, typer.Option(help="The most token ids that a request's thoughts may mix; 8 if absent.")
     ] = None,

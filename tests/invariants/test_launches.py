@@ -121,6 +121,8 @@ def counted(fake, monkeypatch):  # noqa: F811
         monkeypatch.setattr(gpu_sampling, "usable", lambda x: x.is_cuda)
         monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
         stand_in = SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
+        monkeypatch.setattr(gpu_rules, "_agrees", lambda *args: True)
+        monkeypatch.setattr(gpu_rules, "_judged", {})
         for module in (gpu_sampling, gpu_rules):
             monkeypatch.setattr(module, "triton", stand_in)
             for name in [n for n in vars(module) if n.endswith("_kernel")]:

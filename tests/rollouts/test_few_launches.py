@@ -3,6 +3,7 @@
 pytest tests/rollouts/test_few_launches.py
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,19 @@ def test_a_rollout_is_the_same(on_a_cpu, monkeypatch, kind, joint):
     assert len(on_a_cpu) > 20 and all((layer.gate_up is not None) == joint for layer in on_a_cpu)
 
 
+def test_an_adapter_in_float32_is_merged_for_as_long(on_a_cpu):
+    made, layout = make("qwen2", EXPLICIT)
+    made.model = get_peft_model(
+        made.model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    given = arguments(made, layout)
+    assert_same(rollout(*given), plain(given), atol=1e-4)
+    assert on_a_cpu and all(layer.qkv is not None and layer.plain_down for layer in on_a_cpu)
+    assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+    assert not any(m.merged for m in made.model.modules() if isinstance(m, few.Linear))
+
+
 @pytest.mark.parametrize("init", [True, False])
 def test_with_an_adapter_the_products_are_its_own(on_a_cpu, init):
     made, layout = make("qwen2", EXPLICIT)
@@ -54,7 +68,7 @@ def test_with_an_adapter_the_products_are_its_own(on_a_cpu, init):
     ).eval()
     given = arguments(made, layout)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rl_soft.rollouts.kernels.cpu.merged_for_now", lambda model: few.few_launches(model, "nowhere"))
+        patch.setattr(few, "merged_for_now", lambda model: nullcontext())  # as in bfloat16
         assert_same(rollout(*given), plain(given), atol=1e-4)
     assert on_a_cpu and all(layer.qkv is None and not layer.plain_down for layer in on_a_cpu)
 

@@ -110,6 +110,27 @@ def test_the_logits_may_rule_slots_out(calls):
     assert_same(found, expected, atol=1e-4)
 
 
+@needs_kernels
+@pytest.mark.parametrize("how", ["fails", "differs"])
+def test_a_kernel_that_fails_or_differs_is_not_taken(monkeypatch, caplog, how):
+    monkeypatch.setattr(gpu_rules, "_judged", {})
+    made, layout = make("llama", SHORT)
+    made.model.to(DEVICE)
+    given = few(made, layout)
+    expected, inner = by_operations(given), gpu_rules.sample
+
+    def sample(rules, out, live, logits, T):
+        if how == "fails":
+            raise RuntimeError("no resources")
+        inner(rules, out, live, logits, T)
+        out.log_probs += 1
+
+    monkeypatch.setattr(gpu_rules, "sample", sample)
+    assert_same(rollout(*given), expected)
+    assert list(gpu_rules._judged.values()) == [False]
+    assert ("no resources" if how == "fails" else "gives other results") in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS, reason="the kernel runs in this process")
 def test_in_the_interpreter():

@@ -11,9 +11,11 @@ import pytest
 from conftest import tiny_policy
 
 from rl_soft.config.recipe import load_command
+from rl_soft.evaluation.generation import Task, complete
 from rl_soft.model import policy
 from rl_soft.model.policy import describe_policy
-from rl_soft.rollouts.engines import roll_of
+from rl_soft.rollouts.engine import rollout
+from rl_soft.rollouts.engines import OnVllm, roll_of
 from rl_soft.rollouts.vllm import cpu, options
 from rl_soft.rollouts.vllm.about import identity
 from rl_soft.rollouts.vllm.serve import command
@@ -140,3 +142,27 @@ def test_a_model_is_known_wherever_it_lies(folder, tmp_path):
     weights = tmp_path / "elsewhere/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert identity(str(tmp_path / "elsewhere"))["weights"] != here["weights"]
+
+
+class Elsewhere:
+    """An engine that makes a rollout whole, as vLLM does."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def rollout(self, layout, prompt_ids, seeds, eos_ids, decoding):
+        return rollout(self.model, layout, prompt_ids, seeds, eos_ids, decoding=decoding)
+
+
+def test_completions_and_their_positions_are_told_as_with_our_engine(folder):
+    loaded = policy.load_policy(str(folder))
+    layout = Layout(loaded.thinking, loaded.tokenizer)
+    tasks, told = [Task("a", "1+2=", 0), Task("a", "1+2=", 1), Task("b", "3=", 0)], []
+    described = describe_policy(str(folder)).model
+    for model, roll in ((loaded.model, rollout), (described, OnVllm(Elsewhere(loaded.model)))):
+        found, stream = [], []
+        complete(model, layout, tasks, None, 5, 2, found.append, lambda *x, to=stream: to.append(x), roll)
+        told.append((found, stream))
+    assert told[0] == told[1] and len(told[0][0]) == 3
+    with pytest.raises(ValueError, match="control zero is not available with engine vllm"):
+        OnVllm(Elsewhere(loaded.model))(described, layout, [[5]], control="zero")

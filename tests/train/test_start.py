@@ -5,6 +5,7 @@ pytest tests/train/test_start.py
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from test_pipeline import CODI, GRPO, metrics, write
 from rl_soft.config.recipe import load_recipe, warm_start_of
 from rl_soft.model import policy
 from rl_soft.model.side_modules import language_model
+from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train import pipeline as train
-from rl_soft.train.start import starting_policy
+from rl_soft.train.start import check_thinking, starting_policy
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 
@@ -141,3 +143,11 @@ def test_a_recipe_does_not_describe_an_adapter_of_another_kind(codi, tmp_path):
     values = {"warm_start": None, "model_name_or_path": str(tmp_path / "ia3"), "phase": "explicit"}
     with pytest.raises(ValueError, match=r"ia3 is an adapter of the kind IA3, and a recipe describes a LoRA one"):
         starting_policy(grpo(codi, tmp_path, end_of_thinking="#", **values), None)
+
+
+def test_soft_thoughts_go_on_from_written_reasoning_but_not_between_bot_and_eot():
+    written = Thinking(thought="token", phase="explicit", end_of_thinking="#")
+    check_thinking(replace(written, thought="gumbel"), written, "the recipe")
+    latent = Thinking(thought="token")
+    with pytest.raises(ValueError, match="thought gumbel does not fit a checkpoint trained with thought token"):
+        check_thinking(replace(latent, thought="gumbel"), latent, "the recipe")

@@ -14,13 +14,15 @@ operations are the same, and tests run them there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_soft.model.adapters import merged_for_now
 from rl_soft.rollouts.cache import free_memory
 from rl_soft.rollouts.kernels.layers import Layer, Parts, parts_of, patched
 
@@ -87,19 +89,30 @@ class FewLaunches(Layer):
 
 @contextmanager
 def few_launches(model: nn.Module, device: str = "cuda") -> Iterator[None]:
-    """While on, known layers on `device` take fewer operations in steps and prompts of a rollout."""
-    found = {m: p for m in model.modules() if (p := parts_of(m)) is not None and _on(p, device)}
-    if not found:
+    """While on, known layers on `device` take fewer operations in steps and prompts of a rollout. Adapters in float32
+    are merged for as long, where there is room for the weights that they are put into."""
+    if not any(p.device.type == device for p in model.parameters()):
         yield
         return
-    with patched(_forwards(found), _same_attention):  # whose copies of weights end with it
-        yield
+    adapted: list[Any] = [m.get_base_layer().weight for m in model.modules() if isinstance(m, Linear)]
+    with merged_for_now(model) if adapted and _fits(adapted) else nullcontext():
+        found = {m: p for m in model.modules() if (p := parts_of(m)) is not None and _on(p, device)}
+        if not found:
+            yield
+            return
+        with patched(_forwards(found), _same_attention):  # whose copies of weights end with it
+            yield
+
+
+def _fits(copied: list[Tensor]) -> bool:
+    """Whether copies of these may be made."""
+    free = free_memory(copied[0].device)
+    return free is None or sum(w.nbytes for w in copied) <= SHARE * free
 
 
 def _forwards(found: dict[nn.Module, Parts]) -> dict[Any, Any]:
-    copied = sum(m.weight.nbytes for p in found.values() for m in (p.q, p.k, p.v, p.gate, p.up) if _is_plain(m))
-    free = free_memory(next(iter(found.values())).first_norm.weight.device)
-    joint, rotation = free is None or copied <= SHARE * free, Rotation()
+    copied = [m.weight for p in found.values() for m in (p.q, p.k, p.v, p.gate, p.up) if _is_plain(m)]
+    joint, rotation = bool(copied) and _fits(copied), Rotation()
     return {module: FewLaunches(module, parts, rotation, joint) for module, parts in found.items()}
 
 

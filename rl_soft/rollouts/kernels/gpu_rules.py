@@ -10,7 +10,10 @@ Shapes: m rows, V vocabulary, K slots, T positions.
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +22,10 @@ from torch import Tensor
 from rl_soft.model.head_triton import jit, tempered, tl, triton
 from rl_soft.rollouts.kernels import gpu_sampling
 
+logger = logging.getLogger(__name__)
+
+_judged: dict[Any, bool] = {}  # by device, dtype and K
+ENDS = ("finished", "failed")
 STATE = ("stage", "t", "thoughts", "fed", "answered", "capped", "said")
 RECORDS = (
     "completion_ids", "mask", "action_mask", "thought_mask", "support", "log_weights", "log_probs",
@@ -36,6 +43,42 @@ def takes(rules: Any, logits: Tensor) -> bool:
         and 0 < rules.K <= min(logits.shape[-1], gpu_sampling.SLOTS)
         and gpu_sampling.usable(logits)
     )
+
+
+def sampled(rules: Any, out: Any, live: Any, logits: Tensor, T: int) -> bool:
+    """Whether `sample` was called: where the kernel takes this, and agreed with PyTorch's operations at first."""
+    if not takes(rules, logits):
+        return False
+    key = logits.device, logits.dtype, rules.K
+    if key not in _judged:
+        _judged[key] = _agrees(rules, out, live, logits, T)
+    if _judged[key]:
+        sample(rules, out, live, logits, T)
+    return _judged[key]
+
+
+def _agrees(rules: Any, out: Any, live: Any, logits: Tensor, T: int) -> bool:
+    """Both ways, on copies."""
+    m, close = len(logits), partial(torch.allclose, rtol=1e-3, atol=1e-3, equal_nan=True)
+    own = SimpleNamespace(**{n: (x := getattr(out, n)).new_zeros(m, *x.shape[1:]) for n in (*RECORDS, *ENDS)})
+    mine, theirs = (type(live)(**{n: x.clone() for n, x in live.tensors().items()}) for _ in range(2))
+    mine.row = torch.arange(m, device=logits.device)
+    try:
+        sample(rules, own, mine, logits, T)
+        drawn = rules.draw(live, logits)
+        rules.advance(theirs, drawn)
+        theirs.t.masked_fill_(theirs.stage == 3, T)
+        same = all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in STATE)
+        for name, value in drawn.recorded().items():
+            same &= close(getattr(own, name)[mine.row, live.t].float(), value.float())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton has exceptions of many kinds: for resources, for compilers, for drivers
+        logger.warning("rollout: rules take PyTorch's operations, Triton's kernel fails (%s)", str(error)[:200])
+        return False
+    if not same:
+        logger.warning("rollout: rules take PyTorch's operations, Triton's kernel gives other results")
+    return same
 
 
 def sample(rules: Any, out: Any, live: Any, logits: Tensor, T: int) -> None:

@@ -1,6 +1,6 @@
 """Which sides benchmarks/rollout.py measures.
 
-pytest tests/benchmarks/test_rollout.py
+pytest tests/benchmarks/test_benchmark_engines.py
 """
 
 import subprocess
