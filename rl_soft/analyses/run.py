@@ -27,6 +27,8 @@ from rl_soft.analyses.findings import Claim
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.data.sources import Row, question_hash
 from rl_soft.files import JsonLines, write_atomic
+from rl_soft.rollouts.engine import rollout
+from rl_soft.rollouts.engines import Roll
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 
@@ -49,17 +51,19 @@ class Analysis:
     Attributes:
         module: has `measure(model, layout, rows, ...)`, `summarise(records, ...)`, `table`, `says`, `claims`,
             `QUESTION` and `PAPER`.
+        rolls: its records come of rollouts alone, so that any engine can make them; `measure` takes `roll`.
         measured, summarised: names of those functions' further arguments -> fields of `AnalysisArguments`.
     """
 
     module: ModuleType
     measured: dict[str, str]
     summarised: dict[str, str]
+    rolls: bool = False
 
 
 WEIGHT = {"branch_weight": "branch_weight"}
 ANALYSES = {  # in the order of the report
-    "traces": Analysis(traces, {"seed": "eval_seed", "samples": "eval_samples"}, {}),
+    "traces": Analysis(traces, {"seed": "eval_seed", "samples": "eval_samples"}, {}, rolls=True),
     "branching": Analysis(branching, {}, WEIGHT),
     "lens": Analysis(lens, {"branches": "branches"}, {}),
     "plane": Analysis(plane, {"seed": "eval_seed", "draws": "draws", **WEIGHT}, WEIGHT),
@@ -151,12 +155,15 @@ def check_thinking(thinking: Thinking, vocab_size: int, changes: dict[str, Any])
     return thinking
 
 
-def run(name: str, model: Any, layout: Layout, rows: Sequence[Row], arguments: AnalysisArguments) -> Finding:
+def run(
+    name: str, model: Any, layout: Layout, rows: Sequence[Row], arguments: AnalysisArguments, roll: Roll = rollout
+) -> Finding:
     """Measure what is not measured yet, `eval_batch_size` problems at a time, and write the files.
 
     Args:
         name: a key of `ANALYSES`.
         model: on its device, in evaluation mode.
+        roll: makes the rollouts, of an analysis that `rolls`.
 
     Raises:
         ValueError: output_dir holds records of something else.
@@ -166,7 +173,10 @@ def run(name: str, model: Any, layout: Layout, rows: Sequence[Row], arguments: A
     of_records = {key: values[field] for key, field in analysis.measured.items()}
     names = ("dataset", "dataset_options", "dataset_columns", "split", "data_seed_eval", "dtype")
     identity = {"analysis": name, "model": arguments.model_name_or_path, **{key: values[key] for key in names}}
+    if arguments.engine != "ours":  # the only one once
+        identity["engine"] = arguments.engine
     identity |= {**layout.thinking.to_dict(), **of_records}
+    by = {"roll": roll} if analysis.rolls else {}
     with Journal(out / f"{name}.jsonl", identity, {r.id: question_hash(r.question) for r in rows}) as journal:
         missing = [row for row in rows if row.id not in journal.records]
         bar = tqdm(
@@ -180,7 +190,7 @@ def run(name: str, model: Any, layout: Layout, rows: Sequence[Row], arguments: A
         with bar:
             for start in range(0, len(missing), arguments.eval_batch_size):
                 part = missing[start : start + arguments.eval_batch_size]
-                found = analysis.module.measure(model, layout, part, **of_records)
+                found = analysis.module.measure(model, layout, part, **of_records, **by)
                 ids = [{"problem_id": r.id, "question_hash": question_hash(r.question)} for r in part]
                 journal.append(*({**i, **record} for i, record in zip(ids, found, strict=True)))
                 bar.update(len(part))

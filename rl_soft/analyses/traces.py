@@ -24,6 +24,7 @@ from rl_soft.analyses.rouge import rouge_l
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.passk import bootstrap, paired_bootstrap
 from rl_soft.rollouts.engine import rollout
+from rl_soft.rollouts.engines import Roll
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address
 
@@ -40,13 +41,20 @@ RESAMPLES = 1_000  # of the bands
 
 @torch.no_grad()
 def measure(
-    model: Any, layout: Layout, rows: Sequence[Row], seed: int, samples: int, kinds: Sequence[str] = tuple(TRACES)
+    model: Any,
+    layout: Layout,
+    rows: Sequence[Row],
+    seed: int,
+    samples: int,
+    kinds: Sequence[str] = tuple(TRACES),
+    roll: Roll = rollout,
 ) -> list[dict[str, Any]]:
     """One record per row.
 
     Args:
         layout: of a `Thinking` whose thought kind is replaced by each of `kinds`; its K, T, tau and gamma hold.
         samples: n, traces of each random kind.
+        roll: makes the rollouts.
 
     Returns:
         For each row {kind: one trace or, for random kinds, n of them}, each {"ids": the chain, "entropy", "outside"}.
@@ -57,7 +65,7 @@ def measure(
         tasks = [(i, sample) for i in range(len(rows)) for sample in range(samples if kind in RANDOM else 1)]
         prompts = [of_kind.prompt_ids(rows[i].question) for i, _ in tasks]
         seeds = torch.tensor([address(seed, rows[i].id, sample) for i, sample in tasks]) if kind in RANDOM else None
-        out = rollout(model, of_kind, prompts, seeds)
+        out = roll(model, of_kind, prompts, seeds)
         for at, (i, _) in enumerate(tasks):
             thoughts = out.thought_mask[at]
             trace = {

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rl_soft.analyses import cost, probe
+from rl_soft.analyses import cost, probe, traces
 from rl_soft.analyses import report as analysis_report
 from rl_soft.analyses import run as analysis_run
-from rl_soft.cli.opening import load_policy, with_dtype
+from rl_soft.cli.opening import choose_roll, load_policy, with_dtype
+from rl_soft.cli.opening import place as put
 from rl_soft.cli.plans import check_folder, load_rows, thinking_of
 from rl_soft.config.arguments import AnalysisArguments
 from rl_soft.config.recipe import load_command
@@ -52,6 +54,8 @@ def run(kind: str, model: str, overrides: dict[str, Any]) -> str:
         raise ValueError(f"output_dir is missing: rl-soft analyze {kind} MODEL --dataset NAME --output_dir DIR")
     if arguments.evals and kind != "all":
         raise ValueError(f"evals is for the report of rl-soft analyze all, not for {kind}")
+    if arguments.engine != "ours" and not (kind in analysis_run.ANALYSES and analysis_run.ANALYSES[kind].rolls):
+        raise ValueError(f"analyze {kind} reads the model's own states; it needs engine ours, got {arguments.engine}")
     if arguments.output_dir:
         check_folder(arguments.output_dir)
     for folder in evaluations(arguments):
@@ -69,7 +73,7 @@ def place(loaded: Policy, thinking: Thinking, rows: list[Row], dataset: str) -> 
     """A model on its device, in evaluation mode, and its layout, which the rows fit."""
     layout = layout_for(loaded.model, loaded.tokenizer, thinking)
     check_lengths(rows, layout, context_length(loaded.model), dataset)
-    return loaded.model.to(device()).eval(), layout
+    return put(loaded.model, device()).eval(), layout
 
 
 def load(name: str, arguments: AnalysisArguments, changes: dict[str, Any], rows: list[Row]) -> tuple[Any, Layout]:
@@ -107,9 +111,12 @@ def run_traces(kind: str, arguments: AnalysisArguments, changes: dict[str, Any],
     thinking = analysis_run.check_thinking(thinking, vocab_size, changes)
     model, layout = place(loaded, thinking, rows, arguments.dataset)
     tell_template(layout)
+    kinds = [replace(thinking, thought=kind) for kind in traces.TRACES.values()]
+    layouts = [Layout(one, layout.tokenizer) for one in kinds]
+    roll = choose_roll(name, arguments, layouts, (row.question for row in rows))
     names = list(analysis_run.ANALYSES) if kind == "all" else [kind]
     try:
-        findings = [analysis_run.run(name, model, layout, rows, arguments) for name in names]
+        findings = [analysis_run.run(name, model, layout, rows, arguments, roll) for name in names]
     except KeyboardInterrupt:
         logger.info("stopped; the same command goes on with what is missing")
         raise SystemExit(130) from None

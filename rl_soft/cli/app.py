@@ -50,6 +50,9 @@ def main(argv: list[str] | str | None = None) -> None:
         words = [*words[1:], "--only-check"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL pings at trainer construction otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not os.environ.get("RL_SOFT_DEBUG"):  # DDP's advice of its own settings; what fails is an error there
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    share_cores()
     # Rollout and update want memory in pieces of other sizes. Where vLLM is, its sleep mode would free nothing then.
     if not ALLOCATOR & os.environ.keys() and importlib.util.find_spec("vllm") is None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -75,6 +78,14 @@ def main(argv: list[str] | str | None = None) -> None:
         print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
     if code:
         raise SystemExit(code)
+
+
+def share_cores() -> None:
+    """Where other work wants the cores, threads that wait sleep. With threads that spin, a step of two jobs of two
+    threads took 299 s on two busy cores, and 20 s so. OpenMP reads it when torch is imported."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if 2 * load > (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def lines_of(error: Exception) -> list[str]:
@@ -155,6 +166,26 @@ def generate(context: typer.Context, model: ModelName) -> None:
     from rl_soft.cli.generate import run
 
     run(model, overrides)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="",
+    epilog="Options of vllm serve: --host, --port, --dtype, --max-model-len, --max-num-seqs, --tensor-parallel-size, "
+    "--gpu-memory-utilization, --weight-transfer-config (to train with), ...; vllm serve --help=all lists them",
+)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, run or hub id; no adapter.")],
+    slots: Annotated[
+        int | None, typer.Option(help="The most token ids that a request's thoughts may mix; 8 if absent.")
+    ] = None,
+    thoughts: Annotated[int | None, typer.Option(help="The most thoughts of a request; 1024 if absent.")] = None,
+) -> None:
+    """Start vLLM's own server so that it serves soft rows too; other options are those of vllm serve."""
+    from rl_soft.rollouts.vllm.serve import run
+
+    run(model, context.args, **{k: v for k, v in (("slots", slots), ("thoughts", thoughts)) if v is not None})
 
 
 @app.command("estimate", **KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rl_soft.cli.opening import load_policy, with_dtype
+from rl_soft.cli.opening import choose_roll, load_policy, place, with_dtype
 from rl_soft.cli.plans import Plan, check_control, check_folder, load_rows, plans_of
 from rl_soft.config.recipe import load_command
 from rl_soft.evaluation.generation import layout_for
@@ -57,7 +57,8 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
     tell_template(layouts[0])
     for layout in layouts:
         check_lengths(rows, layout, context_length(loaded.model), arguments.dataset)
-    loaded.model.to(state.device)
+    roll = choose_roll(model, arguments, layouts, (row.question for row in rows))
+    place(loaded.model, state.device)
     try:
         with gathered(loaded.model):
             for layout, plan in zip(layouts, plans, strict=True):
@@ -72,6 +73,7 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
                     run_code=arguments.confirm_run_unsafe_code,
                     control=arguments.control,
                     decoding=decoding,
+                    roll=roll,
                     **plan.described,
                 )
     except KeyboardInterrupt:

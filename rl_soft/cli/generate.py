@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rl_soft.cli.opening import load_policy, with_dtype
+from rl_soft.cli.opening import choose_roll, load_policy, place, with_dtype
 from rl_soft.cli.plans import load_rows, thinking_of
 from rl_soft.cli.terminal import Terminal, decoder
 from rl_soft.config.arguments import GenerateArguments
@@ -53,6 +53,7 @@ def run(model: str, overrides: dict[str, Any]) -> None:
         "seed": arguments.seed,
         "dtype": arguments.dtype,
         "attn_implementation": arguments.attn_implementation,
+        **({} if arguments.engine == "ours" else {"engine": arguments.engine}),
         **thinking.to_dict(),
         **decoding.to_dict(),
     }
@@ -70,7 +71,8 @@ def run(model: str, overrides: dict[str, Any]) -> None:
         loaded = load_policy(model, arguments)
         layout = layout_for(loaded.model, loaded.tokenizer, thinking)
         tell_template(layout)
-        loaded.model.to(device())
+        roll = choose_roll(model, arguments, [layout], questions.values())
+        place(loaded.model, device())
         soft = thinking.support_size(loaded.model.config.get_text_config().vocab_size) > 1
         terminal = Terminal(decoder(loaded.tokenizer), arguments.show if soft else 0, thinking.end_of_thinking)
         streams = len(tasks) == 1 and not arguments.json
@@ -91,7 +93,7 @@ def run(model: str, overrides: dict[str, Any]) -> None:
             terminal.position(kind, mixture)
 
         watch = stream if streams else None
-        complete(loaded.model, layout, tasks, decoding, arguments.seed, arguments.batch_size, each, watch)
+        complete(loaded.model, layout, tasks, decoding, arguments.seed, arguments.batch_size, each, watch, roll)
     except KeyboardInterrupt:
         logger.info("stopped%s", "; the same command goes on with what is missing" if output is not None else "")
         raise SystemExit(130) from None

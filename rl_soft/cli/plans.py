@@ -80,10 +80,19 @@ def plans_of(arguments: EvaluationArguments, changes: dict[str, Any], decoding: 
             "split": arguments.split,
             "samples": arguments.eval_samples,
             "seed": arguments.eval_seed,
-            "config": {**dataclasses.asdict(alone), **one.to_dict(), **cuts},
+            "config": {**_written(alone), **one.to_dict(), **cuts},
         }
         plans.append(Plan(one, folder, described))
     return plans
+
+
+def _written(arguments: EvaluationArguments) -> dict[str, Any]:
+    """Name -> value. Where a server is makes no other records; our engine was the only one once, and is not named."""
+    values = dataclasses.asdict(arguments)
+    del values["server"]
+    if values["engine"] == "ours":
+        del values["engine"]
+    return values
 
 
 def check_control(arguments: EvaluationArguments) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
-from rl_soft.keys import Number, OneOf, key, keys, nearest
-from rl_soft.thoughts.kinds import KINDS, RATIOS
+from rl_soft.keys import Number, OneOf, either, key, keys, nearest
+from rl_soft.thoughts.kinds import ENGINES, KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
 
 logger = logging.getLogger("rl_soft")
@@ -103,7 +103,26 @@ def possible_k(eval_k: list[int], eval_samples: int) -> list[int]:
 
 
 @keys()
-class OnModelArguments(WeightArguments, SourceArguments):
+class EngineArguments:
+    """Who makes the completions (see docs/vllm.md)."""
+
+    engine: Annotated[str, OneOf(ENGINES)] = key(
+        "; ".join(f"{name}: {engine.help}" for name, engine in ENGINES.items()) + ".", default="ours"
+    )
+    server: str | None = key("http://HOST:PORT of an rl-soft serve with this model; it has engine vllm.", default=None)
+
+
+def settle_engine(arguments: Any, control: str = "none") -> None:
+    """With a server the engine is vLLM. Raises ValueError for what the engine cannot do."""
+    if arguments.server is not None:
+        arguments.engine = "vllm"
+    if control != "none" and not ENGINES[arguments.engine].controls:
+        able = either([name for name, engine in ENGINES.items() if engine.controls])
+        raise ValueError(f"control {control} is not available with engine {arguments.engine}; use engine {able}")
+
+
+@keys()
+class OnModelArguments(WeightArguments, EngineArguments, SourceArguments):
     """The model and the problems of a command."""
 
     model_name_or_path: str = key("Model folder, PEFT folder or hub id.", default="")
@@ -133,6 +152,7 @@ class EvaluationArguments(OnModelArguments):
     )
 
     def __post_init__(self) -> None:
+        settle_engine(self, self.control)
         if self.thoughts is not None:
             self.thoughts = _with_token(self.thoughts)
         for name in ("model_name_or_path", "output_dir", "dataset"):
@@ -174,6 +194,7 @@ class GenerateArguments(OnModelArguments):
     output: str | None = key("A .jsonl file to append completions to; what it has is not redone.", default=None)
 
     def __post_init__(self) -> None:
+        settle_engine(self)
         sources = [name for name in ("prompt", "prompts", "dataset") if getattr(self, name)]
         if len(sources) != 1:
             raise ValueError(
@@ -202,6 +223,7 @@ class AnalysisArguments(OnModelArguments):
     top_k: int = key("probe: tokens of a thought that are looked at.", default=5, ge=1)
 
     def __post_init__(self) -> None:
+        settle_engine(self)
         if not self.dataset:
             raise ValueError("dataset is missing: rl-soft analyze KIND MODEL --dataset NAME")
 

@@ -287,8 +287,7 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
             hint = hint_for(key, known, "--") or "; known: " + ", ".join(known)
             mistakes.lines.append(f"{command} knows no --{key}{hint}")
     if overrides.get("like") and "like" in known:
-        with mistakes:
-            overrides = settings_like(str(overrides["like"]), overrides)
+        overrides = settings_like(str(overrides["like"]), overrides)
     values = {"model_name_or_path": model, **overrides}
     own, changes, cuts = ({k: v for k, v in values.items() if k in fields(c)} for c in (group, Thinking, Decoding))
     arguments, decoding = None, Decoding()

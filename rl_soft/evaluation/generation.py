@@ -22,6 +22,7 @@ from rl_soft.evaluation.records import GREEDY
 from rl_soft.model.policy import context_length, evaluation_mode
 from rl_soft.model.think import check_projector
 from rl_soft.rollouts.engine import Rollout, rollout
+from rl_soft.rollouts.engines import Roll
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout, check_texts, tell_template
 from rl_soft.thoughts.noise import address
@@ -152,6 +153,7 @@ def complete(
     batch_size: int,
     each: Callable[[Completion], None],
     stream: Callable[[str, Mixture], None] | None = None,
+    roll: Roll = rollout,
 ) -> None:
     """Make the completions of `tasks`; arguments as in `generate`.
 
@@ -160,6 +162,7 @@ def complete(
         each: is given each completion as soon as it and those before it are done.
         stream: is given every position of a batch's first task as it is made: its kind (thought, fed, answer) and
             what it is.
+        roll: makes the rollouts.
 
     Raises:
         ValueError: a prompt that is empty or leaves the model no room; what `rollout` refuses.
@@ -173,7 +176,7 @@ def complete(
             reader = _Reader(layout, batch, seed, each, stream)
             seeds = None if batch[0].sample == GREEDY else torch.tensor(reader.seeds)
             ids = [prompts[task.id] for task in batch]
-            rollout(model, layout, ids, seeds, decoding=decoding, watch=reader.look)
+            roll(model, layout, ids, seeds, decoding=decoding, watch=reader.look)
 
 
 def check_room(prompts: dict[str, list[int]], layout: Layout, context: int | None) -> None:

@@ -25,6 +25,7 @@ from rl_soft.evaluation.provenance import git_commit, versions
 from rl_soft.evaluation.records import GREEDY, MAX_THOUGHTS, MAX_TOKENS, Writer, check_header, write_header
 from rl_soft.model.policy import evaluation_mode
 from rl_soft.rollouts.engine import Rollout, rollout
+from rl_soft.rollouts.engines import Roll
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import address
@@ -69,9 +70,10 @@ def sample_records(
     run_code: bool = False,
     control: str = "none",
     decoding: Decoding | None = None,
+    roll: Roll = rollout,
 ) -> list[dict[str, Any]]:
     """Completions, judged: see `complete` and `judge`."""
-    out = complete(model, layout, tasks, seed, control, decoding)
+    out = complete(model, layout, tasks, seed, control, decoding, roll)
     return judge(out, layout, tasks, run_code)
 
 
@@ -82,15 +84,17 @@ def complete(
     seed: int,
     control: str = "none",
     decoding: Decoding | None = None,
+    roll: Roll = rollout,
 ) -> Rollout:
     """A completion for each (row, sample); sample GREEDY decodes without noise. Greedy and sampled ones do not mix.
 
-    `control` disturbs the thoughts (`think.disturb`); `decoding` cuts the distributions (`decoding.Decoding`).
+    `control` disturbs the thoughts (`think.disturb`); `decoding` cuts the distributions (`decoding.Decoding`);
+    `roll` makes the rollout.
     """
     greedy = tasks[0][1] == GREEDY
     seeds = None if greedy else torch.tensor([address(seed, row.id, sample) for row, sample in tasks])
     prompts = [layout.prompt_ids(row.question) for row, _ in tasks]
-    return rollout(model, layout, prompts, seeds, control=control, decoding=decoding)
+    return roll(model, layout, prompts, seeds, control=control, decoding=decoding)
 
 
 def judge(
@@ -157,6 +161,7 @@ def evaluate(
     run_code: bool = False,
     control: str = "none",
     decoding: Decoding | None = None,
+    roll: Roll = rollout,
 ) -> None:
     """Write eval.json and records.jsonl; samples already there are not drawn again. `report.build` reports on them.
 
@@ -176,6 +181,7 @@ def evaluate(
         run_code: run the programs that answer rows of type `code`.
         control: what is done to the thoughts that are fed, see `think.disturb`.
         decoding: how distributions are cut before positions are drawn; part of the header.
+        roll: makes the rollouts (`rollouts.engines`).
 
     Raises:
         ValueError: no rows, or fewer than one sample; the directory holds another evaluation, or records of other
@@ -228,7 +234,7 @@ def evaluate(
                 part = missing[start : start + chunk]
                 share = -(-len(part) // state.num_processes)
                 mine = part[state.process_index * share : (state.process_index + 1) * share]
-                made = sample_records(model, layout, mine, seed, run_code, control, decoding) if mine else []
+                made = sample_records(model, layout, mine, seed, run_code, control, decoding, roll) if mine else []
                 records = gather_object(made)
                 if writer is not None:
                     writer.append(*records)

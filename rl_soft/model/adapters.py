@@ -97,8 +97,8 @@ def merged(model: Any) -> Any:
 
 @contextmanager
 def merged_for_now(model: nn.Module) -> Iterator[None]:
-    """Plain LoRA adapters in float32 are added into the weights of their `nn.Linear`s on a CPU; then the weights are
-    back, bit by bit.
+    """Plain LoRA adapters in float32 are added into the weights of their `nn.Linear`s; then the weights are back, bit
+    by bit.
 
     A rollout reads every weight once per position, so one product in place of three is what counts there. It takes the
     memory of the adapted weights once more. An adapter in lower precision is left as it is: the sum would be rounded,
@@ -128,5 +128,5 @@ def _mergeable(module: Any) -> bool:
     return (
         (type(base) is nn.Linear and bool(names) and not module.merged and not module.disable_adapters)
         and not (module.lora_variant or any(module.lora_bias.values()) or hasattr(base.weight, "ds_id"))  # ZeRO-3
-        and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in module.parameters())
+        and all(w.dtype == torch.float32 for w in module.parameters())
     )

@@ -56,11 +56,13 @@ def through(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total (V, H) float32 += grad (N, V).T @ hidden (N, H), both of the same dtype."""
+    """total (V, H) float32 += grad (N, V).T @ hidden (N, H), both of one dtype."""
     if grad.dtype in HALF:
         total += _float32_mm(grad.T, hidden)
-    else:
+    elif grad.dtype == total.dtype:
         total.addmm_(grad.T, hidden)
+    else:
+        total += grad.T @ hidden
 
 
 def _float32_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from rl_soft.model import head_triton as kernels
+from rl_soft.model import kl_triton
 from rl_soft.model.chunks import HeadGradients, chunk_plan, grad_raw, most_calls, slices, tempered
 from rl_soft.model.head_product import cast_like, logits_of, plain_head, through
 from rl_soft.thoughts import densities
@@ -69,12 +71,15 @@ def categorical_kl(
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     @torch.no_grad()
-    def reference(states: Tensor, divisor: Tensor) -> Tensor:
+    def raw_reference(states: Tensor) -> Tensor:
         with torch.autocast(device, enabled=autocast[0], dtype=autocast[1]):  # in backward, too
-            return tempered(_call(ref_lm_head, states).float(), divisor, softcap)  # (C, V)
+            return _call(ref_lm_head, states).float()  # (C, V)
+
+    def reference(states: Tensor, divisor: Tensor) -> Tensor:
+        return tempered(raw_reference(states), divisor, softcap)
 
     if plain is not None:
-        ref_logits = lambda r: reference(ref_hidden[r], divisor[r])  # noqa: E731
+        ref_logits = lambda r: raw_reference(ref_hidden[r])  # noqa: E731
         return _PlainHead.apply(*cast_like(hidden, *plain), ref_logits, divisor, rows, softcap)
 
     def chunk(states: Tensor, ref_states: Tensor, divisor: Tensor) -> Tensor:
@@ -108,12 +113,10 @@ class _PlainHead(torch.autograd.Function):
         ctx.trained = any(ctx.needs_input_grad[1:3])
         values, grads = [], []
         for r in slices(len(hidden), rows):
-            logits = tempered(logits_of(hidden[r], weight, bias).float(), divisor[r], softcap)
-            log_p, d = _log_ratio(logits, ref_logits(r))
-            values.append(_divergence(log_p, d))
+            chunk = _Chunk(logits_of(hidden[r], weight, bias).float(), ref_logits(r), divisor[r], softcap)
+            values.append(chunk.divergence)
             if ctx.needs_input_grad[0] and not ctx.trained:
-                grad = grad_raw(_gradient(log_p, d), logits, divisor[r], softcap)
-                grads.append(through(grad, weight))
+                grads.append(through(chunk.gradient(None, weight.dtype), weight))
         saved = (hidden, weight, bias, divisor) if ctx.trained else (torch.cat(grads) if grads else None,)
         ctx.save_for_backward(*saved)
         return torch.cat(values)
@@ -128,9 +131,8 @@ class _PlainHead(torch.autograd.Function):
         hidden, weight, bias, divisor = ctx.saved_tensors
         total = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         for r in slices(len(hidden), ctx.rows):
-            logits = tempered(logits_of(hidden[r], weight, bias).float(), divisor[r], ctx.softcap)
-            grad = _gradient(*_log_ratio(logits, ctx.ref_logits(r))).mul_(grad_kl[r].unsqueeze(-1))
-            total.add(r, grad_raw(grad, logits, divisor[r], ctx.softcap))
+            chunk = _Chunk(logits_of(hidden[r], weight, bias).float(), ctx.ref_logits(r), divisor[r], ctx.softcap)
+            total.add(r, chunk.gradient(grad_kl[r], weight.dtype))
         return *total.result(), *nothing
 
 
@@ -151,6 +153,34 @@ class _Logits(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- one chunk, (C, V)
+
+
+class _Chunk:
+    """Of float32 logits, neither capped nor tempered; by the kernels (`kl_triton`) where they run, which is the same.
+
+    Attributes:
+        divergence: (C,) float32.
+    """
+
+    def __init__(self, logits: Tensor, ref_logits: Tensor, divisor: Tensor, softcap: float | None) -> None:
+        self.divisor, self.softcap, self.fused = divisor, softcap, kernels.usable(logits)
+        if self.fused:
+            self.logits, self.ref_logits = logits, ref_logits
+            self.found = kl_triton.divergence(logits, ref_logits, divisor, softcap)
+            self.divergence = self.found[0]
+            return
+        self.logits = tempered(logits, divisor, softcap)
+        self.log_p, self.d = _log_ratio(self.logits, tempered(ref_logits, divisor, softcap))
+        self.divergence = _divergence(self.log_p, self.d)
+
+    def gradient(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(C, V), to the head's output, times scale (C,); for use once."""
+        if self.fused:
+            args = (self.logits, self.ref_logits, self.divisor, self.softcap, self.found, scale, dtype)
+            return kl_triton.gradient(*args)
+        grad = _gradient(self.log_p, self.d)
+        grad = grad if scale is None else grad.mul_(scale.unsqueeze(-1))
+        return grad_raw(grad, self.logits, self.divisor, self.softcap)
 
 
 def _log_ratio(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -31,7 +32,7 @@ from rl_soft.files import write_atomic
 from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
 from rl_soft.model.folder import SIDE_FILE, is_adapter, model_folder, read_thinking
-from rl_soft.model.projector import PROJECTOR, load_projector
+from rl_soft.model.projector import PROJECTOR, Projector, load_projector
 from rl_soft.model.side_modules import language_model, module_file
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.layout import BOT, EOT, PAD
@@ -138,6 +139,28 @@ def load_policy(
     align(model)
     if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
+    return Policy(model, tokenizer, read_thinking(path))
+
+
+def describe_policy(name_or_path: str, dtype: str = "float32") -> Policy:
+    """A policy whose weights are not here, for rollouts that are made elsewhere: the model is on the meta device.
+
+    Args:
+        name_or_path: the folder of a whole model, or a hub id.
+
+    Raises:
+        ValueError, OSError: as `load_policy`.
+    """
+    name = model_folder(name_or_path)
+    path, tokenizer = Path(name), load_tokenizer(name)
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        if module_file(path, PROJECTOR).exists():
+            model.projector = Projector(1, 1)  # it says that there is one
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    check_tokenizer(tokenizer, model, name)
     return Policy(model, tokenizer, read_thinking(path))
 
 

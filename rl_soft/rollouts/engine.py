@@ -28,6 +28,7 @@ from rl_soft.model.think import disturb, mix_embeddings, mix_few, position_ids, 
 from rl_soft.rollouts.cache import RowCache, bytes_per_token, free_memory, is_out_of_memory
 from rl_soft.rollouts.cuda_graphs import Replay
 from rl_soft.rollouts.kernels.cpu import cpu_kernels
+from rl_soft.rollouts.kernels.few_launches import few_launches
 from rl_soft.rollouts.models import attention_windows, check_reading, check_rollout_model, check_rope, has_alibi
 from rl_soft.rollouts.recording import Live, Walk
 from rl_soft.rollouts.recording import Rollout as Rollout
@@ -143,7 +144,8 @@ class Engine:
         self.replay = Replay(self.device)
 
     def run(self) -> Rollout:
-        with cpu_kernels(self.model), float32_logits(self.model):  # the kernels are for a CPU
+        # The kernels are for a CPU, fewer launches for a GPU.
+        with cpu_kernels(self.model), few_launches(self.model), float32_logits(self.model):
             self._run()
         failed = int(self.walk.out.failed.sum())
         if failed:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_soft.rollouts.kernels import gpu_rules
 from rl_soft.rollouts.state_machine import COUNTERS, DONE, Rules, State, token_log_weights
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.layout import Layout
@@ -157,13 +158,14 @@ class Walk:
         Args:
             logits: (m, V), any float dtype; hidden: (m, H), what they were made from, where it is kept.
         """
-        drawn = self.rules.draw(live, logits)
-        for name, value in drawn.recorded().items():
-            getattr(self.out, name)[live.row, live.t] = value
-        self.out.finished[live.row] |= self.rules.advance(live, drawn)
-        self.out.failed[live.row] |= drawn.bad
-        live.t.masked_fill_(live.stage == DONE, self.T)
-        live.write(is_thought=drawn.thought_mask, support=drawn.support, log_weights=drawn.log_weights)
+        if not gpu_rules.sampled(self.rules, self.out, live, logits, self.T):
+            drawn = self.rules.draw(live, logits)
+            for name, value in drawn.recorded().items():
+                getattr(self.out, name)[live.row, live.t] = value
+            self.out.finished[live.row] |= self.rules.advance(live, drawn)
+            self.out.failed[live.row] |= drawn.bad
+            live.t.masked_fill_(live.stage == DONE, self.T)
+            live.write(is_thought=drawn.thought_mask, support=drawn.support, log_weights=drawn.log_weights)
         if live.hidden is not None:
             live.write(hidden=hidden)
 

@@ -110,6 +110,8 @@ class Rules:
             beyond = max(0, vocab_size - layout.end.table.shape[1])  # ids of the model that the tokenizer has not
             self.end_table = F.pad(layout.end.table, (0, beyond)).to(device)
         forced = [layout.forced_after_end, layout.forced_after_cap]  # rows as `State.capped` numbers them
+        by_stage = [layout.thinking.thought_temperature, *[layout.thinking.temperature] * 3]
+        self.temperatures = torch.tensor(by_stage, device=device)  # (4,) float32
         self.forced_length = torch.tensor([len(f) for f in forced], device=device)  # (2,)
         width = max(1, *map(len, forced))
         self.forced_ids = torch.tensor([f + [pad_id] * (width - len(f)) for f in forced], device=device)  # (2, F)

@@ -22,6 +22,7 @@ class Kind:
     reads_hidden: bool  # fed from the last hidden state, so that its thoughts spell no text and need phase latent
     trained_by: tuple[str, ...]  # methods
     ratios: tuple[str, ...]  # policy ratios made for it, the recommended one first (docs/grpo.md)
+    engines: tuple[str, ...] = ("ours", "vllm")  # that can roll it out; vLLM reads hidden states and has the projector
 
     @property
     def has_density(self) -> bool:
@@ -47,6 +48,20 @@ class Kind:
         """A gate adds the mixture to the projected state; a state alone can be fed without a projector (Coconut)."""
         return self.reads_hidden and self.mixes
 
+
+@dataclass(frozen=True)
+class Engine:
+    """What is true of an engine that makes rollouts."""
+
+    help: str
+    controls: bool  # can disturb the thoughts that are fed (`think.disturb`)
+    adapters: bool  # takes a model with an adapter that is not merged
+
+
+ENGINES = {
+    "ours": Engine("this package's, the reference, on any device", controls=True, adapters=True),
+    "vllm": Engine("stock vLLM with our plugin (docs/vllm.md)", controls=False, adapters=False),
+}
 
 RL = ("grpo", "ppo")
 KINDS = {

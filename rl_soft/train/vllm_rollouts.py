@@ -205,7 +205,7 @@ class SoftVLLM(VLLMGeneration):
 
     def _ask_server(self, asked: list[tuple[list[int], int]], vocab_size: int) -> list[list[Recorded]]:
         """The main process asks for all."""
-        every, answer = gather_object(asked), [None]
+        every, answer = gather_object(asked), list[Any]([None])
         if self.accelerator.is_main_process:
             answer = [self.server.positions(self.layout, every, self.eos_ids, None)]
         broadcast_object_list(answer, from_process=0)

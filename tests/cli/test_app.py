@@ -3,6 +3,7 @@
 pytest tests/cli/test_app.py
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -234,6 +235,14 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(pipeline, "run", lambda recipe: {}["missing"])
     with pytest.raises(KeyError):
         main(["train", str(ROOT / "recipes/grpo_gumbel.yaml")])
+
+
+@pytest.mark.parametrize(("load", "policy"), [(0.1, None), (1000.0, "PASSIVE")])
+def test_threads_sleep_where_other_work_wants_the_cores(load, policy, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    app.share_cores()
+    assert os.environ.pop("OMP_WAIT_POLICY", None) == policy
 
 
 @pytest.mark.parametrize(

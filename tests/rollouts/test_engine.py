@@ -6,6 +6,7 @@ pytest tests/rollouts/test_engine.py
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -404,7 +405,7 @@ def test_graphs_are_recorded_the_second_time_and_given_up_where_they_fail(monkey
         "CUDAGraph": Graph,
         "graph": recording,
         "synchronize": int,
-        "graph_pool_handle": object,
+        "MemPool": lambda: SimpleNamespace(id=(0, 1)),
         "get_sync_debug_mode": int,
         "set_sync_debug_mode": id,
         "current_stream": int,

@@ -14,7 +14,10 @@ class Admission(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        from_arguments(sampling_params.extra_args)
+        soft = from_arguments(sampling_params.extra_args)
+        if soft is not None and sampling_params.logprobs is not None:
+            # The ids of a record are above the vocabulary; vLLM would spell each of them for its logprobs.
+            sampling_params.detokenize = False
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return False

@@ -53,6 +53,15 @@ def soft_architecture(model: str) -> str:
     return PREFIX + named[0]
 
 
+def check_architecture(model: str) -> None:
+    """Raises ValueError for an architecture that vLLM does not know; imports vLLM."""
+    from vllm import ModelRegistry
+
+    name = soft_architecture(model).removeprefix(PREFIX)
+    if name not in ModelRegistry.get_supported_archs():
+        raise ValueError(f"model {model} has the architecture {name}, which this vLLM does not know")
+
+
 def engine_options(model: str, slots: int = SLOTS, thoughts: int = THOUGHTS) -> dict[str, Any]:
     """Arguments of `vllm.LLM` or, as options, of `vllm serve`.
 
@@ -91,19 +100,21 @@ def check_vllm() -> None:
         raise ValueError("VLLM_USE_V2_MODEL_RUNNER is 0: soft tokens need Model Runner V2; unset it")
 
 
-def check_limits(thinking: Thinking, vocab_size: int, slots: int, thoughts: int) -> None:
+def check_limits(
+    thinking: Thinking, vocab_size: int, slots: int, thoughts: int, name: str = "this vLLM engine"
+) -> None:
     """Raises ValueError for thoughts that an engine of so many slots and thoughts was not made for."""
     if (K := thinking.support_size(vocab_size)) > slots:
-        raise ValueError(f"thought_k {K} is above the {slots} slots of this vLLM engine")
+        raise ValueError(f"thought_k {K} is above the {slots} slots of {name}")
     if thinking.num_thoughts > thoughts:
-        raise ValueError(f"num_thoughts {thinking.num_thoughts} is above the {thoughts} of this vLLM engine")
+        raise ValueError(f"num_thoughts {thinking.num_thoughts} is above the {thoughts} of {name}")
 
 
-def check_length(model_length: int, prompt_length: int, completion_length: int) -> None:
+def check_length(model_length: int, prompt_length: int, completion_length: int, name: str = "vLLM") -> None:
     """Raises ValueError for a context of `model_length` positions that is too short."""
     if prompt_length + completion_length > model_length:
         raise ValueError(
-            f"max_model_len of vLLM is {model_length}; the longest prompt has {prompt_length} ids and a completion up "
-            f"to {completion_length}: it must be at least {prompt_length + completion_length} "
-            "(vllm_max_model_length in a recipe)"
+            f"max_model_len of {name} is {model_length}; the longest prompt has {prompt_length} ids and a completion "
+            f"up to {completion_length}: it must be at least {prompt_length + completion_length} "
+            "(--max-model-len of rl-soft serve, vllm_max_model_length of a recipe)"
         )

@@ -27,7 +27,8 @@ def prepare_devices() -> None:
     disable_progress_bar()  # of the shards of a checkpoint; ours stays
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, ours // world))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
         import deepspeed
 
