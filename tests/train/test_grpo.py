@@ -329,7 +329,7 @@ def test_adapter_opens_with_peft_alone(tmp_path):
         (THINKING, {"rollout_func": print}, "rollout_func cannot be used"),
         (replace(THINKING, phase="explicit", end_of_thinking="#"), {"ratio": "conditional"}, "needs phase latent"),
         (THINKING, {"train_dataset": dataset().add_column("image", ["x"] * 8)}, "train_dataset has a column image"),
-        (THINKING, {"args": {"use_vllm": True}}, "use_vllm is not available"),
+        (THINKING, {"args": {"vllm_max_model_length": 9}}, "it is read with use_vllm true"),
         (THINKING, {"args": {"top_p": 0.9}}, "top_p is not available"),
         (THINKING, {"args": {"use_transformers_paged": True}}, "continuous batching takes token ids only"),
         (THINKING, {"args": {"gradient_checkpointing": True}, "ratio": "pathwise"}, "gradient_checkpointing"),
