@@ -21,12 +21,15 @@ from rl_soft.rollouts.vllm.request import ENTROPY, FAILED, OUTSIDE, Settings, en
 from rl_soft.rollouts.vllm.state import SoftModelState
 from rl_soft.thoughts.thinking import Thinking
 
+COPIES = 5  # of the logits, in float32, that a draw holds (tests/invariants/test_fake_cuda.py)
+
 
 class SoftSampler:
     """In the place of vLLM's sampler, which it keeps."""
 
     def __init__(self, sampler: Any, state: SoftModelState) -> None:
         self.sampler, self.state = sampler, state
+        self.measured = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
@@ -35,6 +38,9 @@ class SoftSampler:
         state, n = self.state, input_batch.num_reqs
         slots = input_batch.idx_mapping_np.tolist()
         soft = [i for i in range(n) if slots[i] in state.requests]
+        if not self.measured:  # vLLM's own first step, which tells it how much memory is left for the cache
+            torch.empty(COPIES, *logits.shape, dtype=torch.float32, device=logits.device)
+            self.measured = True
         if len(soft) < n:
             out = self.sampler(logits, input_batch)
             if not soft:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -129,12 +129,12 @@ class SoftModelState(DefaultModelState):
         """Ids that end a completion; vLLM is told the first where a row is done."""
         return settings.eos_ids or self._eos_ids()
 
-    @cache  # noqa: B019 (one state per engine)
+    @lru_cache(maxsize=64)  # noqa: B019 (one state per engine); whoever asks a server makes settings
     def rules(self, settings: Settings) -> Rules:
         layout = Layout(settings.thinking, self._tokenizer())
         return Rules(layout, self.vocab_size, self.end_ids(settings), settings.greedy, self.device, settings.decoding)
 
-    @cache  # noqa: B019
+    @lru_cache(maxsize=1)  # noqa: B019
     def _tokenizer(self) -> Any:
         from rl_soft.model.tokenizer import load_tokenizer
 

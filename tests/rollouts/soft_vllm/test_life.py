@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from soft_models import EOS, EXPLICIT, LATENT, Job, assert_same, state_of, together
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rl_soft.rollouts.vllm import engine as soft_vllm
 
 LONG = "12+34=?abcdefgh" * 4  # 60 ids
+DRAWS, FEEDS = 225, 8  # operations of a step: docs/vllm.md, "What soft rows cost"
 # Thoughts of one strongest id and many weights: what a hash of ids could mistake.
 SHARP = replace(EXPLICIT, num_thoughts=12, thought_temperature=0.3, thought_tau=1.0)
 
@@ -173,6 +175,46 @@ def test_no_sync_in_a_step(engines, monkeypatch):
     )
     together(llm, [job])
     assert not looks, looks
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would launch: operations that are neither views nor memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name.split("::")[-1]
+        self.count += not (func.is_view or "empty" in name or name in ("set_", "detach", "lift_fresh"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("thought", ["gumbel", "token"])
+def test_operations_of_a_step(engines, monkeypatch, thought):
+    """What soft rows add to a step, whatever their number."""
+    from rl_soft.rollouts.vllm import sampler, state
+
+    made, llm = engines("llama")
+    counts = {"draw": [], "feed": []}
+
+    def counted(owner, name, part):
+        inner = getattr(owner, name)
+
+        def count(*args):
+            with Operations() as mode:
+                out = inner(*args)
+            counts[part].append(mode.count)
+            return out
+
+        monkeypatch.setattr(owner, name, count)
+
+    job = Job(made, replace(LATENT, thought=thought, thought_k=8))
+    together(llm, [job])
+    counted(sampler.SoftSampler, "__call__", "draw")
+    counted(state.SoftModelState, "feed", "feed")
+    together(llm, [job])
+    assert max(counts["draw"]) <= DRAWS and max(counts["feed"]) <= FEEDS, {k: max(v) for k, v in counts.items()}
 
 
 def test_eos_of_the_model_where_none_is_given(engines):
