@@ -331,11 +331,10 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         mask = soft.action_mask & inputs["completion_mask"].bool()
         first = now if old is None else old
         gap = density_gap(soft, first, mask, self.accelerator)
-        fresh = (
-            old is not None or self._pushed_step == self.state.global_step
-        )  # scored with the weights of the rollout
-        if self._first_step in (None, self.state.global_step) or (self.use_vllm and fresh):
-            self._first_step = self._first_step or self.state.global_step
+        as_pushed = self.use_vllm and (old is not None or self._pushed_step == self.state.global_step)
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+        if self._first_step == self.state.global_step or as_pushed:
             owner, precision = self.accelerator.unwrap_model(self.model), self.accelerator.mixed_precision
             check_density_gap(gap, soft, first, mask, owner, self.layout.thinking, precision, self.use_vllm)
         self._density_gap = max(self._density_gap, gap)
