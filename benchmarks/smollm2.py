@@ -60,13 +60,13 @@ class Sizes:
     validation: int = 32  # of each; the warm start stops by them
     rl_rows: int = 1280
     warm_rows: int = 3200  # and as many rows of bare equations
-    warm_batch: int = 8
-    warm_steps: int = 800
+    warm_batch: int = 16
+    warm_steps: int = 600
     warm_accuracy: float = 0.3  # of the validation, at which the warm start stops
     codi_steps: int = 300
     prompts: int = 8
     completions: int = 8
-    steps: int = 40  # of one half
+    steps: int = 30  # of one half
     learning_rate: float = 1e-4  # of RL
     samples: int = 16
     thoughts: int = 56  # the most; solutions are shorter
@@ -115,8 +115,8 @@ class Study:
         sizes, run = self.sizes, self.out / "warm"
         values = self.text | {
             "model_name_or_path": str(self.model), "use_peft": False, "max_steps": sizes.warm_steps,
-            "validation_problems": 2 * sizes.validation, "validation_every": 100,
-            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "validation_problems": 2 * sizes.validation, "validation_every": 50,
+            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "bf16": True,
             "attn_implementation": "eager",
         }  # fmt: skip
@@ -220,8 +220,6 @@ class Study:
             "per_device_train_batch_size": self.sizes.warm_batch, "gradient_accumulation_steps": 1,
             "logging_steps": 10, "save_steps": 40, "save_total_limit": 1, "disable_tqdm": True,
         }  # fmt: skip
-        if recipe == "sft_cot":
-            batch |= {"train_sampling_strategy": "group_by_length"}  # less padding
         trained(recipe, batch | values | {"output_dir": str(run)})
 
     def after_warm(self) -> dict[str, Any]:
