@@ -1,6 +1,22 @@
 """Rule-based rewards; importable without torch, usable under stock TRL as `rewards.accuracy.math_accuracy`."""
 
 from rewards.accuracy import math_accuracy
+from rewards.lengths import CosineLength, relative_length
 from rewards.shaping import LengthCost, Overlong, StrictFormat, ThoughtCost
+from rewards.style import CodeFormat, Repetition, answer_format, reasoning_steps, tag_count, think_format
 
-__all__ = ["LengthCost", "Overlong", "StrictFormat", "ThoughtCost", "math_accuracy"]
+__all__ = [
+    "CodeFormat",
+    "CosineLength",
+    "LengthCost",
+    "Overlong",
+    "Repetition",
+    "StrictFormat",
+    "ThoughtCost",
+    "answer_format",
+    "math_accuracy",
+    "reasoning_steps",
+    "relative_length",
+    "tag_count",
+    "think_format",
+]

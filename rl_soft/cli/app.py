@@ -197,7 +197,7 @@ def estimated(context: typer.Context, recipe: RecipeName) -> None:
 
     overrides = parse_overrides(context.args)
     own = EstimateArguments(**{name: overrides.pop(name) for name in fields(EstimateArguments) if name in overrides})
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, own.processes)
     from rl_soft.cli.estimate import describe, estimate
 
     made = estimate(loaded, own)

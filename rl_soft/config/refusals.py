@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
+from rl_soft.config.trackers import check_trackers
 from rl_soft.config.trainers import trainer_fields
-from rl_soft.keys import Gathered, Mistakes, either, nearest
+from rl_soft.keys import Gathered, Mistakes, either
 from rl_soft.thoughts.kinds import KINDS, check_trainable
 from rl_soft.thoughts.kinds import RL as RL_METHODS
+from rl_soft.thoughts.thinking import refuse_template_keys
 
 if TYPE_CHECKING:
     from rl_soft.config.recipe import Recipe
 
 PHASES = {"codi": "latent", "coconut": "latent", "sft": "explicit", "icot": "explicit"}  # RL trains both
-TRACKERS = ("tensorboard", "trackio", "wandb")
 
 # Set by us from other fields; a recipe that names one of these would contradict itself.
-DERIVED = {
-    "generation_batch_size": "prompts_per_step",
-    "steps_per_generation": "prompts_per_step and updates_per_rollout",
-    "gradient_accumulation_steps": "prompts_per_step and updates_per_rollout",
-    "max_completion_length": "num_thoughts and max_answer_tokens",
-}
 DERIVED_SFT = {
     "max_length": "max_row_tokens",
     "packing": "nothing: a row is a sequence",
@@ -52,8 +46,7 @@ REFUSED = {
     "repetition_penalty": WHOLE,
     "generation_kwargs": f"{ENGINE}; temperature and max_answer_tokens are keys of the recipe",
     "cache_implementation": ENGINE,
-    "chat_template_kwargs": "the layout makes the prompts; use system_prompt and question_template",
-    "model_init_kwargs": "the model is loaded before the trainer; use dtype and attn_implementation",
+    "model_init_kwargs": "the model is loaded before the trainer; use dtype, attn_implementation and model_revision",
     "use_liger_kernel": "the exact density runs through this package's own chunked head",
     "use_transformers_continuous_batching": "continuous batching takes token ids only",
     "use_transformers_paged": "continuous batching takes token ids only",
@@ -108,7 +101,7 @@ def unread_keys(method: str) -> set[str]:
 def check_keys(values: Mapping[str, Any], method: str, path: Path) -> None:
     """Raises Mistakes for keys that the method derives from others, cannot have, or would never read."""
     lines = list(_unavailable(values, method))
-    derived = DERIVED if method in RL_METHODS else DERIVED_SFT if method == "sft" else {}
+    derived = DERIVED_SFT if method == "sft" else {}
     unread = {key: getattr(EvalArguments(), key) for key in EVALUATION} if method not in RL_METHODS else {}
     for key, value in values.items():
         if key in MUST_BE_TRUE and method in RL_METHODS and not value:
@@ -166,6 +159,8 @@ def check_sources(recipe: Recipe) -> None:
 def check_start(recipe: Recipe) -> None:
     """Raises ValueError for a recipe that names no model to start from, or two."""
     path, model = recipe.path, recipe.model
+    if model.model_revision not in (None, "main") and not model.model_name_or_path:
+        raise ValueError(f"model_revision {model.model_revision!r} is of a hub id in model_name_or_path; leave it out")
     sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
     if len(sources) != 1:
         remedy = f"; take one of them out with --{sources[0]} null" if sources else ""
@@ -179,11 +174,22 @@ def check_start(recipe: Recipe) -> None:
 
 def check_adapter_keys(recipe: Recipe) -> None:
     """Raises ValueError for an adapter that the run could not save, or not train."""
-    model = recipe.model
+    model, beta = recipe.model, recipe.training.get("beta")
+    if recipe.method in RL_METHODS:
+        check_reference_revision(model.model_revision, beta, model.use_peft)
     if model.model_config and model.use_peft:
         raise ValueError(f"use_peft: {IN_MEMORY}")
     if model.lora_dropout and recipe.method in RL_METHODS:
         raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
+
+
+def check_reference_revision(revision: str | None, beta: float | None, adapter: bool) -> None:
+    """Raises ValueError for a KL whose reference, loaded again by its name, would be another revision."""
+    if revision not in (None, "main") and beta and not adapter:
+        raise ValueError(
+            f"model_revision {revision!r} with beta {beta}: the reference is loaded again by its name, without a "
+            "revision; fetch it (hf download ID --revision REVISION --local-dir DIR) and name the folder"
+        )
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -210,12 +216,9 @@ def check_thought(recipe: Recipe) -> None:
     method, thinking, extra = recipe.method, recipe.thinking, recipe.extra
     thought, kind, rl = thinking.thought, KINDS[thinking.thought], method in RL_METHODS
     trained = [name for name, other in KINDS.items() if method in other.trained_by]
-    if thinking.system_prompt and not (rl and thinking.phase == "explicit"):
+    if not (rl and thinking.phase == "explicit"):
         why = "phase latent takes none" if rl else f"method {method} trains questions as they are"
-        raise ValueError(
-            f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
-            "write it into question_template"
-        )
+        refuse_template_keys(thinking, why)
     if rl:
         check_trainable(thought, extra.ratio)
     phase = PHASES.get(method, thinking.phase)
@@ -228,19 +231,6 @@ def check_thought(recipe: Recipe) -> None:
         raise ValueError(
             f"use_projector false: thought {thought} is the projected state plus a mixture; use thought hidden"
         )
-
-
-def check_trackers(report_to: str | list[str] | None) -> None:
-    """Raises ValueError for a tracker that is unknown or not installed, before anything is trained."""
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name in ("none", "all"):
-            continue
-        if name not in TRACKERS:
-            raise ValueError(
-                f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}{nearest(name, TRACKERS)}"
-            )
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"report_to: {name} is not installed; pip install {name}")
 
 
 def refuse_checkpointing(args: Any, lead: str, instead: str) -> None:

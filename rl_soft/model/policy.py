@@ -31,7 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from rl_soft.files import write_atomic
 from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
-from rl_soft.model.folder import SIDE_FILE, is_adapter, model_folder, read_thinking
+from rl_soft.model.folder import SIDE_FILE, check_revision, is_adapter, model_folder, read_thinking
 from rl_soft.model.projector import PROJECTOR, Projector, load_projector
 from rl_soft.model.side_modules import language_model, module_file
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
@@ -106,7 +106,11 @@ def make(
 
 
 def load_policy(
-    name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None, trainable: bool = False
+    name_or_path: str,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trainable: bool = False,
+    revision: str | None = None,
 ) -> Policy:
     """A policy from a folder of ours, a run, a plain transformers folder, a PEFT adapter folder, or a hub id.
 
@@ -115,26 +119,28 @@ def load_policy(
         dtype: of the weights: float32, bfloat16 or float16.
         attn_implementation: as transformers names it, or `float64` (small models); None: transformers' choice.
         trainable: whether the weights of an adapter take gradients.
+        revision: branch, tag or commit of a hub id; None: its main one.
 
     Returns:
         The policy on the CPU, its projector loaded where the folder has one; `thinking` is None for a model that is
         not ours. A tokenizer without a padding token takes its end of text for it.
 
     Raises:
-        ValueError: what `model_folder` refuses; a tokenizer that is missing or does not fit; an
+        ValueError: what `model_folder` and `check_revision` refuse; a tokenizer that is missing or does not fit; an
             adapter whose base is missing, or of a kind that soft tokens cannot have.
         OSError: transformers', for a name that is neither a folder nor to be had from the hub.
     """
     name_or_path = model_folder(name_or_path)
+    check_revision(name_or_path, revision)
     path = Path(name_or_path)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         kwargs["attn_implementation"] = attn_implementation
-    tokenizer = load_tokenizer(name_or_path)
+    tokenizer = load_tokenizer(name_or_path, revision)
     if is_adapter(path):
         model = load_adapter(path, tokenizer, trainable, **kwargs)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision or "main", **kwargs)
     check_tokenizer(tokenizer, model, name_or_path)
     align(model)
     if module_file(path, PROJECTOR).exists():

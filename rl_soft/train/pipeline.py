@@ -12,6 +12,7 @@ same command resumes a run that was stopped anywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -119,6 +120,9 @@ def begin(recipe: Recipe) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
         write_config(recipe)
+    for name, value in dataclasses.asdict(recipe.trackers).items():
+        if value is not None:
+            os.environ[name.upper()] = value  # where wandb reads it
 
 
 # ---------------------------------------------------------------------------------------------------------------------

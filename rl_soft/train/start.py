@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_soft.config.recipe import RL_METHODS, Recipe
-from rl_soft.config.refusals import IN_MEMORY
+from rl_soft.config.refusals import IN_MEMORY, check_reference_revision
 from rl_soft.data.row import question_hash
 from rl_soft.model import policy
 from rl_soft.model.folder import is_adapter, read_thinking
@@ -47,7 +48,7 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     if m.model_config:
         return policy.make(m.model_config, m.vocabulary or "", recipe.seed, dtype, m.attn_implementation)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True)
+    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True, revision=m.model_revision)
     if hasattr(start.model, "peft_config"):
         check_adapter(recipe, source, start.model.peft_config["default"])
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
@@ -59,7 +60,8 @@ def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> p
     """What a trainer is given to start from, in Python: a hub id or a folder, which is loaded, or a model.
 
     Args:
-        args: the trainer's; `model_init_kwargs` may hold dtype and attn_implementation for a model that is loaded.
+        args: the trainer's; `model_init_kwargs` may hold dtype, attn_implementation and revision for a model that is
+            loaded.
         tokenizer: None loads the one beside the model.
         adapter: whether the trainer puts an adapter on it.
 
@@ -71,13 +73,14 @@ def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> p
         args.model_init_kwargs = None  # TRL is given the model
         own = default_dtype(adapter or is_adapter(Path(model)), args.deepspeed_plugin is not None, args.bf16)
         dtype = str(asked.pop("dtype", own)).removeprefix("torch.")
-        attention = asked.pop("attn_implementation", None)
+        attention, revision = asked.pop("attn_implementation", None), asked.pop("revision", None)
+        check_reference_revision(revision, args.beta, adapter)
         if asked:
             raise ValueError(
-                f"model_init_kwargs may hold dtype and attn_implementation here, not {', '.join(asked)}; load the "
-                "model yourself and give it as `model`"
+                f"model_init_kwargs may hold dtype, attn_implementation and revision here, not {', '.join(asked)}; "
+                "load the model yourself and give it as `model`"
             )
-        loaded = policy.load_policy(str(model), dtype, attention, trainable=True)
+        loaded = policy.load_policy(str(model), dtype, attention, trainable=True, revision=revision)
         if tokenizer is not None:
             check_tokenizer(tokenizer, loaded.model, "processing_class")
         return policy.Policy(loaded.model, tokenizer or loaded.tokenizer, loaded.thinking)
@@ -107,6 +110,18 @@ def fitting(thinking: Thinking | None, start: policy.Policy) -> Thinking:
     if start.thinking is not None:
         check_thinking(thinking, start.thinking, "thinking")
     return thinking
+
+
+def with_template(thinking: Thinking, args: Any) -> Thinking:
+    """`thinking` with the chat_template_kwargs of a `trl.GRPOConfig`. Raises ValueError where it has others."""
+    given = args.chat_template_kwargs
+    if not given:
+        return thinking
+    if thinking.chat_template_kwargs not in (None, given):
+        raise ValueError(
+            f"chat_template_kwargs is {given!r} in args and {thinking.chat_template_kwargs!r} in thinking; set it once"
+        )
+    return dataclasses.replace(thinking, chat_template_kwargs=given)
 
 
 def settle(args: Any, layout: Layout) -> None:
@@ -194,4 +209,5 @@ def lora_config(recipe: Recipe) -> Any:
         lora_dropout=m.lora_dropout,
         target_modules=m.lora_target_modules,
         task_type="CAUSAL_LM",
+        revision=m.model_revision,  # of the base that the adapter is for
     )
