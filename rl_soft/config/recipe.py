@@ -35,7 +35,7 @@ from rl_soft.config.arguments import (
 from rl_soft.config.elsewhere import hint_for
 from rl_soft.config.like import settings_like
 from rl_soft.config.refusals import check_keys, check_together, unread_keys
-from rl_soft.config.theirs import is_theirs, method_of, read_theirs, renamed, told
+from rl_soft.config.theirs import is_theirs, method_of, over, read_theirs, renamed, told
 from rl_soft.config.trainers import check_type, trainer_fields
 from rl_soft.config.trainers import trainer_class as trainer_class
 from rl_soft.files import write_atomic
@@ -225,22 +225,30 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None, proce
             key that we derive from others, feature that soft rollouts cannot have, and pair of values that do not fit.
     """
     path = find_recipe(path)
-    return make_recipe(path, {**read_yaml(path), **(overrides or {})}, processes)
+    given, overrides = read_yaml(path), overrides or {}
+    return make_recipe(path, over(given, overrides), processes, is_theirs({**given, **overrides}))
 
 
-def make_recipe(path: Path, values: dict[str, Any], processes: int | None = None) -> Recipe:
-    """A recipe of the values that stand in a file; see `load_recipe`."""
-    method = method_of(values)
+def make_recipe(
+    path: Path, values: dict[str, Any], processes: int | None = None, theirs: bool | None = None
+) -> Recipe:
+    """A recipe of the values that stand in a file; see `load_recipe`.
+
+    Args:
+        theirs: whether the file is one of TRL's scripts; None: if its values look so.
+    """
+    theirs = is_theirs(values) if theirs is None else theirs
+    method = method_of(values, theirs)
     if method not in METHODS:
         if values.get("method") is None:
-            own = "add thought: gumbel to TRL's keys, or " if is_theirs(values) else ""
+            own = "add thought: gumbel to TRL's keys, or " if theirs else ""
             raise ValueError(f"method is missing in {path}; {own}it is one of {', '.join(METHODS)}")
         hint = nearest(method, METHODS)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {values.get('method')!r} ({path}){hint}")
     groups, of_trainer, mistakes = GROUPS[method], trainer_fields(method), Gathered()
     known = known_keys(method)
     values = {**values, "method": method}
-    values, notes, wrong = read_theirs(values, known, method, processes)
+    values, notes, wrong = read_theirs(values, known, method, processes, theirs)
     mistakes.lines += wrong
     for line in told(notes):
         logger.info("%s", line)

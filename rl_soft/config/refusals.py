@@ -79,11 +79,12 @@ def check_features(given: Mapping[str, Any], method: str = "grpo") -> None:
     Raises:
         Mistakes: keys have other values than those that they have when they are not named.
     """
-    if lines := list(_unavailable(given, method)):
+    if lines := list(unavailable(given, method)):
         raise Mistakes(lines)
 
 
-def _unavailable(given: Mapping[str, Any], method: str) -> Iterator[str]:
+def unavailable(given: Mapping[str, Any], method: str) -> Iterator[str]:
+    """A line for each such key, which begins with it."""
     defaults = trainer_fields(method)
     for key, value in given.items():
         why = REFUSED.get(key)
@@ -100,7 +101,7 @@ def unread_keys(method: str) -> set[str]:
 
 def check_keys(values: Mapping[str, Any], method: str, path: Path) -> None:
     """Raises Mistakes for keys that the method derives from others, cannot have, or would never read."""
-    lines = list(_unavailable(values, method))
+    lines = list(unavailable(values, method))
     derived = DERIVED_SFT if method == "sft" else {}
     unread = {key: getattr(EvalArguments(), key) for key in EVALUATION} if method not in RL_METHODS else {}
     for key, value in values.items():

@@ -25,6 +25,17 @@ from rl_soft.thoughts.kinds import RL as RL_METHODS
 
 LORA_OF_TRL = {"lora_r": 16, "lora_alpha": 32}
 SHORTEST_ANSWER, LONGEST_ANSWER = 16, 512  # of a max_completion_length that nobody has divided
+BATCHES = ("generation_batch_size", "steps_per_generation", "gradient_accumulation_steps")
+BEATS = {  # key of the command line -> keys of a file that say a part of it
+    "prompts_per_step": BATCHES,
+    "dataset_options": ("dataset_config", "dataset_train_split", "dataset_test_split"),
+    "dataset_columns": ("dataset_prompt_column",),
+    "warmup_steps": ("warmup_ratio",),
+    "max_completion_length": ("num_thoughts", "max_answer_tokens"),
+    "generation_batch_size": ("steps_per_generation", "prompts_per_step"),
+    "steps_per_generation": ("generation_batch_size", "prompts_per_step"),
+    "gradient_accumulation_steps": ("prompts_per_step",),
+}
 ANSWER_COLUMNS = {"open-r1/OpenR1-Math-220k": "answer"}  # beside a column solution, which holds the working too
 
 
@@ -62,14 +73,28 @@ def is_theirs(values: Mapping[str, Any]) -> bool:
     )
 
 
-def method_of(values: Mapping[str, Any]) -> str:
+def over(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's values under those of the command line, which beat what says the same by another name."""
+    beaten = {key for key in values if CALLED.get(key, key) in {CALLED.get(name, name) for name in overrides}}
+    for name in overrides:
+        beaten |= set(BEATS.get(name, ()))
+    if {"num_thoughts", "max_answer_tokens"} <= overrides.keys():
+        beaten.add("max_completion_length")
+    return {key: value for key, value in values.items() if key not in beaten} | dict(overrides)
+
+
+def method_of(values: Mapping[str, Any], theirs: bool) -> str:
     """The method that a recipe names; grpo, where one of TRL's scripts names a thought and no method."""
     named = values.get("method")
-    return "grpo" if named is None and is_theirs(values) and values.get("thought") else str(named)
+    return "grpo" if named is None and theirs and values.get("thought") else str(named)
 
 
 def read_theirs(
-    values: Mapping[str, Any], known: Collection[str], method: str, processes: int | None = None
+    values: Mapping[str, Any],
+    known: Collection[str],
+    method: str,
+    processes: int | None = None,
+    theirs: bool = False,
 ) -> tuple[dict[str, Any], list[Note], list[str]]:
     """A recipe's values by the names of our keys, what was done, and what could not be: a line for each pair of keys
     that say different things, each batch that does not divide, and each reward that there is nothing like.
@@ -78,8 +103,9 @@ def read_theirs(
         values: as they stand in the file, with what the command line changed.
         known: the keys of the method.
         processes: on which batch sizes per device depend; those of the launcher if absent.
+        theirs: whether the recipe is one of TRL's scripts, so that TRL's defaults hold.
     """
-    reading = _Reading(dict(values), known, method, processes or world_size())
+    reading = _Reading(dict(values), known, method, processes or world_size(), theirs)
     for step in (
         reading.rename,
         reading.data,
@@ -94,7 +120,7 @@ def read_theirs(
 
 def renamed(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Values of a command by the names of our keys. Raises Mistakes for a pair of names with different values."""
-    reading = _Reading(dict(values), known, "", 1)
+    reading = _Reading(dict(values), known, "", 1, False)
     reading.rename()
     reading.data()
     reading.mistakes.tell()
@@ -116,9 +142,10 @@ def told(notes: list[Note]) -> Iterator[str]:
 
 
 class _Reading:
-    def __init__(self, values: dict[str, Any], known: Collection[str], method: str, processes: int) -> None:
-        self.values, self.known, self.method, self.processes = values, known, method, processes
-        self.theirs = is_theirs(values)
+    def __init__(
+        self, values: dict[str, Any], known: Collection[str], method: str, processes: int, theirs: bool
+    ) -> None:
+        self.values, self.known, self.method, self.processes, self.theirs = values, known, method, processes, theirs
         self.notes: list[Note] = []
         self.mistakes = Gathered()
 
@@ -313,14 +340,13 @@ class _Reading:
 
     def batches(self) -> None:
         """TRL's: B completions on each of W processes, S times, are a rollout of N = B W S; A of the S make a step."""
-        names = ("generation_batch_size", "steps_per_generation", "gradient_accumulation_steps")
-        named = self.given(*names)
-        for key in set(names) - set(named):
+        named = self.given(*BATCHES)
+        for key in set(BATCHES) - set(named):
             self.values.pop(key, None)  # null
         if not named:
             return
         if {"generation_batch_size", "steps_per_generation"} <= set(named):
-            shown = " and ".join(f"{key} {self.values[key]!r}" for key in names[:2])
+            shown = " and ".join(f"{key} {self.values[key]!r}" for key in BATCHES[:2])
             raise ValueError(f"{shown} say the same; give one of them")
         for key in (*named, "per_device_train_batch_size", "num_generations"):
             if self.values.get(key) is not None:
@@ -336,6 +362,8 @@ class _Reading:
                 f"generation_batch_size {N} must be a multiple of per_device_train_batch_size {B} x {W} processes"
             )
         S = N // (B * W)
+        if A % S == 0:  # TRL draws anew between two steps, by one policy: all of it is one rollout
+            N, S = B * W * A, A
         shown = ", ".join(f"{key} {self.values[key]}" for key in named)
         if N % G:
             near = next(n for n in range(1, G + 1) if N * n % G == 0)

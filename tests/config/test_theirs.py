@@ -30,6 +30,7 @@ def make(tmp_path, processes=1, base=BASE, **values):
         {"gradient_accumulation_steps": 2, "steps_per_generation": 8},
         {"steps_per_generation": 4},
         {"gradient_accumulation_steps": 2, "generation_batch_size": 96},
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
         {"per_device_train_batch_size": 4, "num_generations": 4, "gradient_accumulation_steps": 3},
     ],
     ids=str,
@@ -87,6 +88,7 @@ def test_each_part_of_a_length_has_positions(whole):
         ({"gradient_accumulation_steps": 2, "num_generations": 6},
          "num_generations 6 does not divide it; 3 processes would do"),
         ({"steps_per_generation": 4, "gradient_accumulation_steps": 3}, "does not divide into steps of"),
+        ({"dataset_name": ["a"], "dataset": None}, "dataset must be a text, got \\['a'\\]"),
         ({"gradient_accumulation_steps": "4"}, "gradient_accumulation_steps must be a whole number, at least 1, got"),
         ({"num_processes": 4}, "num_processes is 4, and 1 run; start it with ./launch.sh RECIPE --nproc 4"),
         ({**EXPLICIT, "max_completion_length": 300, "num_thoughts": 100, "max_answer_tokens": 100},
@@ -176,3 +178,26 @@ def test_every_reward_of_theirs_is_one_of_ours_with_its_parameters():
     entries = [{name: needs[name]} if name in needs else name for name in REWARDS]
     assert all(map(callable, reward_functions(read_rewards(entries, {}))))
     assert read_rewards("trl.rewards.think_format_reward", {}) == ["think_format"]
+
+
+def test_several_rollouts_per_step_are_one(tmp_path):
+    """TRL may draw several times between two optimizer steps, by the same policy."""
+    recipe = make(tmp_path, gradient_accumulation_steps=32, steps_per_generation=8, per_device_train_batch_size=4)
+    assert (recipe.extra.prompts_per_step, recipe.extra.updates_per_rollout) == (16, 1)
+    assert batch_plan(recipe, 1)["gradient_accumulation_steps"] == 32
+
+
+def test_the_command_line_beats_what_a_file_says_by_another_name(tmp_path):
+    path = tmp_path / "trl.yaml"
+    lengths = {"max_completion_length": 300, "generation_batch_size": 64, "torch_dtype": "float16"}
+    path.write_text(yaml.safe_dump({**THEIRS, **lengths, "dataset_config": "x", "warmup_ratio": 0.5}))
+    given = {
+        "num_thoughts": 7, "max_answer_tokens": 5, "prompts_per_step": 3, "dtype": "float32", "dataset": "gsm8k",
+        "dataset_options": {"revision": "y"}, "warmup_steps": 3, "rewards": ["my.own"],
+    }  # fmt: skip
+    values = load_recipe(path, given).values
+    assert {key: values[key] for key in given if key != "dataset_options"} == {
+        key: value for key, value in given.items() if key != "dataset_options"
+    }
+    assert values["dataset_options"]["revision"] == "y" and "config" not in values["dataset_options"]
+    assert load_recipe(path, {"max_completion_length": 30}).thinking.num_thoughts == 15
