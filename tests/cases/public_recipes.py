@@ -106,5 +106,4 @@ LEFT_OUT = {
     "open-r1: recipes/Qwen2.5-1.5B-Instruct/grpo/config_demo_code.yaml": {"reward_funcs: code"},
     "open-r1: recipes/Qwen2.5-1.5B-Instruct/grpo/config_demo_code_ioi.yaml": {"reward_funcs: ioi_code"},
     "open-r1: recipes/Qwen2.5-Coder-7B-Instruct/grpo/config_codeforces.yaml": {"reward_funcs: cf_code"},
-    "trl: docs/source/paper_index.md (Lite PPO; model and data of quickstart.md)": {"top_p", "top_k"},
 }
