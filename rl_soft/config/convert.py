@@ -13,7 +13,7 @@ import yaml
 
 from rl_soft.config.elsewhere import ABSENT, BECOMES, CALLED, IGNORED, READ
 from rl_soft.config.recipe import RL_METHODS, find_recipe, known_keys, make_recipe, read_yaml
-from rl_soft.config.refusals import MUST_BE_TRUE, unavailable
+from rl_soft.config.refusals import MUST_BE_TRUE, SECRET, unavailable
 from rl_soft.config.their_rewards import NONE, PARAMETERS, plain_name
 from rl_soft.config.theirs import BATCHES, Note, over, read_theirs
 from rl_soft.config.trainers import trainer_fields
@@ -75,6 +75,8 @@ def _dropped(values: Mapping[str, Any], method: str) -> Iterator[tuple[str, str]
     for key, value in values.items():
         if key in MUST_BE_TRUE and not value:
             yield key, MUST_BE_TRUE[key]
+        elif key == "hub_token":
+            yield key, SECRET
         elif key == "lora_dropout" and value:
             yield key, MUST_BE_TRUE["disable_dropout"]
         elif value and (key in ABSENT or key in BECOMES):

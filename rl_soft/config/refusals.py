@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rl_soft.config.arguments import EvalArguments
 from rl_soft.config.trackers import check_trackers
 from rl_soft.config.trainers import trainer_fields
-from rl_soft.keys import Gathered, Mistakes, either
+from rl_soft.keys import Gathered, Mistakes, either, nearest
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.kinds import RL as RL_METHODS
@@ -29,6 +29,8 @@ DERIVED_SFT = {
     "completion_only_loss": "the rows: the loss is on what follows the question",
     "dataset_kwargs": "the rows, which the layout makes",
 }
+HUB_STRATEGIES = ("every_save", "checkpoint", "all_checkpoints", "end")
+SECRET = "config.yaml and the model's page would show it; use hf auth login, or the environment variable HF_TOKEN"
 WHOLE = "training draws from the whole distribution, whose density it scores"
 ENGINE = "soft thoughts are decoded by this package's own engine"
 VLLM_KEYS = (  # of TRL's, that a run with use_vllm reads
@@ -105,6 +107,8 @@ def check_keys(values: Mapping[str, Any], method: str, path: Path) -> None:
     for key, value in values.items():
         if key in MUST_BE_TRUE and method in RL_METHODS and not value:
             lines.append(f"{key} must be true: {MUST_BE_TRUE[key]}")
+        elif key == "hub_token" and value:
+            lines.append(f"{key} is not available: {SECRET}")
         elif method == "ppo" and key in GROUP_ONLY:
             lines.append(f"{key} is not available: {GROUP_ONLY[key]}")
         elif key in derived:
@@ -140,6 +144,8 @@ def check_together(recipe: Recipe) -> None:
             check_reward_weights(extra.rewards, recipe.values.get("reward_weights"))
     with gathered:
         check_trackers(recipe.values.get("report_to"))
+    with gathered:
+        check_hub(recipe.training)
     gathered.tell()
 
 
@@ -188,6 +194,16 @@ def check_reference_revision(revision: str | None, beta: float | None, adapter: 
         raise ValueError(
             f"model_revision {revision!r} with beta {beta}: the reference is loaded again by its name, without a "
             "revision; fetch it (hf download ID --revision REVISION --local-dir DIR) and name the folder"
+        )
+
+
+def check_hub(training: Mapping[str, Any]) -> None:
+    """Raises ValueError for a time to send the model that there is not."""
+    strategy = training.get("hub_strategy")
+    if strategy not in (None, *HUB_STRATEGIES):
+        raise ValueError(
+            f"hub_strategy must be one of {', '.join(HUB_STRATEGIES)}, got {strategy!r}"
+            f"{nearest(strategy, HUB_STRATEGIES)}"
         )
 
 

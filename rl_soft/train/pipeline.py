@@ -57,6 +57,7 @@ from rl_soft.train.precision import settled, uses_deepspeed
 from rl_soft.train.ready import Rows, check_rl, load_rows, world_size
 from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
 from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
+from rl_soft.train.runtime.hub import Hub
 from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
 from rl_soft.train.sft import sft_trainer
 from rl_soft.train.start import check_thinking, lora_config, starting_policy
@@ -93,10 +94,14 @@ def run(recipe: Recipe) -> Path:
     if warm_start is not None:
         finish(warm_start)
     begin(recipe)
+    hub = Hub(recipe.training, recipe.output_dir) if recipe.training.get("push_to_hub") and is_first() else None
+    callbacks = [] if hub is None else [hub]
     if recipe.method in RL_METHODS:
-        train_rl(recipe, warm_start, rows, rewards)
+        train_rl(recipe, warm_start, rows, rewards, callbacks)
     else:
-        train_supervised(recipe, warm_start, rows)
+        train_supervised(recipe, warm_start, rows, callbacks)
+    if hub is not None:
+        hub.finish()
     logger.info("model: %s", recipe.output_dir / "model")
     return recipe.output_dir
 
@@ -113,11 +118,16 @@ def finish(warm_start: Recipe) -> None:
     AcceleratorState._reset_state()  # the next trainer reads its DeepSpeed settings afresh
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes, before there is a trainer to ask."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def begin(recipe: Recipe) -> None:
     """Make or check the run directory, and prepare the devices."""
     resuming = check_output_dir(recipe)
     prepare_devices()
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first():
         logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
         write_config(recipe)
     for name, value in dataclasses.asdict(recipe.trackers).items():
@@ -140,7 +150,9 @@ class Start:
     test: list[data.Row]
 
 
-def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: list[Callable]) -> None:
+def train_rl(
+    recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: list[Callable], callbacks: list[Any]
+) -> None:
     start = start_rl(recipe, warm_start, rows)
     model_folder = recipe.output_dir / "model"
     if not model_folder.exists():
@@ -148,7 +160,8 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
             evaluate_as(start, "before", start.policy.model)
         trainer = rl_trainer(start, rows.train, rewards)
         boundary = recipe.extra.updates_per_rollout * start.args.num_iterations
-        fit(trainer, recipe, {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip"}, boundary)
+        shown = {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip"}
+        fit(trainer, recipe, shown, boundary, callbacks)
         save(trainer, recipe, start.policy.tokenizer)
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
             evaluate_as(start, "after", model)
@@ -240,7 +253,7 @@ def report(recipe: Recipe) -> None:
 # Supervised methods: start, fit
 
 
-def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> None:
+def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows, callbacks: list[Any]) -> None:
     """CODI and what it is compared with: they learn from worked solutions, without rollouts of their own."""
     if (recipe.output_dir / "model").exists():
         return
@@ -266,7 +279,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> N
     trainer = make_trainer(recipe, start, args, layout, train)
     if validation:
         validate_every(trainer, recipe, layout, validation)
-    fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, boundary=1)
+    fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, 1, callbacks)
     save(trainer, recipe, start.tokenizer)
     trainer.accelerator.free_memory()  # DeepSpeed's hooks would hold the model for good
 
@@ -296,10 +309,11 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
     # On a CPU `use_cpu` must be an argument of the trainer: as an accelerate setting or in the environment it turns
     # DeepSpeed or the second process off without a word.
     defaults = trainer_defaults(recipe.method) | {"use_cpu": device() == "cpu", "bf16": False}
-    return {**defaults, **recipe.training, "output_dir": str(recipe.output_dir)}
+    ours = {"output_dir": str(recipe.output_dir), "push_to_hub": False}  # `runtime.hub` sends the model
+    return {**defaults, **recipe.training, **ours}
 
 
-def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> None:
+def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int, callbacks: list[Any]) -> None:
     """Train, from the last checkpoint if there is one; Ctrl-C leaves a checkpoint."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -311,7 +325,7 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
         logger.info("save_steps %g: a checkpoint waits for its rollout's last step (%d each)", save_steps, boundary)
     interrupt = Interrupt(boundary)
     known = [KnownFailures()] if recipe.method in RL_METHODS else []  # a supervised loss is to bring the entropy down
-    for added in (*known, interrupt, Checkpoints(trainer.args)):
+    for added in (*known, interrupt, Checkpoints(trainer.args), *callbacks):
         trainer.add_callback(added)
     if trainer.is_world_process_zero():
         set_aside_unfinished(recipe.output_dir)

@@ -90,6 +90,9 @@ def write(tmp_path, **values):
         ({"method": "codi", "eval_samples": 8}, "eval_samples is not available: .*use rl-soft eval MODEL"),
         ({"method": "codi", "eval_k": [1, 2]}, "eval_k is not available: .*use rl-soft eval MODEL"),
         ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, or null, got 'bf16'; did you mean bfl"),
+        ({"hub_strategy": "every_sav"}, "hub_strategy must be one of .*, got 'every_sav'; did you mean every_save?"),
+        ({"hub_token": "hf_x"}, "hub_token is not available: config.yaml .*HF_TOKEN"),
+        ({"push_to_hub": "yes"}, "push_to_hub must be true or false, got 'yes'"),
         ({"dtype": "half"}, "dtype must be one of float32, bfloat16, float16, or null, got 'half'$"),
     ],
 )
