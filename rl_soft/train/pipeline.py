@@ -23,7 +23,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import GRPOConfig
 from trl.models import unwrap_model_for_generation
@@ -49,6 +48,7 @@ from rl_soft.thoughts.fit import check_characters, check_rows
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
 from rl_soft.train.codi import codi_trainer
+from rl_soft.train.columns import as_dataset
 from rl_soft.train.grpo import SoftGRPOTrainer
 from rl_soft.train.icot import icot_trainer
 from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
@@ -187,7 +187,7 @@ def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> S
         model,
         rewards,
         start.args,
-        Dataset.from_list([{"prompt": row.question, **row_columns(row)} for row in rows]),
+        as_dataset(rows),
         processing_class=start.policy.tokenizer,
         peft_config=None if hasattr(model, "peft_config") else lora_config(recipe),
         thinking=recipe.thinking,
@@ -281,10 +281,6 @@ def validate_every(trainer: Any, recipe: Recipe, layout: Layout, rows: list[data
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts that all methods share
-
-
-def row_columns(row: data.Row) -> dict[str, Any]:
-    return {"id": row.id, "answer": row.answer, "answer_type": row.answer_type, "source": row.source}
 
 
 def training_values(recipe: Recipe) -> dict[str, Any]:

@@ -25,7 +25,7 @@ logger = logging.getLogger("rl_soft")
 # What TRL or our rollout passes by keyword at each call: no parameters of a recipe.
 PASSED = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
-    "thoughts", "answer_text", "id", "answer", "answer_type", "source",
+    "thoughts", "answer_text", "id", "answer", "answer_type", "source", "metadata",
 }  # fmt: skip
 
 
