@@ -23,15 +23,15 @@ from rl_soft.config.arguments import (
     EvalArguments,
     EvaluationArguments,
     GenerateArguments,
+    GRPOArguments,
     ICoTArguments,
     ModelArguments,
     PPOArguments,
-    RLArguments,
     SFTArguments,
 )
 from rl_soft.config.elsewhere import hint_for
 from rl_soft.config.like import settings_like
-from rl_soft.config.refusals import check_keys, check_together, unread_keys
+from rl_soft.config.refusals import GROUP_ONLY, check_keys, check_together, unread_keys
 from rl_soft.config.trainers import check_type, trainer_fields
 from rl_soft.config.trainers import trainer_class as trainer_class
 from rl_soft.files import write_atomic
@@ -46,7 +46,7 @@ GROUPS: dict[str, tuple[type, ...]] = {  # method -> whose fields are its keys
     "sft": (*SHARED, SFTArguments),
     "icot": (*SHARED, ICoTArguments),
     "coconut": (*SHARED, CoconutArguments),
-    "grpo": (*SHARED, RLArguments),
+    "grpo": (*SHARED, GRPOArguments),
     "ppo": (*SHARED, PPOArguments),
 }
 METHODS = tuple(GROUPS)
@@ -226,6 +226,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {values.get('method')!r} ({path}){hint}")
     groups, of_trainer, mistakes = GROUPS[method], trainer_fields(method), Gathered()
     known = {"method", *of_trainer, *(name for group in groups for name in fields(group))}
+    known |= GROUP_ONLY.keys() if method == "ppo" else set()  # `check_keys` has told why it has none
     with mistakes:
         check_keys(values, method, path)
     for key in values:

@@ -62,7 +62,11 @@ REFUSED = {
     "environment_factory": "soft rollouts have a single turn",
     "auto_find_batch_size": "a rollout must hold whole groups; lower per_device_train_batch_size instead",
 }
+NO_GROUPS = "PPO has no groups; each completion has the value that its own states predict"
 GROUP_ONLY = {  # what only a method with groups can read
+    "filter_groups": NO_GROUPS,
+    "resample": NO_GROUPS,
+    "max_resamples": NO_GROUPS,
     "scale_rewards": "PPO has no groups; it whitens advantages over the rollout",
     "multi_objective_aggregation": "PPO has no groups; it takes the weighted sum of the rewards",
 }

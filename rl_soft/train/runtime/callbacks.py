@@ -159,6 +159,13 @@ class KnownFailures(TrainerCallback):
             "constant",
         ),
         (
+            "groups/left_out",
+            lambda share: share >= 1,
+            PATIENCE,
+            "in {n} logged rollouts in a row no group was left to learn from (filter_groups): the problems are too "
+            "hard or too easy; take others, more num_generations, or resample true with a larger max_resamples",
+        ),
+        (
             "completions/clipped_ratio",
             lambda share: share > 0.5,
             PATIENCE,
