@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
+from rl_soft.config.evaluations import check_evaluations
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import Gathered, Mistakes, either, nearest
 from rl_soft.thoughts.kinds import KINDS, check_trainable
@@ -150,6 +151,9 @@ def check_together(recipe: Recipe) -> None:
     if extra and method in RL_METHODS:
         with gathered:
             check_reward_weights(extra.rewards, recipe.values.get("reward_weights"))
+    if recipe.data and recipe.eval:
+        with gathered:
+            check_evaluations(recipe)
     with gathered:
         check_trackers(recipe.values.get("report_to"))
     gathered.tell()

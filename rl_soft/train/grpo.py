@@ -41,6 +41,7 @@ from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train import vllm_rollouts
 from rl_soft.train.checks import check_config, check_model, check_prompts
+from rl_soft.train.evaluations import EvaluatesPassAtK
 from rl_soft.train.groups import FiltersGroups
 from rl_soft.train.metrics import density_gap, ratio_metrics, rollout_metrics
 from rl_soft.train.normaliser import aggregate
@@ -53,7 +54,7 @@ from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_sec
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
 
 
-class SoftGRPOTrainer(KeepsProjector, FiltersGroups, Guarded, GRPOTrainer):
+class SoftGRPOTrainer(EvaluatesPassAtK, KeepsProjector, FiltersGroups, Guarded, GRPOTrainer):
     """GRPO over soft rollouts.
 
     Args:
