@@ -29,7 +29,9 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from rl_soft.config.refusals import training_cuts
 from rl_soft.model.devices import avoid_cudnn_attention
+from rl_soft.model.gate import KeepsGate, add_gate
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
@@ -54,7 +56,7 @@ from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_sec
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
 
 
-class SoftGRPOTrainer(EvaluatesPassAtK, KeepsProjector, FiltersGroups, Guarded, GRPOTrainer):
+class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups, Guarded, GRPOTrainer):
     """GRPO over soft rollouts.
 
     Args:
@@ -75,6 +77,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsProjector, FiltersGroups, Guarded, 
         resample: put other problems into the places of such groups.
         max_resamples: extra rollouts at most, per rollout.
         chunk_size: positions whose (chunk, V) logits are alive at once in the training pass; None sizes it by memory.
+        order: of the cuts (args.top_k, args.top_p, args.min_p) and the draw, see `rl_soft.Decoding`.
         peft_config: an adapter to train, as in TRL.
         **kwargs: other arguments of `trl.GRPOTrainer`.
 
@@ -115,6 +118,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsProjector, FiltersGroups, Guarded, 
         resample: bool = False,
         max_resamples: int = 3,
         chunk_size: int | None = None,
+        order: str = "exact",
         peft_config: Any = None,
         **kwargs: Any,
     ):
@@ -125,6 +129,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsProjector, FiltersGroups, Guarded, 
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
         check_config(args, thinking, ratio, thought_epsilon, given)  # before TRL makes anything
+        self.decoding = training_cuts(vars(args), thinking, ratio, order, args.use_vllm)
         check_model(policy.model, args, thinking, ratio, peft_config)
         check_reference(policy.model, args, peft_config)
         kind = KINDS[thinking.thought]
@@ -153,6 +158,8 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsProjector, FiltersGroups, Guarded, 
         self._reference = Reference(self, chunk_size)
         if kind.reads_hidden:
             add_projector(language_model(wrapped), gated=kind.mixes)  # it is there, and may be frozen
+        if thinking.switch == "gate":  # ZeRO-3 partitions parameters of one dtype only
+            add_gate(language_model(wrapped), wrapped.dtype if self._dist.is_zero3 else torch.float32)
         self._clock = StepClock()
         self.add_callback(self._clock)
         self.full_kl_beta = 0.0  # weight of our KL; TRL's own is then off and makes no reference pass
@@ -217,7 +224,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsProjector, FiltersGroups, Guarded, 
             gather_deepspeed3_params=args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         ) as model:
-            return rollout(model, self.layout, prompts, seeds, self.eos_token_ids)
+            return rollout(model, self.layout, prompts, seeds, self.eos_token_ids, decoding=self.decoding, keep=True)
 
     def _roll_out_by_vllm(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
         if self._pushed_step != self.state.global_step:

@@ -184,7 +184,7 @@ def start_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> Start:
 
 def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> SoftGRPOTrainer:
     recipe, extra, model = start.recipe, start.recipe.extra, start.policy.model
-    own = ["ratio", "rest_weight", "thought_epsilon", "chunk_size"]
+    own = ["ratio", "rest_weight", "thought_epsilon", "chunk_size", "order"]
     if recipe.method == "grpo":
         own += ["filter_groups", "resample", "max_resamples"]
     if recipe.method == "ppo":

@@ -33,6 +33,7 @@ class SoftBatch:
     sampled_log_probs: Tensor  # (B, C) float32, the rollout's log-densities of what the ratio scores; 0 elsewhere
     support_log_probs: Tensor  # (B, C, K) float32, ln pi of the slots at the rollout
     seeds: Tensor  # (B,) int64, of the noise
+    kept: Tensor | None = None  # (B, C, W) int32, of a cut distribution: what it kept beside the support; -1 absent
     ref_states: Tensor | None = None  # (B, C, H), what the reference's head reads; with a KL for K > 1
     rewards: Tensor | None = None  # (B,) float32, NaN where no reward applies; PPO
 
@@ -42,6 +43,8 @@ class SoftBatch:
         compared, sampled = RATIOS[ratio], rollout.log_probs
         if compared.scores == "strongest" and not compared.second_factor:
             sampled = rollout.support_log_probs[..., 0]
+            if rollout.mode_log_probs is not None:
+                sampled = sampled + rollout.mode_log_probs
         elif compared.scores is None:
             sampled = rollout.log_probs * ~rollout.thought_mask
 
@@ -58,6 +61,7 @@ class SoftBatch:
             sampled_log_probs=padded(sampled),
             support_log_probs=padded(rollout.support_log_probs),
             seeds=rollout.seeds,
+            kept=None if rollout.kept is None else padded(rollout.kept, -1),
         )
 
     @classmethod
@@ -78,7 +82,7 @@ class SoftBatch:
         """With the rows of `other`, in their order, at `places`; as many positions as the longest completion has."""
         if not places:
             return self
-        padding = {"completion_ids": pad_id, "support": pad_id, "log_weights": -torch.inf}
+        padding = {"completion_ids": pad_id, "support": pad_id, "log_weights": -torch.inf, "kept": -1}
         lengths = self.lengths.clone()
         lengths[places] = other.lengths
         C = int(lengths.max())
@@ -87,7 +91,8 @@ class SoftBatch:
         for name, x in self.to_dict().items():
             x, new = x.clone(), getattr(other, name)
             if x.dim() > 1:
-                x, new = (fitted(y, C, padding.get(name, 0)) for y in (x, new))
+                widest = max(x.shape[-1], new.shape[-1]) if x.dim() > 2 else None  # what cuts kept may be more or less
+                x, new = (fitted(y, C, padding.get(name, 0), widest) for y in (x, new))
             x[places] = new
             made[name] = x
         return SoftBatch(**made)
@@ -104,6 +109,7 @@ class SoftBatch:
             ratio=ratio,
             seeds=self.seeds,
             support_log_probs=self.support_log_probs,
+            kept=self.kept,
             ref_states=self.ref_states,
             **more,
         )
@@ -113,8 +119,9 @@ class SoftBatch:
         return [row[:n] for row, n in zip(values.tolist(), self.lengths.tolist(), strict=True)]
 
 
-def fitted(x: Tensor, positions: int, value: float) -> Tensor:
-    """(B, C, ...) with so many positions: padded on the right with `value`, or cut."""
+def fitted(x: Tensor, positions: int, value: float, width: int | None = None) -> Tensor:
+    """(B, C, ...) with so many positions: padded on the right with `value`, or cut; `width`: of (B, C, W), as large."""
+    x = x if width is None else F.pad(x, (0, width - x.shape[-1]), value=value)
     extra = positions - x.shape[1]
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra), value=value) if extra > 0 else x[:, :positions]
 

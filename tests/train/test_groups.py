@@ -133,9 +133,10 @@ def test_with_no_equal_group_the_filter_changes_nothing(tmp_path):
         assert {k: a[k] for k in same - {"step_time"}} == {k: b[k] for k in same - {"step_time"}}
 
 
-def test_other_problems_take_the_places_of_equal_groups(tmp_path):
+@pytest.mark.parametrize("cut", [{}, {"top_k": 6, "top_p": 0.8}], ids=["whole", "cut"])
+def test_other_problems_take_the_places_of_equal_groups(tmp_path, cut):
     made = trainer(tmp_path, filter_groups="accuracy", resample=True, max_resamples=4, num_iterations=2, max_steps=4,
-                   log_completions=True)  # fmt: skip
+                   log_completions=True, **cut)  # fmt: skip
     seen = batches(made)
     logs = train(made)
     assert len(seen) == 2
