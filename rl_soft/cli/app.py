@@ -285,6 +285,20 @@ def fetch(name: Annotated[str, typer.Argument(help="The only one is smollm2.")] 
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, its model, a checkpoint of it, or a PEFT folder.")],
+    merged: Annotated[Path, typer.Option(help="The new folder, of whole weights.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; that of the base's weights if absent.")
+    ] = None,
+) -> None:
+    """Write a model as plain transformers, vLLM and lm-eval load it: adapter merged, tokenizer, settings, card."""
+    from rl_soft.cli.export import run as write
+
+    write(run, merged, dtype)
+
+
+@app.command()
 def env() -> None:
     """Print versions and devices, to paste into an issue."""
     import platform

@@ -16,6 +16,7 @@ from rl_soft.thoughts.thinking import CONTROLS
 logger = logging.getLogger("rl_soft")
 
 ANALYSES = ("probe", "cost", "traces", "branching", "lens", "plane", "all")  # kinds of `rl-soft analyze`
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
 MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 
 
@@ -23,7 +24,7 @@ MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 class WeightArguments:
     """How weights are loaded."""
 
-    dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+    dtype: Annotated[str | None, OneOf(DTYPES)] = key(
         "dtype of the weights; if absent bfloat16 on a GPU that has it, and else float32 (docs/gpu.md).", default=None
     )
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, or float64 (small models).", default=None)
