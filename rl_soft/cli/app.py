@@ -298,6 +298,26 @@ def export(
     write(run, merged, dtype)
 
 
+@app.command("import")
+def import_(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Of CODI, SIM-CoT or Coconut.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new model folder.")],
+    base: Annotated[str, typer.Option(help="The model that it was trained from: folder or hub id.")],
+    num_thoughts: Annotated[int, typer.Option("--num_thoughts", min=0, help="Thoughts of the training.")] = 6,
+    lora_alpha: Annotated[int, typer.Option("--lora_alpha", help="Of the training, where it was LoRA.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the weights that are written.")] = (
+        "float32"
+    ),
+) -> None:
+    """Make a model folder of a published checkpoint, which `rl-soft eval` then runs; its names say what it is."""
+    from rl_soft.cli.export import check_dtype
+
+    check_dtype(dtype)
+    from rl_soft.model.importing import import_checkpoint
+
+    import_checkpoint(checkpoint, folder, base, num_thoughts, lora_alpha, dtype)
+
+
 @app.command()
 def env() -> None:
     """Print versions and devices, to paste into an issue."""
