@@ -144,7 +144,9 @@ class EvaluationArguments(OnModelArguments):
     eval_k: list[int] | None = key("The k of Pass@k; powers of two if absent.", default=None)
     eval_batch_size: int = key("Completions decoded together per process.", default=64, ge=1)
     eval_seed: int = key("Seed of the noise.", default=7)
-    confirm_run_unsafe_code: bool = key("Run the programs that the model writes (humaneval, mbpp).", default=False)
+    confirm_run_unsafe_code: bool = key(
+        "Run the programs that the model writes (humaneval, mbpp, livecodebench).", default=False
+    )
     control: Annotated[str, OneOf(CONTROLS)] = key("What is done to the thoughts that are fed.", default="none")
     thoughts: str | list[str] | None = key(
         "Thought kinds to evaluate side by side, token,soft,gumbel for example; each into a folder of its "
