@@ -10,6 +10,7 @@ import logging
 from typing import Annotated, Any
 
 from rl_soft.keys import Number, OneOf, either, key, keys, nearest
+from rl_soft.thoughts.decoding import ORDERS
 from rl_soft.thoughts.kinds import ENGINES, KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
 
@@ -335,6 +336,10 @@ class RLArguments:
         "Clip range of thoughts, both ways; the tokens' if absent.", default=None, gt=0
     )
     chunk_size: int | None = key("Positions whose logits are alive at once; by memory if absent.", default=None, ge=1)
+    order: Annotated[str, OneOf(ORDERS)] = key(
+        "exact: noise on all that top_k, top_p and min_p leave. paper: gumbel noise on the K most probable ids alone.",
+        default="exact",
+    )
 
 
 def refuse_pathwise(ratio: str | None) -> None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rl_soft.config.arguments import EvalArguments
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import Gathered, Mistakes, either, nearest
-from rl_soft.thoughts.kinds import KINDS, check_trainable
+from rl_soft.thoughts.decoding import Decoding
+from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.kinds import RL as RL_METHODS
 
 if TYPE_CHECKING:
     from rl_soft.config.recipe import Recipe
+    from rl_soft.thoughts.thinking import Thinking
 
 PHASES = {"codi": "latent", "coconut": "latent", "sft": "explicit", "icot": "explicit"}  # RL trains both
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -34,7 +36,6 @@ DERIVED_SFT = {
     "dataset_kwargs": "the rows, which the layout makes",
 }
 WHOLE = "training draws from the whole distribution, whose density it scores"
-CUT = f"{WHOLE}; rl-soft eval and rl-soft generate take cuts"
 ENGINE = "soft thoughts are decoded by this package's own engine"
 VLLM_KEYS = (  # of TRL's, that a run with use_vllm reads
     "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length",
@@ -46,9 +47,6 @@ VLLM_KEYS = (  # of TRL's, that a run with use_vllm reads
 REFUSED = {
     "vllm_model_impl": "soft thoughts are fed to vLLM's own implementation of a model",
     "vllm_structured_outputs_regex": WHOLE,
-    "top_p": CUT,
-    "top_k": CUT,
-    "min_p": CUT,
     "repetition_penalty": WHOLE,
     "generation_kwargs": f"{ENGINE}; temperature and max_answer_tokens are keys of the recipe",
     "cache_implementation": ENGINE,
@@ -218,6 +216,8 @@ def check_thought(recipe: Recipe) -> None:
         )
     if rl:
         check_trainable(thought, extra.ratio)
+        values = recipe.values
+        training_cuts(values, thinking, extra.ratio, extra.order, bool(values.get("use_vllm")))
     phase = PHASES.get(method, thinking.phase)
     if method not in kind.trained_by or thinking.phase != phase:
         raise ValueError(
@@ -228,6 +228,32 @@ def check_thought(recipe: Recipe) -> None:
         raise ValueError(
             f"use_projector false: thought {thought} is the projected state plus a mixture; use thought hidden"
         )
+
+
+def training_cuts(
+    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool
+) -> Decoding | None:
+    """The cuts of an RL run, by its top_k, top_p, min_p and order; None where nothing is cut.
+
+    Raises:
+        ValueError: a value that is out of range, or cuts that do not go with the thought, the ratio or the engine.
+    """
+    top_k, top_p, min_p = (values.get(key) for key in ("top_k", "top_p", "min_p"))
+    decoding = Decoding.of_training(top_k, 1.0 if top_p is None else top_p, min_p, order)
+    if decoding is None:
+        return None
+    if order == "paper":
+        cut = "order paper"
+    else:
+        cut = f"top_k {top_k}" if top_k else f"min_p {min_p}" if min_p else f"top_p {top_p}"
+    if order == "paper" and thinking.kind.has_dirichlet_noise:
+        raise ValueError("order paper: the law of a dirichlet thought has no closed form then; use order exact")
+    if RATIOS[ratio].one_by_one:
+        able = [name for name in thinking.kind.ratios if not RATIOS[name].one_by_one]
+        raise ValueError(f"{cut}: ratio {ratio} makes thoughts again from the whole distribution; use {either(able)}")
+    if use_vllm:
+        raise ValueError(f"{cut} with use_vllm: vLLM does not return the ids that a cut kept; use use_vllm false")
+    return decoding
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

@@ -48,6 +48,7 @@ class SoftInputs:
     ratio: str = "joint"  # a name of `kinds.RATIOS`
     seeds: Tensor | None = None  # (B,) int64, of the rollout's noise; read by pathwise
     support_log_probs: Tensor | None = None  # (B, C, K) float32, ln pi at the rollout; read by conditional
+    kept: Tensor | None = None  # (B, C, W) int32, of a cut distribution: what it kept beside the support; -1 absent
     entropy_grad: bool = False
     states_only: bool = False  # return the states that the head reads, and nothing else
     aux_loss: bool = False  # return the load-balancing loss of a mixture of experts, too; one teacher-forced pass only
@@ -131,6 +132,7 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
                 temperature(where),
                 density=density,
                 thought_mask=thoughts[where],
+                kept=None if soft.kept is None else soft.kept[where].long(),
                 chunk_size=chunk_size,
                 softcap=head_softcap,
                 entropy_grad=soft.entropy_grad,

@@ -63,6 +63,7 @@ def rollout(
     control: str = "none",
     decoding: Decoding | None = None,
     watch: Watch | None = None,
+    keep: bool = False,
 ) -> Rollout:
     """One completion for each prompt.
 
@@ -78,6 +79,7 @@ def rollout(
         control: what is done to the thoughts fed, see `think.disturb`; `shuffle` needs all rows to be live at once.
         decoding: how distributions are cut before positions are drawn, and the cold stop; None does neither.
         watch: called every few steps, and at the end, with the records so far; changes nothing.
+        keep: record which ids a cut kept, as RL needs it; `decoding` then has a top_k.
 
     Returns:
         `Rollout` on the model's device; log-densities are of the policy at the temperatures in `layout.thinking`.
@@ -91,7 +93,7 @@ def rollout(
     check_reading(model)
     if control == "shuffle" and len(prompt_ids) == 1:
         raise ValueError("control shuffle needs at least 2 rows: it feeds each the thoughts of another")
-    return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch).run()
+    return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch, keep).run()
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Engine:
         control: str = "none",
         decoding: Decoding | None = None,
         watch: Watch | None = None,
+        keep: bool = False,
     ) -> None:
         self.model, self.thinking, self.pad_id = model, layout.thinking, layout.tokenizer.pad_token_id
         self.embedding = model.get_input_embeddings()
@@ -128,7 +131,7 @@ class Engine:
         self.prompts = [tuple(p) for p in prompt_ids]
         eos_ids = eos_token_ids(model, layout.tokenizer) if eos_ids is None else eos_ids
         B, V = len(self.prompts), model.config.get_text_config().vocab_size
-        self.walk = Walk(layout, V, B, seeds, eos_ids, self.device, decoding)
+        self.walk = Walk(layout, V, B, seeds, eos_ids, self.device, decoding, keep)
         check_rope(model, self.prompts, self.walk.T)
         self.token_budget, self.control, self.watch = token_budget, control, watch
         self.windows = attention_windows(model)

@@ -75,10 +75,12 @@ class Position:
     outside: Tensor  # (m,) float32
     strongest: Tensor  # (m,) int64, the id that was drawn, also where another one is fed
     bad: Tensor  # (m,) bool, logits that are not finite
+    kept: Tensor | None = None  # (m, W) int64
 
     def recorded(self) -> dict[str, Tensor]:
         """What is written down, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[:-2]}
+        names = [f.name for f in fields(self) if f.name not in ("strongest", "bad")]
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
 
 class Rules:
@@ -89,6 +91,7 @@ class Rules:
         eos_ids: ids that end a completion.
         greedy: no noise at all.
         decoding: cuts and the cold stop; None for neither.
+        keep: whether what a cut kept is recorded, and densities are those of the distribution on it.
     """
 
     def __init__(
@@ -99,8 +102,9 @@ class Rules:
         greedy: bool,
         device: torch.device,
         decoding: Decoding | None = None,
+        keep: bool = False,
     ) -> None:
-        self.decoding = decoding or Decoding()
+        self.decoding, self.keep = decoding or Decoding(), keep
         self.layout, self.thinking, self.greedy = layout, layout.thinking, greedy
         self.pad_id = pad_id = layout.tokenizer.pad_token_id
         self.K = layout.thinking.support_size(vocab_size)
@@ -126,7 +130,7 @@ class Rules:
         is_thought, is_forced, is_answer = state.stage == THINK, state.stage == FORCED, state.stage == ANSWER
         exists = state.stage != DONE
         temperature = torch.where(is_thought, thinking.thought_temperature, thinking.temperature)
-        seeds, fused = None if self.greedy else state.seed, None
+        seeds, fused, kept = None if self.greedy else state.seed, None, None
         if seeds is not None and thinking.kind.has_gumbel_noise and not self.decoding.cuts:
             fused = sampling.draw(logits, temperature, self.K, seeds, state.t)
         if fused is not None:
@@ -135,7 +139,10 @@ class Rules:
             scaled = logits.float() / temperature[:, None]  # (m, V)
             phi = torch.log_softmax(scaled, dim=-1)
             if self.decoding.cuts:
-                action = self._draw_cut(phi, is_thought, seeds, state.t)
+                left = self.decoding.cut(phi, is_thought, thinking)
+                if self.keep:
+                    left, kept = self.decoding.keep(left)
+                action = self._draw_cut(left, is_thought, seeds, state.t)
             else:
                 action = draw(scaled, phi, is_thought, thinking, seeds, state.t)
         top = action.support[:, 0]
@@ -156,6 +163,10 @@ class Rules:
             p = phi.exp()
             entropy = -torch.linalg.vecdot(p, phi)
             log_outside = _log_outside(p, phi, inside)
+            if kept is not None:
+                support_log_probs = left.gather(-1, support)
+                log_outside = left.scatter(-1, inside, -torch.inf).logsumexp(-1)
+                kept = _beside(kept, inside)
         log_prob, parameter = density_of(thinking)
         density = log_prob(support_log_probs, log_outside, log_weights, parameter)
         density = torch.where(is_thought, density, support_log_probs[:, 0])
@@ -179,6 +190,7 @@ class Rules:
             outside=torch.where(sampled, log_outside.exp(), 0.0),
             strongest=top,
             bad=bad,
+            kept=kept,
         )
 
     def advance(self, state: State, drawn: Position) -> Tensor:
@@ -210,10 +222,9 @@ class Rules:
         state.write(stage=stage, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, said=said)
         return stops
 
-    def _draw_cut(self, phi: Tensor, is_thought: Tensor, seeds: Tensor | None, position: Tensor) -> SoftToken:
-        """`draw` from what is left of phi (m, V); where fewer than K ids are, the other slots are absent."""
-        left = self.decoding.cut(phi, is_thought, self.thinking)
-        slots = min(self.decoding.slots_drawn(self.thinking, self.K), phi.shape[-1])
+    def _draw_cut(self, left: Tensor, is_thought: Tensor, seeds: Tensor | None, position: Tensor) -> SoftToken:
+        """`draw` from what is left (m, V); where fewer than K ids are, the other slots are absent."""
+        slots = min(self.decoding.slots_drawn(self.thinking, self.K), left.shape[-1])
         wide = replace(self.thinking, thought_k=slots)
         support, log_weights = draw(left, left, is_thought, wide, seeds, position)
         log_weights = log_weights[:, : self.K].log_softmax(-1)
@@ -247,6 +258,12 @@ def _log_outside(p: Tensor, phi: Tensor, ids: Tensor) -> Tensor:
     if mass.device.type == "cpu" and bool((mass > 1e-30).all()):
         return mass.log()
     return phi.scatter_(-1, ids, -torch.inf).logsumexp(-1)  # nothing underflows; a GPU takes this way, and no look
+
+
+def _beside(kept: Tensor, support: Tensor) -> Tensor:
+    """(m, W): the kept ids that are not in the support (m, K), in their order, then -1."""
+    kept = kept.masked_fill((kept[:, :, None] == support[:, None]).any(-1), -1)
+    return kept.gather(-1, (kept < 0).long().argsort(dim=-1, stable=True))
 
 
 def token_log_weights(like: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from rl_soft.config.refusals import training_cuts
 from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
 from rl_soft.model.scored_forward import add_soft_forward
@@ -69,6 +70,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         rest_weight: ratio factored: weight of the second factor in the loss.
         thought_epsilon: clip range of the ratio of thoughts, both ways; None takes that of the answer tokens.
         chunk_size: positions whose (chunk, V) logits are alive at once in the training pass; None sizes it by memory.
+        order: of the cuts (args.top_k, args.top_p, args.min_p) and the draw, see `rl_soft.Decoding`.
         peft_config: an adapter to train, as in TRL.
         **kwargs: other arguments of `trl.GRPOTrainer`.
 
@@ -106,6 +108,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         rest_weight: float = 1.0,
         thought_epsilon: float | None = None,
         chunk_size: int | None = None,
+        order: str = "exact",
         peft_config: Any = None,
         **kwargs: Any,
     ):
@@ -116,6 +119,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
         check_config(args, thinking, ratio, thought_epsilon, given)  # before TRL makes anything
+        self.decoding = training_cuts(vars(args), thinking, ratio, order, args.use_vllm)
         check_model(policy.model, args, thinking, ratio, peft_config)
         check_reference(policy.model, args, peft_config)
         kind = KINDS[thinking.thought]
@@ -200,7 +204,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             gather_deepspeed3_params=args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         ) as model:
-            return rollout(model, self.layout, prompts, seeds, self.eos_token_ids)
+            return rollout(model, self.layout, prompts, seeds, self.eos_token_ids, decoding=self.decoding, keep=True)
 
     def _roll_out_by_vllm(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
         if self._pushed_step != self.state.global_step:

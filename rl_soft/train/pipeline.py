@@ -180,7 +180,7 @@ def start_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> Start:
 
 def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> SoftGRPOTrainer:
     recipe, extra, model = start.recipe, start.recipe.extra, start.policy.model
-    own = ["ratio", "rest_weight", "thought_epsilon", "chunk_size"]
+    own = ["ratio", "rest_weight", "thought_epsilon", "chunk_size", "order"]
     if recipe.method == "ppo":
         own += ["gamma", "lam", "vf_coef", "value_clip", "value_learning_rate"]
     return (SoftPPOTrainer if recipe.method == "ppo" else SoftGRPOTrainer)(

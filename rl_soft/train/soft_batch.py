@@ -33,6 +33,7 @@ class SoftBatch:
     sampled_log_probs: Tensor  # (B, C) float32, the rollout's log-densities of what the ratio scores; 0 elsewhere
     support_log_probs: Tensor  # (B, C, K) float32, ln pi of the slots at the rollout
     seeds: Tensor  # (B,) int64, of the noise
+    kept: Tensor | None = None  # (B, C, W) int32, of a cut distribution: what it kept beside the support; -1 absent
     ref_states: Tensor | None = None  # (B, C, H), what the reference's head reads; with a KL for K > 1
     rewards: Tensor | None = None  # (B,) float32, NaN where no reward applies; PPO
 
@@ -59,6 +60,7 @@ class SoftBatch:
             sampled_log_probs=padded(sampled),
             support_log_probs=padded(rollout.support_log_probs),
             seeds=rollout.seeds,
+            kept=None if rollout.kept is None else padded(rollout.kept, -1),
         )
 
     @classmethod
@@ -84,6 +86,7 @@ class SoftBatch:
             ratio=ratio,
             seeds=self.seeds,
             support_log_probs=self.support_log_probs,
+            kept=self.kept,
             ref_states=self.ref_states,
             **more,
         )
