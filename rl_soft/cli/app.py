@@ -284,6 +284,21 @@ def fetch(name: Annotated[str, typer.Argument(help="The only one is smollm2.")] 
     print(fetching.fetch(name))
 
 
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="",
+    epilog="Example: rl-soft lm-eval --model_args pretrained=DIR,thought=gumbel --tasks gsm8k",
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval with the model rl_soft: soft thinking on its tasks; options are those of lm-eval."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is not installed: pip install 'rl-soft[lm-eval]'")
+    from rl_soft.cli.lm_eval_model import run
+
+    run(context.args)
+
+
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, its model, a checkpoint of it, or a PEFT folder.")],

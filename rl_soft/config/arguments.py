@@ -210,6 +210,15 @@ class GenerateArguments(OnModelArguments):
 
 
 @keys()
+class HarnessArguments(WeightArguments):
+    """A model in lm-eval or lighteval: these and the fields of `Thinking` and `Decoding` (docs/harnesses.md)."""
+
+    model_name_or_path: str = key("Model folder, PEFT folder or hub id.", default="")
+    seed: int = key("Seed of the noise, where a task samples.", default=7)
+    batch_size: int = key("Completions decoded together.", default=16, ge=1)
+
+
+@keys()
 class AnalysisArguments(OnModelArguments):
     """`rl-soft analyze KIND MODEL`; see docs/analyses.md, and docs/baselines.md for probe and cost."""
 
