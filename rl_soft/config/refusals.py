@@ -233,13 +233,15 @@ def check_thought(recipe: Recipe) -> None:
 def training_cuts(
     values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool
 ) -> Decoding | None:
-    """The cuts of an RL run, by its top_k, top_p, min_p and order; None where nothing is cut.
+    """The cuts of an RL policy, by its top_k, top_p, min_p and order; None where nothing is cut.
 
     Raises:
         ValueError: a value that is out of range, or cuts that do not go with the thought, the ratio or the engine.
     """
     top_k, top_p, min_p = (values.get(key) for key in ("top_k", "top_p", "min_p"))
     decoding = Decoding.of_training(top_k, 1.0 if top_p is None else top_p, min_p, order)
+    if use_vllm and "vllm" not in thinking.engines:
+        raise ValueError(f"switch {thinking.switch} is not available with use_vllm; use switch entropy")
     if decoding is None:
         return None
     if order == "paper":
@@ -251,6 +253,8 @@ def training_cuts(
     if RATIOS[ratio].one_by_one:
         able = [name for name in thinking.kind.ratios if not RATIOS[name].one_by_one]
         raise ValueError(f"{cut}: ratio {ratio} makes thoughts again from the whole distribution; use {either(able)}")
+    if thinking.switch == "gate":
+        raise ValueError(f"{cut}: a thought of one id hides its mode from switch gate; use switch entropy")
     if use_vllm:
         raise ValueError(f"{cut} with use_vllm: vLLM does not return the ids that a cut kept; use use_vllm false")
     return decoding

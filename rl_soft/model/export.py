@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from rl_soft.files import new_folder
 from rl_soft.model.folder import base_of, is_adapter, model_folder, read_thinking, write_thinking
+from rl_soft.model.gate import GATE
 from rl_soft.model.policy import load_policy
 from rl_soft.model.projector import PROJECTOR
 from rl_soft.model.side_modules import module_file, taken_out
@@ -26,6 +27,11 @@ from rl_soft.model.value_head import VALUE_HEAD
 from rl_soft.thoughts.thinking import Thinking
 
 logger = logging.getLogger("rl_soft")
+
+BESIDE = {  # modules without which the model cannot think
+    PROJECTOR: "thoughts of this model go through a projector",
+    GATE: "a gate switches the thoughts of this model",
+}
 
 
 def export(source: str, folder: Path, dtype: str | None = None, card: str | None = None) -> Thinking | None:
@@ -54,15 +60,20 @@ def export(source: str, folder: Path, dtype: str | None = None, card: str | None
             model = model.to(getattr(torch, given))
             if loaded.model is not model:
                 logger.info("the merged weights are rounded to %s; --dtype float32 keeps them", given)
-        with taken_out(model, PROJECTOR) if hasattr(model, PROJECTOR) else nullcontext():
+        with ExitStack() as aside:
+            for name in BESIDE:
+                if hasattr(model, name):
+                    aside.enter_context(taken_out(model, name))
             model.save_pretrained(temporary)
-        if (projector := module_file(path, PROJECTOR)).exists():
-            shutil.copyfile(projector, temporary / projector.name)
-            logger.warning(
-                "thoughts of this model go through a projector, which no plain folder holds: it stands beside the "
-                "weights (projector.safetensors) for rl-soft; transformers leaves it out and writes text, and vLLM "
-                "needs this package's plugin"
-            )
+        for name, what in BESIDE.items():
+            if (file := module_file(path, name)).exists():
+                shutil.copyfile(file, temporary / file.name)
+                logger.warning(
+                    "%s, which no plain folder holds: %s stands beside the weights for rl-soft; transformers leaves "
+                    "it out and writes text, and vLLM needs this package's plugin",
+                    what,
+                    file.name,
+                )
         if module_file(path, VALUE_HEAD).exists():
             logger.warning("the value head is left out: it is for PPO alone, which goes on from %s", path)
         loaded.tokenizer.save_pretrained(temporary)

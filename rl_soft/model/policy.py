@@ -30,6 +30,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
 from rl_soft.model.folder import is_adapter, model_folder, read_thinking, write_thinking
+from rl_soft.model.gate import GATE, load_gate
 from rl_soft.model.projector import PROJECTOR, Projector, load_projector
 from rl_soft.model.side_modules import language_model, module_file
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
@@ -137,6 +138,8 @@ def load_policy(
     align(model)
     if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
+    if module_file(path, GATE).exists():
+        load_gate(language_model(model), path)
     return Policy(model, tokenizer, read_thinking(path))
 
 

@@ -25,12 +25,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
+from rl_soft.model.gate import gate_of, mode_log_prob
 from rl_soft.model.head import soft_log_prob, support_statistics
 from rl_soft.model.kl import categorical_kl
 from rl_soft.model.logit_map import LogitMap, logit_map
 from rl_soft.model.side_modules import trunk_of
 from rl_soft.model.think import density_of, mix_embeddings, position_ids, think, thought_input
 from rl_soft.model.value_head import state_values
+from rl_soft.thoughts.densities import is_present
 from rl_soft.thoughts.kinds import RATIOS
 from rl_soft.thoughts.thinking import Thinking
 
@@ -143,6 +145,9 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
         rest = None
         if ratio.second_factor:
             rest = score(on & thoughts, joint)[0] - log_probs * (on & thoughts)
+        if (gate := gate_of(self, thinking)) is not None:  # two slots or more: a soft thought
+            of_mode = mode_log_prob(gate(hidden), is_present(soft.log_weights[..., 1]))
+            log_probs = log_probs + torch.where(on & thoughts, of_mode, 0.0)
         kl = None
         if soft.ref_states is not None:
             states = hidden[on], self.get_output_embeddings(), soft.ref_states[on], soft.ref_head

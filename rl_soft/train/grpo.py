@@ -31,6 +31,7 @@ from trl.models import unwrap_model_for_generation
 
 from rl_soft.config.refusals import training_cuts
 from rl_soft.model.devices import avoid_cudnn_attention
+from rl_soft.model.gate import KeepsGate, add_gate
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
@@ -53,7 +54,7 @@ from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_sec
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
 
 
-class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
+class SoftGRPOTrainer(KeepsGate, KeepsProjector, Guarded, GRPOTrainer):
     """GRPO over soft rollouts.
 
     Args:
@@ -147,6 +148,8 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         self._reference = Reference(self, chunk_size)
         if kind.reads_hidden:
             add_projector(language_model(wrapped), gated=kind.mixes)  # it is there, and may be frozen
+        if thinking.switch == "gate":  # ZeRO-3 partitions parameters of one dtype only
+            add_gate(language_model(wrapped), wrapped.dtype if self._dist.is_zero3 else torch.float32)
         self._clock = StepClock()
         self.add_callback(self._clock)
         self.full_kl_beta = 0.0  # weight of our KL; TRL's own is then off and makes no reference pass

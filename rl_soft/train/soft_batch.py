@@ -43,6 +43,8 @@ class SoftBatch:
         compared, sampled = RATIOS[ratio], rollout.log_probs
         if compared.scores == "strongest" and not compared.second_factor:
             sampled = rollout.support_log_probs[..., 0]
+            if rollout.mode_log_probs is not None:
+                sampled = sampled + rollout.mode_log_probs
         elif compared.scores is None:
             sampled = rollout.log_probs * ~rollout.thought_mask
 

@@ -92,9 +92,7 @@ def test_choices_are_scored_for_plain_tokens_and_samples_drawn_by_their_address(
 
     def loaded(keys: str) -> lighteval_model.SoftModel:
         file = lighteval_model.__file__
-        return load_model(
-            CustomModelConfig(model_name=f"{places / 'model'}{keys}", model_definition_file_path=file)
-        )
+        return load_model(CustomModelConfig(model_name=f"{places / 'model'}{keys}", model_definition_file_path=file))
 
     doc = Doc(query="1+2=", choices=["3", "4"], gold_index=0, task_name="t", id="0", num_samples=2)
     (choices,) = loaded(",thought=token").loglikelihood([doc])
