@@ -17,6 +17,7 @@ from rl_soft.thoughts.thinking import CONTROLS
 logger = logging.getLogger("rl_soft")
 
 ANALYSES = ("probe", "cost", "traces", "branching", "lens", "plane", "all")  # kinds of `rl-soft analyze`
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
 MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 
 
@@ -24,7 +25,7 @@ MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 class WeightArguments:
     """How weights are loaded."""
 
-    dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+    dtype: Annotated[str | None, OneOf(DTYPES)] = key(
         "dtype of the weights; if absent bfloat16 on a GPU that has it, and else float32 (docs/gpu.md).", default=None
     )
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, or float64 (small models).", default=None)
@@ -144,7 +145,9 @@ class EvaluationArguments(OnModelArguments):
     eval_k: list[int] | None = key("The k of Pass@k; powers of two if absent.", default=None)
     eval_batch_size: int = key("Completions decoded together per process.", default=64, ge=1)
     eval_seed: int = key("Seed of the noise.", default=7)
-    confirm_run_unsafe_code: bool = key("Run the programs that the model writes (humaneval, mbpp).", default=False)
+    confirm_run_unsafe_code: bool = key(
+        "Run the programs that the model writes (humaneval, mbpp, livecodebench).", default=False
+    )
     control: Annotated[str, OneOf(CONTROLS)] = key("What is done to the thoughts that are fed.", default="none")
     thoughts: str | list[str] | None = key(
         "Thought kinds to evaluate side by side, token,soft,gumbel for example; each into a folder of its "
@@ -204,6 +207,15 @@ class GenerateArguments(OnModelArguments):
             )
         if self.greedy and self.samples > 1:
             raise ValueError(f"samples must be 1 where greedy is true: nothing is drawn; got {self.samples}")
+
+
+@keys()
+class HarnessArguments(WeightArguments):
+    """A model in lm-eval or lighteval: these and the fields of `Thinking` and `Decoding` (docs/harnesses.md)."""
+
+    model_name_or_path: str = key("Model folder, PEFT folder or hub id.", default="")
+    seed: int = key("Seed of the noise, where a task samples.", default=7)
+    batch_size: int = key("Completions decoded together.", default=16, ge=1)
 
 
 @keys()
