@@ -2,6 +2,7 @@
 
 from rewards.accuracy import math_accuracy
 from rewards.lengths import CosineLength, relative_length
+from rewards.puzzles import puzzle_accuracy
 from rewards.shaping import LengthCost, Overlong, StrictFormat, ThoughtCost
 from rewards.style import CodeFormat, Repetition, answer_format, reasoning_steps, tag_count, think_format
 
@@ -15,6 +16,7 @@ __all__ = [
     "ThoughtCost",
     "answer_format",
     "math_accuracy",
+    "puzzle_accuracy",
     "reasoning_steps",
     "relative_length",
     "tag_count",

@@ -25,16 +25,18 @@ from rl_soft.config.arguments import (
     EvalArguments,
     EvaluationArguments,
     GenerateArguments,
+    GRPOArguments,
+    HarnessArguments,
     ICoTArguments,
     ModelArguments,
     PPOArguments,
-    RLArguments,
     SFTArguments,
     TrackerArguments,
 )
 from rl_soft.config.elsewhere import hint_for
+from rl_soft.config.evaluations import SAVE_STEPS
 from rl_soft.config.like import settings_like
-from rl_soft.config.refusals import check_keys, check_together, unread_keys
+from rl_soft.config.refusals import GROUP_ONLY, check_keys, check_together, unread_keys
 from rl_soft.config.theirs import is_theirs, method_of, over, read_theirs, renamed, told
 from rl_soft.config.trainers import check_type, trainer_fields
 from rl_soft.config.trainers import trainer_class as trainer_class
@@ -52,7 +54,7 @@ GROUPS: dict[str, tuple[type, ...]] = {  # method -> whose fields are its keys
     "sft": (*SHARED, SFTArguments),
     "icot": (*SHARED, ICoTArguments),
     "coconut": (*SHARED, CoconutArguments),
-    "grpo": (*SHARED, RLArguments),
+    "grpo": (*SHARED, GRPOArguments),
     "ppo": (*SHARED, PPOArguments),
 }
 METHODS = tuple(GROUPS)
@@ -61,11 +63,12 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # command on a model -> whose fields 
     "generate": (GenerateArguments, Thinking, Decoding),
     "analyze": (AnalysisArguments, Thinking),
 }
+HARNESS = (HarnessArguments, Thinking, Decoding)  # keys of a model in lm-eval or lighteval
 TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; for the precision see `train.precision`
     "logging_steps": 1,
     "report_to": "none",
     "save_strategy": "steps",
-    "save_steps": 100,
+    "save_steps": SAVE_STEPS,
     "save_total_limit": 2,
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
@@ -245,8 +248,12 @@ def make_recipe(
             raise ValueError(f"method is missing in {path}; {own}it is one of {', '.join(METHODS)}")
         hint = nearest(method, METHODS)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {values.get('method')!r} ({path}){hint}")
+    if values.get("eval_strategy") is False:  # YAML's reading of a bare no
+        values["eval_strategy"] = "no"
     groups, of_trainer, mistakes = GROUPS[method], trainer_fields(method), Gathered()
-    known = known_keys(method)
+    known = known_keys(method) | (
+        GROUP_ONLY.keys() if method == "ppo" else set()
+    )  # `check_keys` tells why PPO has none
     values = {**values, "method": method}
     values, notes, wrong = read_theirs(values, known, method, processes, theirs)
     mistakes.lines += wrong
@@ -301,7 +308,7 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     """The arguments of a command on a model, the fields of `Thinking` that change the model's own, and the decoding.
 
     Args:
-        command: a key of `COMMANDS`.
+        command: a key of `COMMANDS`, or harness.
         model: the command's first argument.
         overrides: values by the names of the command's keys.
 
@@ -310,8 +317,9 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     """
     if "model_name_or_path" in overrides:
         raise ValueError(f"model_name_or_path is the first argument of {command}, here {model!r}; leave the key out")
-    group, *others = COMMANDS[command]
-    known = sorted({name for part in COMMANDS[command] for name in fields(part)})
+    groups = HARNESS if command == "harness" else COMMANDS[command]
+    group, *others = groups
+    known = sorted({name for part in groups for name in fields(part)})
     mistakes = Gathered()
     with mistakes:
         overrides = renamed(overrides, known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rl_soft.files import write_atomic
 from rl_soft.thoughts.thinking import Thinking
 
 SIDE_FILE = "rl_soft.json"
@@ -78,6 +79,11 @@ def read_thinking(path: Path) -> Thinking | None:
     """The `Thinking` that a folder was trained for; None when it is not one of ours."""
     file = path / SIDE_FILE
     return Thinking.from_dict(json.loads(file.read_text())["thinking"]) if file.exists() else None
+
+
+def write_thinking(folder: Path, thinking: Thinking) -> None:
+    side = json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n"
+    write_atomic(folder / SIDE_FILE, side)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -5,7 +5,6 @@ The model stays a plain transformers model, apart from one more keyword of its f
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,10 +27,9 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from rl_soft.files import write_atomic
 from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
-from rl_soft.model.folder import SIDE_FILE, check_revision, is_adapter, model_folder, read_thinking
+from rl_soft.model.folder import check_revision, is_adapter, model_folder, read_thinking, write_thinking
 from rl_soft.model.gate import GATE, load_gate
 from rl_soft.model.projector import PROJECTOR, Projector, load_projector
 from rl_soft.model.side_modules import language_model, module_file
@@ -213,8 +211,7 @@ def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thin
     if main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         tokenizer.save_pretrained(temporary)
-        side = json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n"
-        write_atomic(temporary / SIDE_FILE, side)
+        write_thinking(temporary, thinking)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
