@@ -6,6 +6,7 @@ pytest tests/config/test_theirs.py
 import pytest
 import trl
 import yaml
+from conftest import ROOT
 
 from rl_soft.config.recipe import batch_plan, load_recipe, make_recipe
 from rl_soft.config.theirs import answer_share
@@ -201,3 +202,25 @@ def test_the_command_line_beats_what_a_file_says_by_another_name(tmp_path):
     }
     assert values["dataset_options"]["revision"] == "y" and "config" not in values["dataset_options"]
     assert load_recipe(path, {"max_completion_length": 30}).thinking.num_thoughts == 15
+
+
+def test_the_example_of_the_page_is_read_as_the_page_says(tmp_path, caplog):
+    page = (ROOT / "docs/from_trl.md").read_text()
+    (tmp_path / "mine.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    said = [line.strip() for line in page.splitlines() if line.startswith("    ") and " -> " in line]
+    with caplog.at_level("INFO", logger="rl_soft"):
+        load_recipe(tmp_path / "mine.yaml")
+    assert len(said) == 3
+    for line in said:
+        assert any(message.startswith(line.partition(" (32")[0]) for message in caplog.messages), line
+
+
+def test_the_page_names_every_reward_of_theirs():
+    from rl_soft.config.their_rewards import NONE, REWARDS
+
+    page = (ROOT / "docs/from_trl.md").read_text()
+    shown = {"get_soft_overlong_punishment": "get_soft_overlong_punishment", "think_format": "think_format_reward"}
+    shown |= {"get_cosine_scaled": "get_cosine_scaled_reward", "reasoning_accuracy": "reasoning_accuracy_reward"}
+    shown |= {"get_repetition_penalty": "get_repetition_penalty_reward"}
+    names = [shown.get(name, name) for name in (*REWARDS, *NONE) if name != "len"]
+    assert [name for name in names if f"`{name}`" not in page] == []
