@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rl_soft.config.elsewhere import ABSENT, CALLED, IGNORED
+from rl_soft.config.their_defaults import defaults_of
 from rl_soft.config.their_rewards import PARAMETERS, read_rewards
 from rl_soft.config.trainers import trainer_fields
-from rl_soft.data.stored import CATALOGUE
 from rl_soft.keys import Gathered
 from rl_soft.thoughts.kinds import RL as RL_METHODS
 
-LORA_OF_TRL = {"lora_r": 16, "lora_alpha": 32}
 SHORTEST_ANSWER, LONGEST_ANSWER = 16, 512  # of a max_completion_length that nobody has divided
 BATCHES = ("generation_batch_size", "steps_per_generation", "gradient_accumulation_steps")
 BEATS = {  # key of the command line -> keys of a file that say a part of it
@@ -36,7 +35,6 @@ BEATS = {  # key of the command line -> keys of a file that say a part of it
     "steps_per_generation": ("generation_batch_size", "prompts_per_step"),
     "gradient_accumulation_steps": ("prompts_per_step",),
 }
-ANSWER_COLUMNS = {"open-r1/OpenR1-Math-220k": "answer"}  # beside a column solution, which holds the working too
 
 
 @dataclass(frozen=True)
@@ -167,12 +165,6 @@ class _Reading:
             self.values[key] = value
         self.notes.append(Note(kind, keys, made, why))
 
-    def default(self, why: str = "", **made: Any) -> None:
-        new = {key: value for key, value in made.items() if self.values.get(key) is None and key in self.known}
-        if new:
-            self.values |= new
-            self.notes.append(Note("default", (), new, why))
-
     def given(self, *keys: str) -> tuple[str, ...]:
         for key in keys:
             if key in self.values and self.values[key] is None and key not in self.known:
@@ -276,38 +268,15 @@ class _Reading:
 
     def defaults(self) -> None:
         """TRL's, and what soft thoughts need beside them, for a recipe of TRL's scripts."""
-        if not self.theirs:
-            return
-        values, default = self.values, self.default
-        default("thinking is text until its end is said", phase="explicit", end_of_thinking=end_of_thinking(values))
-        if values.get("thought", "gumbel") == "gumbel":
-            default("docs/grpo.md", thought_k=5, thought_tau=0.1, ratio="top1")
-        if values.get("temperature") is not None:
-            default("temperature of the recipe", thought_temperature=values["temperature"])
-        dataset = str(values.get("dataset"))
-        if dataset not in CATALOGUE:
-            columns = {"question": "prompt", "answer": ANSWER_COLUMNS.get(dataset, "solution")}
-            given = values.get("dataset_columns") or {}
-            if isinstance(given, dict) and not columns.keys() <= given.keys():
-                values["dataset_columns"] = columns | given
-                why = "what TRL's scripts and rewards read"
-                self.notes.append(Note("default", (), {"dataset_columns": columns | given}, why))
-            options = values.get("dataset_options") or {}
-            if isinstance(options, dict) and "answer_type" not in options:
-                values["dataset_options"] = options | {"answer_type": "expression"}
-                why = "an answer may be a formula"
-                self.notes.append(Note("default", (), {"dataset_options": values["dataset_options"]}, why))
-        if values.get("eval_strategy") in (None, "no", False) and not values.get("eval_dataset"):
-            default("TRL's recipe evaluates nothing", eval_problems=0)
-        usual = trainer_fields(self.method)
-        learns = {key: usual[key] for key in ("lr_scheduler_type", "gradient_checkpointing")}
-        default("TRL's", **learns, output_dir="trainer_output")
-        if values.get("use_peft"):
-            default("TRL's", **LORA_OF_TRL)
-        if values.get("num_thoughts") is None:
-            default("TRL's", max_completion_length=usual["max_completion_length"])
-        if values.get("prompts_per_step") is None:
-            default("TRL's", gradient_accumulation_steps=1)
+        for made, why in defaults_of(self.values, self.method) if self.theirs else ():
+            new = {
+                key: value
+                for key, value in made.items()
+                if key in self.known and (isinstance(value, dict) or self.values.get(key) is None)
+            }
+            if new:
+                self.values |= new
+                self.notes.append(Note("default", (), new, why))
 
     def lengths(self) -> None:
         """max_completion_length counts what is sampled: thoughts and answer. What is fed between them is not."""
@@ -380,12 +349,6 @@ class _Reading:
         made = {"prompts_per_step": N // G, "updates_per_rollout": S // A}
         why = f"{N} completions of a rollout, {W} process(es) x {S} passes of {B}, num_generations {G}"
         self.set("derived", named, made, why)
-
-
-def end_of_thinking(values: Mapping[str, Any]) -> str:
-    """The text that ends the thinking of a recipe of theirs: `####` where its system prompt asks for it alone."""
-    prompt = str(values.get("system_prompt") or "")
-    return "####" if "####" in prompt and "</think>" not in prompt else "</think>"
 
 
 def answer_share(whole: int) -> int:

@@ -138,6 +138,25 @@ def test_a_recipe_of_trl_starts_with_one_key_added(tmp_path):
         load_recipe(path, {"thought": None})
 
 
+@pytest.mark.parametrize(
+    ("values", "end", "asked"),
+    [
+        ({}, "</think>", False),  # Qwen3 writes it
+        ({"model_name_or_path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"}, "</think>", False),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "####", True),
+        ({"model_name_or_path": "Qwen/Qwen2.5-0.5B"}, "####", True),
+        ({"model_name_or_path": "m", "system_prompt": "Answer after ####."}, "####", False),
+        ({"model_name_or_path": "m", "system_prompt": "<think>...</think>"}, "</think>", False),
+        ({"model_name_or_path": "m", "reward_funcs": ["think_format_reward"]}, "</think>", False),
+        ({"model_name_or_path": "m", "end_of_thinking": "Answer:"}, "Answer:", False),
+    ],
+)
+def test_thinking_ends_with_what_the_model_writes_or_is_asked_for(tmp_path, values, end, asked):
+    """Without its end a completion has no answer, and would never be rewarded."""
+    thinking = make(tmp_path, base={**THEIRS, **values}).thinking
+    assert thinking.end_of_thinking == end and ("####" in thinking.question_template) is asked
+
+
 def test_a_recipe_of_ours_with_a_word_of_theirs_keeps_our_defaults(tmp_path):
     ours = {"method": "grpo", "output_dir": "x", "model_name_or_path": "m", **EXPLICIT, "num_thoughts": 9}
     recipe = make(tmp_path, base=ours, dataset_name="gsm8k", reward_funcs=["accuracy"])
