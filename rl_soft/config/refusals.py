@@ -239,7 +239,7 @@ def check_thought(recipe: Recipe) -> None:
 
 
 def training_cuts(
-    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool
+    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool = False
 ) -> Decoding | None:
     """The cuts of an RL policy, by its top_k, top_p, min_p and order; None where nothing is cut.
 

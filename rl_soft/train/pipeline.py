@@ -36,6 +36,7 @@ from rl_soft.config.recipe import (
     warm_start_of,
     write_config,
 )
+from rl_soft.config.refusals import training_cuts
 from rl_soft.data import sources as data
 from rl_soft.evaluation.card import model_card
 from rl_soft.evaluation.curve import DURING, METRICS, report_run
@@ -43,6 +44,7 @@ from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.files import write_atomic
 from rl_soft.model import policy
 from rl_soft.model.devices import device
+from rl_soft.model.gate import add_gate
 from rl_soft.thoughts.fit import check_characters, check_rows
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
@@ -178,6 +180,8 @@ def start_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> Start:
         values["num_generations_eval"] = 1
     args = (SoftPPOConfig if recipe.method == "ppo" else GRPOConfig)(**training_values(recipe) | values)
     check_processes(args)
+    if thinking.switch == "gate":
+        add_gate(policy.language_model(start.model))  # the evaluation before RL has it, too
     start.model.to(args.device)
     return Start(recipe, start, layout, args, rows.test)
 
@@ -207,7 +211,7 @@ def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> S
 
 
 def evaluate_as(start: Start, name: str, folder: Path, model: Any) -> None:
-    """Pass@k records of `model` into `folder`."""
+    """Pass@k records of `model` into `folder`; the policy is the one that is trained, cuts included."""
     recipe = start.recipe
     if not recipe.data.eval_problems:
         return
@@ -227,6 +231,7 @@ def evaluate_as(start: Start, name: str, folder: Path, model: Any) -> None:
             seed=recipe.eval.eval_seed,
             batch_size=recipe.eval.eval_batch_size,
             config=recipe.values,
+            decoding=training_cuts(recipe.values, start.layout.thinking, recipe.extra.ratio, recipe.extra.order),
         )
 
 
