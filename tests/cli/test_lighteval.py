@@ -62,9 +62,10 @@ def places(tmp_path: Path) -> Path:
 
 @pytest.mark.slow  # lighteval reads all of its tasks first
 def test_its_pipeline_scores_our_completions(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offline: Any = ModuleType("tiny_benchmarks")  # this one downloads when it is imported
-    offline.TASKS_TABLE = []
-    monkeypatch.setitem(sys.modules, "lighteval.tasks.tasks.tiny_benchmarks", offline)
+    for name in ("tiny_benchmarks", "mt_bench.main"):  # these ask the network when they are imported
+        offline: Any = ModuleType(name)
+        offline.TASKS_TABLE = []
+        monkeypatch.setitem(sys.modules, f"lighteval.tasks.tasks.{name}", offline)
     from lighteval.logging.evaluation_tracker import EvaluationTracker
     from lighteval.models.custom.custom_model import CustomModelConfig
     from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
