@@ -215,11 +215,9 @@ def report(
     from rl_soft.evaluation.records import read_header
 
     if (run / "eval_before").exists() and (run / "eval_after").exists():
-        import yaml
+        from rl_soft.evaluation.curve import report_run
 
-        ks = yaml.safe_load((run / "config.yaml").read_text()).get("eval_k")
-        both, names = [run / "eval_before", run / "eval_after"], ["before RL", "after RL"]
-        reports.compare(both, out=run, names=names, metrics=run / "metrics.jsonl", ks=ks)
+        report_run(run)
     else:
         reports.build(run, read_header(run).get("config", {}).get("eval_k"))
     print(run / "report.md")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
-from rl_soft.keys import Number, OneOf, either, key, keys, nearest
+from rl_soft.keys import Number, OneOf, either, fields, key, keys, nearest
 from rl_soft.thoughts.decoding import ORDERS
 from rl_soft.thoughts.kinds import ENGINES, KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
@@ -349,6 +349,27 @@ class RLArguments:
         "exact: noise on all that top_k, top_p and min_p leave. paper: gumbel noise on the K most probable ids alone.",
         default="exact",
     )
+
+
+@keys()
+class GRPOArguments(RLArguments):
+    """Which groups teach (docs/groups.md)."""
+
+    filter_groups: str | None = key(
+        "The reward by which groups are judged, `accuracy` or its name: a group in which it has one value leaves the "
+        "loss; null: none does.",
+        default=None,
+    )
+    resample: bool = key("Put other problems into the places of such groups.", default=False)
+    max_resamples: int = key("Extra rollouts at most, per rollout.", default=3, ge=1)
+
+    def __post_init__(self) -> None:
+        if self.resample and self.filter_groups is None:
+            raise ValueError(
+                "resample true needs filter_groups, which says which groups are replaced: filter_groups: accuracy"
+            )
+        if self.max_resamples != fields(GRPOArguments)["max_resamples"].default and not self.resample:
+            raise ValueError(f"max_resamples {self.max_resamples} has no effect without resample true")
 
 
 def refuse_pathwise(ratio: str | None) -> None:

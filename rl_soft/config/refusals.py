@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
+from rl_soft.config.evaluations import check_evaluations
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import Gathered, Mistakes, either, nearest
 from rl_soft.thoughts.decoding import Decoding
@@ -60,7 +61,11 @@ REFUSED = {
     "environment_factory": "soft rollouts have a single turn",
     "auto_find_batch_size": "a rollout must hold whole groups; lower per_device_train_batch_size instead",
 }
+NO_GROUPS = "PPO has no groups; each completion has the value that its own states predict"
 GROUP_ONLY = {  # what only a method with groups can read
+    "filter_groups": NO_GROUPS,
+    "resample": NO_GROUPS,
+    "max_resamples": NO_GROUPS,
     "scale_rewards": "PPO has no groups; it whitens advantages over the rollout",
     "multi_objective_aggregation": "PPO has no groups; it takes the weighted sum of the rewards",
 }
@@ -144,6 +149,9 @@ def check_together(recipe: Recipe) -> None:
     if extra and method in RL_METHODS:
         with gathered:
             check_reward_weights(extra.rewards, recipe.values.get("reward_weights"))
+    if recipe.data and recipe.eval:
+        with gathered:
+            check_evaluations(recipe)
     with gathered:
         check_trackers(recipe.values.get("report_to"))
     gathered.tell()
@@ -231,7 +239,7 @@ def check_thought(recipe: Recipe) -> None:
 
 
 def training_cuts(
-    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool
+    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool = False
 ) -> Decoding | None:
     """The cuts of an RL policy, by its top_k, top_p, min_p and order; None where nothing is cut.
 

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,17 @@ def _row(record: Mapping[str, Any], spec: Stored, source: str, name: str) -> Row
         source=source,
         family=text(spec.family) or None,
         metadata=str(record["metadata"]) if spec.prepare and "metadata" in record else "",
+        columns={str(column): _plain(value) for column, value in record.items()},
     )
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python's own json would read it."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return {key: _plain(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _download(spec: Stored, split: str, config: str | None = None, revision: str | None = None) -> Records:

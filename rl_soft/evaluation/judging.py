@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from rewards import livecodebench
 from rewards.answers import Judgement, judge_many, unreadable_golds
 from rewards.code import judge_programs, readable_tests
-from rewards.scorers import judge_puzzles
-from rl_soft.data.generated import UNSCORED
+from rewards.scorers import UNSCORED, judge_puzzles
 from rl_soft.data.sources import Row
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rewards.scorers import UNSCORED
 from rl_soft.data.equations import equations, holds
-from rl_soft.data.generated import UNSCORED
 from rl_soft.data.sources import Row, assert_disjoint, load_rows, question_hash
 from rl_soft.data.stored import CATALOGUE
 
