@@ -56,6 +56,11 @@ class ModelArguments(WeightArguments):
     lora_alpha: int = key("LoRA alpha; the update is scaled by alpha / r.", default=64)
     lora_dropout: Number = key("LoRA dropout, for supervised methods; RL takes none.", default=0.0, ge=0, lt=1)
     lora_target_modules: str | list[str] = key("Modules with an adapter: names, or all-linear.", default="all-linear")
+    lora_modules_to_save: list[str] | None = key(
+        "Modules trained whole and saved with the adapter, by name: [lm_head].", default=None, min_length=1
+    )
+    use_dora: bool = key("DoRA: a magnitude per output is trained beside the LoRA matrices.", default=False)
+    use_rslora: bool = key("Scale the update by alpha / sqrt(r) instead of alpha / r.", default=False)
 
 
 @keys()

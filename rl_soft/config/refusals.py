@@ -184,6 +184,12 @@ def check_adapter_keys(recipe: Recipe) -> None:
         raise ValueError(f"use_peft: {IN_MEMORY}")
     if model.lora_dropout and recipe.method in RL_METHODS:
         raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
+    for name in ("use_dora", "use_rslora", "lora_modules_to_save"):
+        if getattr(model, name) and not model.use_peft:
+            raise ValueError(f"{name} belongs to an adapter: set use_peft true, or take {name} out")
+    targets = model.lora_target_modules if isinstance(model.lora_target_modules, list) else []
+    if both := sorted({*targets} & {*(model.lora_modules_to_save or [])}):
+        raise ValueError(f"lora_modules_to_save: {both[0]} is in lora_target_modules too; leave it out of one of them")
 
 
 def check_stages(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from rl_soft.keys import nearest
 from rl_soft.model.folder import base_of
 
 
@@ -95,10 +96,19 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload()
 
 
+def check_whole(model: nn.Module, names: list[str] | None) -> None:
+    """Raises ValueError for a name of lora_modules_to_save that no module of the model has."""
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
+    for name in names or []:
+        if name.rpartition(".")[2] not in known:
+            words = nearest(name, known) or f"; it has {', '.join(sorted(n for n in known if not n.isdigit()))}"
+            raise ValueError(f"lora_modules_to_save: the model has no module {name!r}{words}")
+
+
 @contextmanager
 def merged_for_now(model: nn.Module) -> Iterator[None]:
-    """Plain LoRA adapters in float32 are added into the weights of their `nn.Linear`s; then the weights are back, bit
-    by bit.
+    """LoRA and DoRA adapters in float32 are added into the weights of their `nn.Linear`s; then the weights are back,
+    bit by bit.
 
     A rollout reads every weight once per position, so one product in place of three is what counts there. It takes the
     memory of the adapted weights once more. An adapter in lower precision is left as it is: the sum would be rounded,
@@ -125,8 +135,16 @@ def merged_for_now(model: nn.Module) -> Iterator[None]:
 def _mergeable(module: Any) -> bool:
     base = module.get_base_layer()
     names = [name for name in module.active_adapters if name in module.lora_A]
+    variants = {type(variant).__name__ for variant in module.lora_variant.values()}
     return (
-        (type(base) is nn.Linear and bool(names) and not module.merged and not module.disable_adapters)
-        and not (module.lora_variant or any(module.lora_bias.values()) or hasattr(base.weight, "ds_id"))  # ZeRO-3
+        (
+            type(base) is nn.Linear
+            and (len(names) == 1 if variants else bool(names))
+            and not module.merged
+            and not module.disable_adapters
+        )
+        and not (
+            variants - {"DoraLinearVariant"} or any(module.lora_bias.values()) or hasattr(base.weight, "ds_id")
+        )  # ZeRO-3
         and all(w.dtype == torch.float32 for w in module.parameters())
     )

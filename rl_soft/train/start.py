@@ -12,6 +12,7 @@ from rl_soft.config.recipe import RL_METHODS, Recipe
 from rl_soft.config.refusals import IN_MEMORY
 from rl_soft.data.row import question_hash
 from rl_soft.model import policy
+from rl_soft.model.adapters import check_whole
 from rl_soft.model.folder import is_adapter, read_thinking
 from rl_soft.model.projector import beside_adapter
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
@@ -22,9 +23,11 @@ from rl_soft.train.precision import default_dtype
 
 logger = logging.getLogger("rl_soft")
 
+OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"}  # PEFT's
+
 
 def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
-    """`model` in a PEFT wrapper whose adapter holds the rows of <bot> and <eot> too."""
+    """`model` in a PEFT wrapper whose adapter holds the rows of <bot> and <eot> too, if it does not hold all rows."""
     from peft import get_peft_model
 
     if not model.name_or_path:
@@ -33,7 +36,15 @@ def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     ends = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
-    peft_config.trainable_token_indices = {names[id(module)]: rows for module in ends}
+    whole = {name.rpartition(".")[2] for name in peft_config.modules_to_save or []}
+    embeddings, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if tied and head in whole and embeddings not in whole:
+        raise ValueError(
+            f"lora_modules_to_save: {head} is one matrix with {embeddings}, whose rows of <bot> and <eot> are "
+            f"trained; name {embeddings} too"
+        )
+    in_part = {names[id(module)]: rows for module in ends if names[id(module)] not in whole}
+    peft_config.trainable_token_indices = in_part or None
     adapted: Any = get_peft_model(model, beside_adapter(peft_config) if hasattr(model, "projector") else peft_config)
     # A longer vocabulary makes peft save both embedding matrices whole; only these rows differ from the base's.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
@@ -50,6 +61,8 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True)
     if hasattr(start.model, "peft_config"):
         check_adapter(recipe, source, start.model.peft_config["default"])
+    else:
+        check_whole(start.model, m.lora_modules_to_save)
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
         policy.add_thought_tokens(start)
     return start
@@ -147,11 +160,14 @@ def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
             f"model {source} is an adapter of the kind {kind}, and a recipe describes a LoRA one (lora_r, lora_alpha);"
             " train it in Python, with SoftGRPOTrainer"
         )
-    for name, theirs in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
-        if getattr(m, name) != theirs:
+    whole = sorted(adapter.modules_to_save or []) or None
+    given = sorted(m.lora_modules_to_save or []) or None
+    pairs = [(name, getattr(m, name), getattr(adapter, theirs)) for name, theirs in OF_ADAPTER.items()]
+    for name, ours, theirs in [*pairs, ("lora_modules_to_save", given, whole)]:
+        if ours != theirs:
             raise ValueError(
-                f"{name} is {getattr(m, name)} in {recipe.path}, but the adapter {source}, with which training goes "
-                f"on, has {theirs}"
+                f"{name} is {ours} in {recipe.path}, but the adapter {source}, with which training goes on, has "
+                f"{theirs}"
             )
 
 
@@ -193,5 +209,8 @@ def lora_config(recipe: Recipe) -> Any:
         lora_alpha=m.lora_alpha,
         lora_dropout=m.lora_dropout,
         target_modules=m.lora_target_modules,
+        modules_to_save=m.lora_modules_to_save,
+        use_dora=m.use_dora,
+        use_rslora=m.use_rslora,
         task_type="CAUSAL_LM",
     )
