@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from rl_soft.model.sharded import is_hook_of_fsdp
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 8192  # rows of the weight that a CPU casts at once
@@ -36,11 +39,12 @@ def plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | No
         return lm_head, None
     lm_head = trained_whole(lm_head)
     assert isinstance(lm_head, nn.Module)
-    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in vars(lm_head)
-    if type(lm_head) is not nn.Linear or hooks:
+    hooks = [*lm_head._forward_hooks.values(), *lm_head._forward_pre_hooks.values()]
+    is_linear = type(lm_head) is nn.Linear or type(lm_head).__mro__[1:3] == (FSDPModule, nn.Linear)
+    if not is_linear or "forward" in vars(lm_head) or not all(map(is_hook_of_fsdp, hooks)):
         return None
     weight = lm_head.weight
-    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3, DTensor
+    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3; FSDP2, where not gathered
     return None if partitioned else (weight, lm_head.bias)
 
 

@@ -27,7 +27,6 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
@@ -47,6 +46,7 @@ from rl_soft.train.reference import Reference, check_reference
 from rl_soft.train.runtime.clock import StepClock, peak_gib
 from rl_soft.train.runtime.completions import show_completions
 from rl_soft.train.runtime.guards import Guarded, check_density_gap
+from rl_soft.train.runtime.sharded import prepare_fsdp, whole_model
 from rl_soft.train.sampler import EpochSampler
 from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_second_factor
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
@@ -110,6 +110,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         **kwargs: Any,
     ):
         avoid_cudnn_attention()
+        prepare_fsdp()
         args = args or self._config_class(output_dir=f"{folder_name(model)}-RL")
         policy = policy_of(model, args, processing_class, peft_config is not None)
         thinking = fitting(thinking, policy)
@@ -193,13 +194,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         return SoftBatch.from_rollout(made, self.ratio, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
 
     def _roll_out_here(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
-        args = self.args
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        ) as model:
+        with whole_model(self) as model:
             return rollout(model, self.layout, prompts, seeds, self.eos_token_ids)
 
     def _roll_out_by_vllm(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:

@@ -26,7 +26,6 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import GRPOConfig
-from trl.models import unwrap_model_for_generation
 
 from rl_soft.config.recipe import (
     RL_METHODS,
@@ -57,6 +56,7 @@ from rl_soft.train.ready import Rows, check_rl, load_rows, world_size
 from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
 from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
 from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
+from rl_soft.train.runtime.sharded import prepare_fsdp, whole_model
 from rl_soft.train.sft import sft_trainer
 from rl_soft.train.start import check_thinking, lora_config, starting_policy
 from rl_soft.train.supervised import usable_rows
@@ -116,6 +116,7 @@ def begin(recipe: Recipe) -> None:
     """Make or check the run directory, and prepare the devices."""
     resuming = check_output_dir(recipe)
     prepare_devices()
+    prepare_fsdp()
     if int(os.environ.get("RANK", "0")) == 0:
         logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
         write_config(recipe)
@@ -146,7 +147,7 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
         boundary = recipe.extra.updates_per_rollout * start.args.num_iterations
         fit(trainer, recipe, {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip"}, boundary)
         save(trainer, recipe, start.policy.tokenizer)
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        with whole_model(trainer) as model:
             evaluate_as(start, "after", model)
     else:
         m = recipe.model
@@ -271,7 +272,7 @@ def validate_every(trainer: Any, recipe: Recipe, layout: Layout, rows: list[data
     """Accuracy on rows held out of training, every `validation_every` steps."""
 
     def validate() -> float:
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        with whole_model(trainer) as model:
             return accuracy(model, layout, rows, recipe.eval.eval_seed, recipe.eval.eval_batch_size)
 
     callback = Validate(validate, recipe.extra.validation_every, recipe.extra.stop_at_accuracy)

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rl_soft.files import replacing, write_atomic
 from rl_soft.model.devices import has_cudnn_attention
@@ -297,6 +298,7 @@ class Guarded:
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # under FSDP2, of all parts
         micro_batches, self._micro_batches = self._micro_batches, []
         if self.args.fp16 or norm is None or math.isfinite(float(norm)):  # the one synchronisation of a step
             self._skipped_in_a_row = 0
