@@ -61,6 +61,12 @@ class ModelArguments(WeightArguments):
     )
     use_dora: bool = key("DoRA: a magnitude per output is trained beside the LoRA matrices.", default=False)
     use_rslora: bool = key("Scale the update by alpha / sqrt(r) instead of alpha / r.", default=False)
+    load_in_4bit: bool = key("Weights of 4 bits under the adapter (QLoRA); needs bitsandbytes.", default=False)
+    bnb_4bit_quant_type: Annotated[str, OneOf(("nf4", "fp4"))] = key("The 4-bit numbers.", default="nf4")
+    bnb_4bit_compute_dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+        "dtype of products with 4-bit weights; dtype if absent.", default=None
+    )
+    use_bnb_nested_quant: bool = key("Quantise the scales of 4-bit weights, too.", default=False)
 
 
 @keys()

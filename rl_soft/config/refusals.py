@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
+from rl_soft.config.quantised import check_quantised
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import Gathered, Mistakes, either, nearest
 from rl_soft.thoughts.kinds import KINDS, check_trainable
@@ -134,7 +135,7 @@ def check_together(recipe: Recipe) -> None:
         with gathered:
             check_sources(recipe)
     if recipe.model:
-        for check in (check_start, check_adapter_keys):
+        for check in (check_start, check_adapter_keys, check_quantised):
             with gathered:
                 check(recipe)
     if recipe.thinking and extra:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rl_soft.keys import nearest
 from rl_soft.model.folder import base_of
+from rl_soft.model.quantised import in_4bit
 
 
 def base_missing(folder: Path, base: str, error: OSError) -> ValueError:
@@ -80,13 +81,13 @@ def check_kind(config: Any, name: str) -> None:
 def merged(model: Any) -> Any:
     """The plain model with its adapter added into the weights, or the same wrapper where that would be another model.
 
-    A head that is tied to the embeddings shares their matrix: adding an adapter of one of them changes both. And a
-    bias of an adapter has no place in a layer that has none.
+    A head that is tied to the embeddings shares their matrix: adding an adapter of one of them changes both. A bias of
+    an adapter has no place in a layer that has none. And a sum with weights of 4 bits would be rounded to 4 bits.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or in_4bit(model):
         return model
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = {id(p) for p in ends[0].parameters()} & {id(p) for p in ends[1].parameters()}  # whatever wraps them

@@ -32,19 +32,21 @@ def trained_whole(module: Any) -> Any:
     return copies[module.active_adapters[0]]
 
 
-def plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | None:
+def plain_head(lm_head: Any) -> tuple[Tensor, Tensor | None] | None:
     """(weight, bias) if the head is `hidden @ weight.T + bias` and nothing else; None if it must be called as a
     module."""
     if isinstance(lm_head, Tensor):
         return lm_head, None
     lm_head = trained_whole(lm_head)
-    assert isinstance(lm_head, nn.Module)
     hooks = [*lm_head._forward_hooks.values(), *lm_head._forward_pre_hooks.values()]
     is_linear = type(lm_head) is nn.Linear or type(lm_head).__mro__[1:3] == (FSDPModule, nn.Linear)
     if not is_linear or "forward" in vars(lm_head) or not all(map(is_hook_of_fsdp, hooks)):
         return None
     weight = lm_head.weight
-    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3; FSDP2, where not gathered
+    partitioned = hasattr(weight, "ds_id") or type(weight) not in (
+        nn.Parameter,
+        Tensor,
+    )  # ZeRO-3; FSDP2, where not gathered
     return None if partitioned else (weight, lm_head.bias)
 
 

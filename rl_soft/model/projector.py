@@ -164,7 +164,9 @@ class KeepsProjector:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         owner = language_model(self.model)
-        if getattr(owner, PROJECTOR, None) is None or is_sharded(owner):  # FSDP2 reads all of it from a file of its own
+        if getattr(owner, PROJECTOR, None) is None or is_sharded(
+            owner
+        ):  # FSDP2 reads all of it from a file of its own
             return super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         with taken_out(owner, PROJECTOR):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]

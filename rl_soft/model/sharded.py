@@ -31,11 +31,11 @@ def whole_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterato
         dtype: of the weights; None: as they are trained.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    classes = [type(unit) for unit in units]
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    classes: list[Any] = [type(unit) for unit in units]
+    kept: list[tuple[Any, dict[Any, Any]]] = []
     gathered: dict[int, nn.Parameter] = {}  # by the identity of the part; tied weights stay one
     for module in model.modules():
-        for name, part in module._parameters.items():
+        for part in module._parameters.values():
             if isinstance(part, DTensor) and id(part) not in gathered:
                 whole = part.detach().full_tensor()
                 gathered[id(part)] = nn.Parameter(whole if dtype is None else whole.to(dtype), part.requires_grad)
@@ -66,6 +66,6 @@ def whole_copy(linear: nn.Module) -> nn.Module:
         return linear
     copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     for name, part in linear.named_parameters(recurse=False):
-        whole = part.detach().full_tensor() if isinstance(part, DTensor) else part.detach()
+        whole = part.full_tensor().detach() if isinstance(part, DTensor) else part.detach()
         setattr(copy, name, nn.Parameter(whole, requires_grad=False))
     return copy

@@ -14,12 +14,14 @@ from rl_soft.config.refusals import check_features, refuse_checkpointing
 from rl_soft.model.adapters import check_kind
 from rl_soft.model.logit_map import logit_map
 from rl_soft.model.policy import context_length
+from rl_soft.model.quantised import check_divided, in_4bit
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts.models import check_rollout_model
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.precision import check_masters
+from rl_soft.train.runtime.checkpoints import divided
 
 
 def check_config(
@@ -92,6 +94,11 @@ def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_conf
     trained = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
     if peft_config is None:
         check_masters(str(trained).removeprefix("torch."), args.deepspeed_plugin is not None)
+    if in_4bit(model) and peft_config is None and not hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has weights of 4 bits, which are not trained themselves; train an adapter (use_peft)"
+        )
+    check_divided(model, divided(args))
     check_rollout_model(model)
     logit_map(language_model(model))
     reads_hidden = KINDS[thinking.thought].reads_hidden

@@ -30,6 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
+from rl_soft.model.quantised import in_float32, trained_values
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts import cuda_graphs
@@ -112,7 +113,8 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         avoid_cudnn_attention()
         prepare_fsdp()
         args = args or self._config_class(output_dir=f"{folder_name(model)}-RL")
-        policy = policy_of(model, args, processing_class, peft_config is not None)
+        quantization = kwargs.pop("quantization_config", None)
+        policy = policy_of(model, args, processing_class, peft_config is not None, quantization)
         thinking = fitting(thinking, policy)
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
@@ -129,6 +131,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         check_prompts(train_dataset, self.layout, policy.model)
         settle(args, self.layout)
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL would make an engine for tokens
+        exact = trained_values(policy.model)
         super().__init__(
             policy.model,
             reward_funcs,  # type: ignore[arg-type]
@@ -140,6 +143,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             **kwargs,
         )
         wrapped = self.accelerator.unwrap_model(self.model)
+        in_float32(wrapped, exact)
         add_soft_forward(wrapped.get_base_model() if is_peft_model(wrapped) else wrapped, chunk_size)
         self._reference = Reference(self, chunk_size)
         if kind.reads_hidden:

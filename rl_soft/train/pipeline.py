@@ -44,6 +44,7 @@ from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.files import write_atomic
 from rl_soft.model import policy
 from rl_soft.model.devices import device
+from rl_soft.model.quantised import check_divided, to_store
 from rl_soft.thoughts.fit import check_characters, check_rows
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
@@ -54,7 +55,13 @@ from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
 from rl_soft.train.precision import settled, uses_deepspeed
 from rl_soft.train.ready import Rows, check_rl, load_rows, world_size
 from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
-from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
+from rl_soft.train.runtime.checkpoints import (
+    Checkpoints,
+    check_resumable,
+    divided,
+    last_checkpoint,
+    set_aside_unfinished,
+)
 from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
 from rl_soft.train.runtime.sharded import prepare_fsdp, whole_model
 from rl_soft.train.sft import sft_trainer
@@ -175,6 +182,7 @@ def start_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> Start:
     }
     args = (SoftPPOConfig if recipe.method == "ppo" else GRPOConfig)(**training_values(recipe) | values)
     check_processes(args)
+    check_divided(start.model, divided(args))
     start.model.to(args.device)
     return Start(recipe, start, layout, args, rows.test)
 
@@ -245,6 +253,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> N
     args = trainer_class(recipe.method)(**training_values(recipe) | forced)
     check_processes(args)
     start = starting_policy(recipe, warm_start)
+    check_divided(start.model, divided(args))
     start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
     layout = Layout(recipe.thinking, start.tokenizer)
     recipe.thinking.support_size(start.model.config.vocab_size)
@@ -327,7 +336,8 @@ def save(trainer: Any, recipe: Recipe, tokenizer: Any) -> None:
     """The trained model into output_dir/model, by all processes together."""
     main = trainer.is_world_process_zero()
     folder = recipe.output_dir / "model"
-    policy.save(folder, trainer.save_model, tokenizer, recipe.thinking, main)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    policy.save(folder, trainer.save_model, tokenizer, recipe.thinking, main, to_store(model))
     if main:
         write_atomic(folder / "README.md", model_card(folder, recipe.values))
     PartialState().wait_for_everyone()

@@ -15,6 +15,7 @@ from rl_soft.model import policy
 from rl_soft.model.adapters import check_whole
 from rl_soft.model.folder import is_adapter, read_thinking
 from rl_soft.model.projector import beside_adapter
+from rl_soft.model.quantised import four_bits, in_4bit
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.kinds import KINDS
 from rl_soft.thoughts.layout import Layout
@@ -58,7 +59,12 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     if m.model_config:
         return policy.make(m.model_config, m.vocabulary or "", recipe.seed, dtype, m.attn_implementation)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True)
+    wanted = None
+    if m.load_in_4bit:
+        wanted = four_bits(m.bnb_4bit_quant_type, m.bnb_4bit_compute_dtype or dtype, m.use_bnb_nested_quant)
+    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True, quantization=wanted)
+    if in_4bit(start.model) and not m.load_in_4bit:
+        raise ValueError(f"model {source} has weights of 4 bits: set load_in_4bit true")
     if hasattr(start.model, "peft_config"):
         check_adapter(recipe, source, start.model.peft_config["default"])
     else:
@@ -68,13 +74,14 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     return start
 
 
-def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> policy.Policy:
+def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False, quantization: Any = None) -> policy.Policy:
     """What a trainer is given to start from, in Python: a hub id or a folder, which is loaded, or a model.
 
     Args:
         args: the trainer's; `model_init_kwargs` may hold dtype and attn_implementation for a model that is loaded.
         tokenizer: None loads the one beside the model.
         adapter: whether the trainer puts an adapter on it.
+        quantization: a BitsAndBytesConfig of 4 bits for a model that is loaded.
 
     Raises:
         ValueError: other model_init_kwargs; a model that was made in memory, without a tokenizer.
@@ -90,7 +97,7 @@ def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> p
                 f"model_init_kwargs may hold dtype and attn_implementation here, not {', '.join(asked)}; load the "
                 "model yourself and give it as `model`"
             )
-        loaded = policy.load_policy(str(model), dtype, attention, trainable=True)
+        loaded = policy.load_policy(str(model), dtype, attention, trainable=True, quantization=quantization)
         if tokenizer is not None:
             check_tokenizer(tokenizer, loaded.model, "processing_class")
         return policy.Policy(loaded.model, tokenizer or loaded.tokenizer, loaded.thinking)

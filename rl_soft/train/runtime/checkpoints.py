@@ -60,7 +60,9 @@ def check_resumable(checkpoint: Path, args: Any) -> None:
     mark = json.loads((checkpoint / COMPLETE).read_text())
     processes, stage = PartialState().num_processes, divided(args)
     if mark["zero"] != stage:
-        raise ValueError(f"{checkpoint} was written under {_named(mark['zero'])} and cannot be read under {_named(stage)}")
+        raise ValueError(
+            f"{checkpoint} was written under {_named(mark['zero'])} and cannot be read under {_named(stage)}"
+        )
     if mark["processes"] != processes and stage:
         raise ValueError(
             f"{checkpoint} was written by {mark['processes']} processes and cannot be read by {processes}"

@@ -1,7 +1,7 @@
 """FSDP2: weights, gradients and optimizer states lie in parts on the processes (torch's `fully_shard`, by accelerate).
 
-    training pass    torch gathers a layer, uses it and frees it; the head is read where its group is whole
-    rollout          all weights are gathered once, and the model is then a plain one (`model.sharded`)
+training pass    torch gathers a layer, uses it and frees it; the head is read where its group is whole
+rollout          all weights are gathered once, and the model is then a plain one (`model.sharded`)
 """
 
 from __future__ import annotations

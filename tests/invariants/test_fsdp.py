@@ -1,0 +1,73 @@
+"""FSDP2 on two processes: the run of one, for models and adapters of every kind.
+
+pytest tests/invariants/test_fsdp.py            an adapter
+pytest tests/invariants/test_fsdp.py -m slow    the other kinds; test_parallel.py has weights, resume and failures
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_policy
+from peft import AutoPeftModelForCausalLM
+from test_parallel import RL, launch, metrics
+from transformers import AutoModelForCausalLM
+
+from rl_soft.config.recipe import load_recipe
+from rl_soft.model import policy
+from rl_soft.train import pipeline as train
+
+EXPLICIT = {"phase": "explicit", "end_of_thinking": "#", "answer_prompt": "", "max_steps": 3}
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
+KINDS = {
+    "untied, reference": {"tied": False, "beta": 0.1},
+    "tied, reference": {"beta": 0.1},
+    "untied, checkpointed": {"tied": False, "gradient_checkpointing": True},
+    "untied, several chunks": {"tied": False, "chunk_size": 3},
+    "ppo": {"method": "ppo"},
+    "gpt2": {"model_type": "gpt2"},
+    "qwen3": {"model_type": "qwen3", "tied": False},
+    "lora, tied": LORA,
+    "lora, untied": {**LORA, "tied": False, "beta": 0.1},
+    "lora, untied, several chunks": {**LORA, "tied": False, "chunk_size": 3},
+    "dora": {**LORA, "use_dora": True},
+    "whole head": {**LORA, "lora_modules_to_save": ["lm_head"], "tied": False, "beta": 0.1},
+}
+
+
+def recipe(folder: Path, tied: bool = True, model_type: str = "llama", **values) -> Path:
+    made = tiny_policy(model_type, tied)
+    folder.mkdir(exist_ok=True)
+    made.model.save_pretrained(folder / "base")
+    made.tokenizer.save_pretrained(folder / "base")
+    given = {**RL, **EXPLICIT, "model_name_or_path": str(folder / "base"), "output_dir": str(folder / "rl"), **values}
+    (folder / "rl.yaml").write_text(yaml.safe_dump(given))
+    return folder / "rl.yaml"
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(5, 19)[None]).logits  # (1, 14, V)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "lora, untied" else pytest.mark.slow) for kind in KINDS]
+)
+def test_two_sharded_processes_are_one(tmp_path, kind):
+    values = KINDS[kind]
+    train.run(load_recipe(recipe(tmp_path / "one", **values, per_device_train_batch_size=8)))
+    path = recipe(tmp_path / "two", **values, per_device_train_batch_size=4)
+    error = launch(tmp_path, "fsdp2", "-m", "rl_soft", path).communicate(timeout=400)[1]
+    assert (tmp_path / "two/rl/metrics.jsonl").exists(), error[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 3, error[-3000:]
+    for a, b in zip(two, one, strict=True):
+        for key in ("reward", "loss", "grad_norm", "rollout/density_gap"):  # others are means of micro-batches' means
+            assert a[key] == pytest.approx(b[key], abs=1e-4), key
+        assert b["grad_norm"] > 1e-3
+    kind = AutoPeftModelForCausalLM if "use_peft" in values else AutoModelForCausalLM
+    a, b = (logits(kind.from_pretrained(tmp_path / name / "rl/model")) for name in ("one", "two"))
+    assert (a - b).abs().max() < 1e-3
+    assert torch.equal(b, logits(policy.load_policy(str(tmp_path / "two/rl/model")).model))
