@@ -245,6 +245,7 @@ class EstimateArguments:
 
     memory: Number | None = key("GiB per process; exit code 1 if a step takes more.", default=None, ge=0)
     zero: int = key("ZeRO stage; 0 is without DeepSpeed.", default=0, ge=0, le=3)
+    fsdp: bool = key("FSDP2 in place of ZeRO.", default=False)
     processes: int = key("Number of processes.", default=1, ge=1)
     prompt_tokens: int = key("Tokens of the longest prompt.", default=256, ge=1)
 
