@@ -22,6 +22,7 @@ from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.precision import check_masters
 from rl_soft.train.runtime.checkpoints import divided
+from rl_soft.train.runtime.processes import refuse_fsdp
 
 
 def check_config(
@@ -55,6 +56,7 @@ def check_config(
     if RATIOS[ratio].one_by_one:
         if thinking.phase != "latent":
             raise ValueError(f"ratio {ratio} needs phase latent, where every row has its thoughts first; use top1")
+        refuse_fsdp(f"ratio {ratio}")
         refuse_checkpointing(
             args, f"gradient_checkpointing: with ratio {ratio}", "use ratio top1 or gradient_checkpointing false"
         )
@@ -116,6 +118,7 @@ def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_conf
         raise ValueError(
             f"{thought} needs a model with a projector; start from a CODI run with thought hidden or hybrid"
         )
+    refuse_fsdp(thought)
     refuse_checkpointing(
         args, f"gradient_checkpointing: with {thought}", "use thought gumbel or gradient_checkpointing false"
     )

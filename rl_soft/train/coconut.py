@@ -77,10 +77,10 @@ class CoconutTrainer(ScheduledTrainer):
             "gradient_checkpointing is not available for coconut:",
             "lower per_device_train_batch_size instead",
         )
-        if arguments.uniform_prob and divided(args) in (3, "fsdp2"):
+        if arguments.uniform_prob and divided(args) == 3:
             raise ValueError(
-                "uniform_prob must be 0 under ZeRO-3 and FSDP2: stages differ between processes, and so would their "
-                "forward passes, for which weights are gathered; use ZeRO-2"
+                "uniform_prob must be 0 under ZeRO-3: stages differ between processes, and so would their forward "
+                "passes, for which ZeRO-3 gathers weights; use ZeRO-2"
             )
         # DDP would send the model's buffers around at each forward pass, and processes may make different numbers.
         args.ddp_broadcast_buffers = False

@@ -283,10 +283,8 @@ def separate_teacher(source: str, model: Any, layout: Layout, args: Any) -> Any:
     Raises:
         ValueError: it is missing, its hidden states are not of the student's shape, or ids mean other tokens in it.
     """
-    if divided(args) in (3, "fsdp2"):
-        raise ValueError(
-            "teacher: a separate teacher is not available under ZeRO-3 and FSDP2; use ZeRO-2 or teacher self"
-        )
+    if divided(args) == 3:
+        raise ValueError("teacher: a separate teacher is not available under ZeRO-3; use ZeRO-2 or teacher self")
     folder = source
     if source.endswith((".yaml", ".yml")):
         folder = str(load_recipe(source, {"seed": args.seed}).output_dir / "model")

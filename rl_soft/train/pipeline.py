@@ -62,8 +62,14 @@ from rl_soft.train.runtime.checkpoints import (
     last_checkpoint,
     set_aside_unfinished,
 )
-from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
-from rl_soft.train.runtime.sharded import prepare_fsdp, whole_model
+from rl_soft.train.runtime.processes import (
+    as_trained,
+    check_processes,
+    gathered,
+    lost_processes,
+    prepare_devices,
+)
+from rl_soft.train.runtime.sharded import check_recipe, prepare_fsdp, whole_model
 from rl_soft.train.sft import sft_trainer
 from rl_soft.train.start import check_thinking, lora_config, starting_policy
 from rl_soft.train.supervised import usable_rows
@@ -93,6 +99,7 @@ def run(recipe: Recipe) -> Path:
             another run.
     """
     recipe = settled(recipe, uses_deepspeed())
+    check_recipe(recipe)
     rewards = check_rl(recipe) if recipe.method in RL_METHODS else []
     rows = load_rows(recipe)
     warm_start = warm_start_of(recipe)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rl_soft.config.recipe import load_recipe
 from rl_soft.model import policy
 from rl_soft.train import pipeline as train
+from rl_soft.train.runtime.sharded import check_fsdp
 
 EXPLICIT = {"phase": "explicit", "end_of_thinking": "#", "answer_prompt": "", "max_steps": 3}
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
@@ -71,3 +72,54 @@ def test_two_sharded_processes_are_one(tmp_path, kind):
     a, b = (logits(kind.from_pretrained(tmp_path / name / "rl/model")) for name in ("one", "two"))
     assert (a - b).abs().max() < 1e-3
     assert torch.equal(b, logits(policy.load_policy(str(tmp_path / "two/rl/model")).model))
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"method": "codi", "phase": "latent", "end_of_thinking": ""},
+         r"method codi \(.*\) is not available under FSDP2: .*; use --zero 0 to 3"),
+        ({"load_in_4bit": True, **LORA}, "load_in_4bit: FSDP2 cannot divide weights of 4 bits; use --zero 0"),
+        ({"phase": "latent", "end_of_thinking": "", "answer_prompt": "#", "ratio": "pathwise"},
+         "ratio pathwise is not available under FSDP2"),
+        ({}, "--fsdp divides a model over processes, and there is one; leave --fsdp out"),
+    ],
+)  # fmt: skip
+def test_what_fsdp_cannot_have_is_one_line(tmp_path, monkeypatch, values, line):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    if values.get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr(train, "check_processes", lambda args: None)
+    if values.get("method") == "codi":
+        own = ("num_generations", "prompts_per_step", "rewards")
+        path = recipe(tmp_path, **values)
+        given = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in own}
+        path.write_text(yaml.safe_dump(given))
+    else:
+        path = recipe(tmp_path, **values)
+    with pytest.raises(ValueError, match=line):
+        train.run(load_recipe(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version is 1 in the accelerate settings, and FSDP here takes 2; use recipes/acc"),
+        ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "fsdp_state_dict_type is SHARDED_STATE_DICT in the accelerate"),
+        (
+            "FSDP_CPU_RAM_EFFICIENT_LOADING",
+            "true",
+            "fsdp_cpu_ram_efficient_loading is true in the accelerate settings",
+        ),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params is true in the accelerate settings"),
+    ],
+)
+def test_settings_of_accelerate_that_would_not_do_are_named(monkeypatch, name, value, line):
+    for key, wanted in {**FSDP, name: value}.items():
+        monkeypatch.setenv(key, wanted)
+    with pytest.raises(ValueError, match=line):
+        check_fsdp()

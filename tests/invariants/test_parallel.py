@@ -247,8 +247,9 @@ SUPERVISED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3, "fsdp2"])
-@pytest.mark.parametrize("method", SUPERVISED)
+@pytest.mark.parametrize(
+    ("method", "stage"), [*itertools.product(SUPERVISED, [0, 2, 3]), ("sft", "fsdp2"), ("icot", "fsdp2")]
+)
 def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_start, method, stage):
     """Losses and gradient norms; iCoT and Coconut reset the optimizer on the way. Both models open and are equal."""
     if stage in (1, 2, 3):

@@ -40,6 +40,15 @@ def uses_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def refuse_fsdp(what: str) -> None:
+    """Raises ValueError under FSDP, for what sends gradients from a thought to those before it."""
+    if uses_fsdp():
+        raise ValueError(
+            f"{what} is not available under FSDP2: gradients reach a layer through the cache, where FSDP2 does not "
+            "gather its weights; use --zero 0 to 3"
+        )
+
+
 def start_processes() -> PartialState:
     """Join the processes that the launcher started; each would work alone otherwise, without a word."""
     state = PartialState(cpu=not torch.cuda.is_available())

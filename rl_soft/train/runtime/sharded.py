@@ -18,8 +18,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl.models import unwrap_model_for_generation
 
+from rl_soft.config.recipe import RL_METHODS, Recipe
 from rl_soft.model.sharded import is_sharded, whole_weights
-from rl_soft.train.runtime.processes import as_trained, uses_fsdp
+from rl_soft.thoughts.kinds import RATIOS
+from rl_soft.train.runtime.processes import as_trained, refuse_fsdp, uses_fsdp
 
 WANTED = {  # accelerate's settings, as its launcher hands them on -> what a run of ours needs
     "FSDP_VERSION": ("2", "fsdp_version"),
@@ -27,6 +29,16 @@ WANTED = {  # accelerate's settings, as its launcher hands them on -> what a run
     "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "fsdp_cpu_ram_efficient_loading"),
     "FSDP_OFFLOAD_PARAMS": ("false", "fsdp_offload_params"),
 }
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises ValueError under FSDP for a recipe that sends gradients from a thought to those before it."""
+    if recipe.method in ("codi", "coconut"):
+        refuse_fsdp(f"method {recipe.method} ({recipe.path})")
+    elif recipe.method in RL_METHODS and recipe.thinking.kind.reads_hidden:
+        refuse_fsdp(f"thought {recipe.thinking.thought}")
+    elif recipe.method in RL_METHODS and RATIOS[recipe.extra.ratio].one_by_one:
+        refuse_fsdp(f"ratio {recipe.extra.ratio}")
 
 
 def check_fsdp() -> None:
