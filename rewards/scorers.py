@@ -24,6 +24,9 @@ if __name__ != "__main__":
     from rewards.answers import Judgement
     from rewards.extraction import extract
 
+# The scorers of the first two compare with tuples, which JSON returns as lists: a right answer would score 0.05. That
+# of the third takes any answer for right, since bool("False") is True.
+UNSCORED = ("arc_agi", "rearc", "game_of_life_halting")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 MAX_ANSWER = 10_000  # characters; a board is longer than a number
 

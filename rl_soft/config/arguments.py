@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
-from rl_soft.keys import Number, OneOf, either, key, keys, nearest
+from rl_soft.keys import Number, OneOf, either, fields, key, keys, nearest
+from rl_soft.thoughts.decoding import ORDERS
 from rl_soft.thoughts.kinds import ENGINES, KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
 
 logger = logging.getLogger("rl_soft")
 
 ANALYSES = ("probe", "cost", "traces", "branching", "lens", "plane", "all")  # kinds of `rl-soft analyze`
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
 MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 
 
@@ -23,7 +25,7 @@ MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 class WeightArguments:
     """How weights are loaded."""
 
-    dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+    dtype: Annotated[str | None, OneOf(DTYPES)] = key(
         "dtype of the weights; if absent bfloat16 on a GPU that has it, and else float32 (docs/gpu.md).", default=None
     )
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, or float64 (small models).", default=None)
@@ -154,7 +156,9 @@ class EvaluationArguments(OnModelArguments):
     eval_k: list[int] | None = key("The k of Pass@k; powers of two if absent.", default=None)
     eval_batch_size: int = key("Completions decoded together per process.", default=64, ge=1)
     eval_seed: int = key("Seed of the noise.", default=7)
-    confirm_run_unsafe_code: bool = key("Run the programs that the model writes (humaneval, mbpp).", default=False)
+    confirm_run_unsafe_code: bool = key(
+        "Run the programs that the model writes (humaneval, mbpp, livecodebench).", default=False
+    )
     control: Annotated[str, OneOf(CONTROLS)] = key("What is done to the thoughts that are fed.", default="none")
     thoughts: str | list[str] | None = key(
         "Thought kinds to evaluate side by side, token,soft,gumbel for example; each into a folder of its "
@@ -214,6 +218,15 @@ class GenerateArguments(OnModelArguments):
             )
         if self.greedy and self.samples > 1:
             raise ValueError(f"samples must be 1 where greedy is true: nothing is drawn; got {self.samples}")
+
+
+@keys()
+class HarnessArguments(WeightArguments):
+    """A model in lm-eval or lighteval: these and the fields of `Thinking` and `Decoding` (docs/harnesses.md)."""
+
+    model_name_or_path: str = key("Model folder, PEFT folder or hub id.", default="")
+    seed: int = key("Seed of the noise, where a task samples.", default=7)
+    batch_size: int = key("Completions decoded together.", default=16, ge=1)
 
 
 @keys()
@@ -344,6 +357,31 @@ class RLArguments:
         "Clip range of thoughts, both ways; the tokens' if absent.", default=None, gt=0
     )
     chunk_size: int | None = key("Positions whose logits are alive at once; by memory if absent.", default=None, ge=1)
+    order: Annotated[str, OneOf(ORDERS)] = key(
+        "exact: noise on all that top_k, top_p and min_p leave. paper: gumbel noise on the K most probable ids alone.",
+        default="exact",
+    )
+
+
+@keys()
+class GRPOArguments(RLArguments):
+    """Which groups teach (docs/groups.md)."""
+
+    filter_groups: str | None = key(
+        "The reward by which groups are judged, `accuracy` or its name: a group in which it has one value leaves the "
+        "loss; null: none does.",
+        default=None,
+    )
+    resample: bool = key("Put other problems into the places of such groups.", default=False)
+    max_resamples: int = key("Extra rollouts at most, per rollout.", default=3, ge=1)
+
+    def __post_init__(self) -> None:
+        if self.resample and self.filter_groups is None:
+            raise ValueError(
+                "resample true needs filter_groups, which says which groups are replaced: filter_groups: accuracy"
+            )
+        if self.max_resamples != fields(GRPOArguments)["max_resamples"].default and not self.resample:
+            raise ValueError(f"max_resamples {self.max_resamples} has no effect without resample true")
 
 
 def refuse_pathwise(ratio: str | None) -> None:

@@ -23,15 +23,17 @@ from rl_soft.config.arguments import (
     EvalArguments,
     EvaluationArguments,
     GenerateArguments,
+    GRPOArguments,
+    HarnessArguments,
     ICoTArguments,
     ModelArguments,
     PPOArguments,
-    RLArguments,
     SFTArguments,
 )
 from rl_soft.config.elsewhere import hint_for
+from rl_soft.config.evaluations import SAVE_STEPS
 from rl_soft.config.like import settings_like
-from rl_soft.config.refusals import check_keys, check_together, unread_keys
+from rl_soft.config.refusals import GROUP_ONLY, check_keys, check_together, unread_keys
 from rl_soft.config.trainers import check_type, trainer_fields
 from rl_soft.config.trainers import trainer_class as trainer_class
 from rl_soft.files import write_atomic
@@ -46,7 +48,7 @@ GROUPS: dict[str, tuple[type, ...]] = {  # method -> whose fields are its keys
     "sft": (*SHARED, SFTArguments),
     "icot": (*SHARED, ICoTArguments),
     "coconut": (*SHARED, CoconutArguments),
-    "grpo": (*SHARED, RLArguments),
+    "grpo": (*SHARED, GRPOArguments),
     "ppo": (*SHARED, PPOArguments),
 }
 METHODS = tuple(GROUPS)
@@ -55,11 +57,12 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # command on a model -> whose fields 
     "generate": (GenerateArguments, Thinking, Decoding),
     "analyze": (AnalysisArguments, Thinking),
 }
+HARNESS = (HarnessArguments, Thinking, Decoding)  # keys of a model in lm-eval or lighteval
 TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; for the precision see `train.precision`
     "logging_steps": 1,
     "report_to": "none",
     "save_strategy": "steps",
-    "save_steps": 100,
+    "save_steps": SAVE_STEPS,
     "save_total_limit": 2,
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
@@ -224,8 +227,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             raise ValueError(f"method is missing in {path}; it is one of {', '.join(METHODS)}")
         hint = nearest(method, METHODS)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {values.get('method')!r} ({path}){hint}")
+    if values.get("eval_strategy") is False:  # YAML's reading of a bare no
+        values["eval_strategy"] = "no"
     groups, of_trainer, mistakes = GROUPS[method], trainer_fields(method), Gathered()
     known = {"method", *of_trainer, *(name for group in groups for name in fields(group))}
+    known |= GROUP_ONLY.keys() if method == "ppo" else set()  # `check_keys` has told why it has none
     with mistakes:
         check_keys(values, method, path)
     for key in values:
@@ -270,7 +276,7 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     """The arguments of a command on a model, the fields of `Thinking` that change the model's own, and the decoding.
 
     Args:
-        command: a key of `COMMANDS`.
+        command: a key of `COMMANDS`, or harness.
         model: the command's first argument.
         overrides: values by the names of the command's keys.
 
@@ -279,8 +285,9 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     """
     if "model_name_or_path" in overrides:
         raise ValueError(f"model_name_or_path is the first argument of {command}, here {model!r}; leave the key out")
-    group, *others = COMMANDS[command]
-    known = sorted({name for part in COMMANDS[command] for name in fields(part)})
+    groups = HARNESS if command == "harness" else COMMANDS[command]
+    group, *others = groups
+    known = sorted({name for part in groups for name in fields(part)})
     mistakes = Gathered()
     for key in overrides:
         if key not in known:

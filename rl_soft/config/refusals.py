@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
+from rl_soft.config.evaluations import check_evaluations
 from rl_soft.config.quantised import check_quantised
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import Gathered, Mistakes, either, nearest
-from rl_soft.thoughts.kinds import KINDS, check_trainable
+from rl_soft.thoughts.decoding import Decoding
+from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.kinds import RL as RL_METHODS
 
 if TYPE_CHECKING:
     from rl_soft.config.recipe import Recipe
+    from rl_soft.thoughts.thinking import Thinking
 
 PHASES = {"codi": "latent", "coconut": "latent", "sft": "explicit", "icot": "explicit"}  # RL trains both
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -35,7 +38,6 @@ DERIVED_SFT = {
     "dataset_kwargs": "the rows, which the layout makes",
 }
 WHOLE = "training draws from the whole distribution, whose density it scores"
-CUT = f"{WHOLE}; rl-soft eval and rl-soft generate take cuts"
 ENGINE = "soft thoughts are decoded by this package's own engine"
 VLLM_KEYS = (  # of TRL's, that a run with use_vllm reads
     "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length",
@@ -47,9 +49,6 @@ VLLM_KEYS = (  # of TRL's, that a run with use_vllm reads
 REFUSED = {
     "vllm_model_impl": "soft thoughts are fed to vLLM's own implementation of a model",
     "vllm_structured_outputs_regex": WHOLE,
-    "top_p": CUT,
-    "top_k": CUT,
-    "min_p": CUT,
     "repetition_penalty": WHOLE,
     "generation_kwargs": f"{ENGINE}; temperature and max_answer_tokens are keys of the recipe",
     "cache_implementation": ENGINE,
@@ -63,7 +62,11 @@ REFUSED = {
     "environment_factory": "soft rollouts have a single turn",
     "auto_find_batch_size": "a rollout must hold whole groups; lower per_device_train_batch_size instead",
 }
+NO_GROUPS = "PPO has no groups; each completion has the value that its own states predict"
 GROUP_ONLY = {  # what only a method with groups can read
+    "filter_groups": NO_GROUPS,
+    "resample": NO_GROUPS,
+    "max_resamples": NO_GROUPS,
     "scale_rewards": "PPO has no groups; it whitens advantages over the rollout",
     "multi_objective_aggregation": "PPO has no groups; it takes the weighted sum of the rewards",
 }
@@ -147,6 +150,9 @@ def check_together(recipe: Recipe) -> None:
     if extra and method in RL_METHODS:
         with gathered:
             check_reward_weights(extra.rewards, recipe.values.get("reward_weights"))
+    if recipe.data and recipe.eval:
+        with gathered:
+            check_evaluations(recipe)
     with gathered:
         check_trackers(recipe.values.get("report_to"))
     gathered.tell()
@@ -225,6 +231,8 @@ def check_thought(recipe: Recipe) -> None:
         )
     if rl:
         check_trainable(thought, extra.ratio)
+        values = recipe.values
+        training_cuts(values, thinking, extra.ratio, extra.order, bool(values.get("use_vllm")))
     phase = PHASES.get(method, thinking.phase)
     if method not in kind.trained_by or thinking.phase != phase:
         raise ValueError(
@@ -235,6 +243,36 @@ def check_thought(recipe: Recipe) -> None:
         raise ValueError(
             f"use_projector false: thought {thought} is the projected state plus a mixture; use thought hidden"
         )
+
+
+def training_cuts(
+    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool = False
+) -> Decoding | None:
+    """The cuts of an RL policy, by its top_k, top_p, min_p and order; None where nothing is cut.
+
+    Raises:
+        ValueError: a value that is out of range, or cuts that do not go with the thought, the ratio or the engine.
+    """
+    top_k, top_p, min_p = (values.get(key) for key in ("top_k", "top_p", "min_p"))
+    decoding = Decoding.of_training(top_k, 1.0 if top_p is None else top_p, min_p, order)
+    if use_vllm and "vllm" not in thinking.engines:
+        raise ValueError(f"switch {thinking.switch} is not available with use_vllm; use switch entropy")
+    if decoding is None:
+        return None
+    if order == "paper":
+        cut = "order paper"
+    else:
+        cut = f"top_k {top_k}" if top_k else f"min_p {min_p}" if min_p else f"top_p {top_p}"
+    if order == "paper" and thinking.kind.has_dirichlet_noise:
+        raise ValueError("order paper: the law of a dirichlet thought has no closed form then; use order exact")
+    if RATIOS[ratio].one_by_one:
+        able = [name for name in thinking.kind.ratios if not RATIOS[name].one_by_one]
+        raise ValueError(f"{cut}: ratio {ratio} makes thoughts again from the whole distribution; use {either(able)}")
+    if thinking.switch == "gate":
+        raise ValueError(f"{cut}: a thought of one id hides its mode from switch gate; use switch entropy")
+    if use_vllm:
+        raise ValueError(f"{cut} with use_vllm: vLLM does not return the ids that a cut kept; use use_vllm false")
+    return decoding
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

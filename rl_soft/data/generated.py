@@ -15,9 +15,6 @@ from rl_soft.data.equations import SIGNS, equations, lines_of
 from rl_soft.data.row import SPLITS, STEP_FORMS, Row, check, plain_number, question_hash, side_of
 
 OWN_TASKS = ("chain_mod",)
-# The scorers of the first two compare with tuples, which JSON returns as lists: a right answer would score 0.05. That
-# of the third takes any answer for right, since bool("False") is True.
-UNSCORED = ("arc_agi", "rearc", "game_of_life_halting")
 
 
 def tasks() -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 ANSWER_TYPES = ("number", "choice", "bool", "free", "code")
 SPLITS = ("train", "evaluation")
@@ -25,6 +26,8 @@ class Row:
     # JSON; what judges it besides the answer: of a reasoning-gym task its scorer's metadata; of a function to complete
     # (answer_type code) the `prompt` and the `entry_point`
     metadata: str = field(default="", repr=False)
+    # every column of its record as the file has it, for the rewards; {} where it was generated
+    columns: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def question_hash(question: str) -> str:

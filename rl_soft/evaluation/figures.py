@@ -22,6 +22,8 @@ def draw(report: dict[str, Any]) -> dict[str, bytes]:
 
     with rc_context({"text.parse_math": False}):  # a $ in a name is a dollar
         pictures = {"passk.png": curves(report)}
+        if report["curve"]:
+            pictures["training.png"] = by_step(report["curve"])
         if report["comparisons"]:
             pictures["problems.png"] = scatter(report)
     return pictures
@@ -144,6 +146,32 @@ def _apart(labels: list[tuple[float, str, str, str]], gap: float, bottom: float,
     shift += max(0.0, bottom - (min(heights) + shift))
     shift -= max(0.0, max(heights) + shift - top)
     return [height + shift for height in heights]
+
+
+def by_step(curve: dict[str, Any]) -> bytes:
+    """Pass@1 and Pass@k for the largest k by optimizer step, with their bands; greedy dotted, the best step marked."""
+    from matplotlib.ticker import PercentFormatter
+
+    figure = canvas(6.6, 4.0)
+    axes = figure.subplots()
+    clean(axes)
+    points_, last = curve["points"], len(curve["points"][0]["pass_at_k"]) - 1
+    step = [point["step"] for point in points_]
+    for i, colour in ((last, COLOURS[2]), (0, COLOURS[1]))[0 if last else 1 :]:
+        rows = [point["pass_at_k"][i] for point in points_]
+        mean, low, high = ([row[field] for row in rows] for field in ("mean", "low", "high"))
+        axes.fill_between(step, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(step, mean, color=colour, linewidth=2, marker="o", markersize=4.5, label=f"pass@{rows[0]['k']}")
+    greedy = [point["greedy"] for point in points_]
+    if None not in greedy:
+        axes.plot(step, greedy, color=COLOURS[1], linestyle=":", linewidth=1.3, label="greedy")
+    axes.axvline(curve["best_step"], color=COLOURS[0], linewidth=0.8, label=f"best {curve['metric']}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.set_xlabel("training step", fontsize=9)
+    axes.legend(frameon=False, fontsize=8.5)
+    share = "" if curve["share"] is None else f", {percent(curve['share'])} of the time"
+    caption = f"n = {curve['n']} samples × P = {curve['num_problems']:,} problems, the same at each step. Bands: 95 %."
+    return png(figure, "Pass@k while training", f"{caption}\n{curve['seconds']:.0f} s{share}.")
 
 
 def _reward_panel(axes: Any, reward: dict[str, Any]) -> None:

@@ -52,6 +52,9 @@ def markdown(report: dict[str, Any]) -> str:
             f"{summary['distinct_answers']:.1f} distinct answers per problem, {summary['mean_thoughts']:.1f} thoughts "
             f"and {summary['mean_answer_tokens']:.1f} answer tokens per sample."
         )
+    if curve := report["curve"]:
+        lines += ["", "## While training", "", "![Pass@k by step](training.png)", "", *markdown_table(steps(curve))]
+        lines += ["", cost(curve)]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {note}" for note in report["warnings"])]
     if pairs:
@@ -108,6 +111,36 @@ def splits(report: Mapping[str, Any]) -> list[list[str]]:
             split = f"{row['gained']} / {row['lost']} / {row['tied']}"
             rows.append([f"{pair['b']} − {pair['a']}", label, split, f"{row['share_not_positive']:.4f}"])
     return rows
+
+
+def steps(curve: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text, the first their head: one for each evaluation of a run, by its optimizer step."""
+    ends = curve["points"][0]["pass_at_k"]
+    shown = [0] if len(ends) == 1 else [0, len(ends) - 1]
+    head = ["step", *(cell for i in shown for cell in (f"pass@{ends[i]['k']}", "95 % CI")), "Δ points of pass@1"]
+    rows = [[*head, "95 % CI", "greedy", "seconds"]]
+    for point in curve["points"]:
+        cells = [f"{point['step']}{' (best)' if point['step'] == curve['best_step'] else ''}"]
+        for values in (point["pass_at_k"][i] for i in shown):
+            cells += [percent(values["mean"], 1), f"{percent(values['low'], 1)} – {percent(values['high'], 1)}"]
+        change = point["change"]
+        cells += (
+            [points(change["mean"]), f"{points(change['low'])} to {points(change['high'])}"] if change else ["", ""]
+        )
+        cells += ["" if point["greedy"] is None else percent(point["greedy"], 1)]
+        rows.append([*cells, "" if point["seconds"] is None else f"{point['seconds']:.1f}"])
+    return rows
+
+
+def cost(curve: Mapping[str, Any]) -> str:
+    """A paragraph: what was evaluated at each step, what it cost, and which step was the best."""
+    share = "" if curve["share"] is None else f", {percent(curve['share'])} of the time of training"
+    where = "it is the model" if curve["loaded"] else f"in checkpoint-{curve['best_step']}, if that step was saved"
+    return (
+        f"While training: {len(curve['points']) - 1} evaluations of {curve['num_problems']:,} problems × n = "
+        f"{curve['n']}, with the same problems and noise at each step, so differences are paired with step 0. They "
+        f"took {curve['seconds']:.1f} s{share}. Best by {curve['metric']}: step {curve['best_step']} ({where})."
+    )
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:

@@ -83,6 +83,7 @@ def compare(
     metrics: str | Path | None = None,
     title: str | None = None,
     ks: Sequence[int] | None = None,
+    curve: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the comparison of two or more evaluations of the same problems; each is paired with the first.
 
@@ -94,6 +95,7 @@ def compare(
         metrics: a metrics.jsonl whose `reward` by `step` becomes the right panel of passk.png.
         title: of the report and the figure; by default the finding, such as "pass@1 62 % → 85 %".
         ks: as in `build`.
+        curve: the evaluations of a run by its steps (`curve.curve_of`), which become training.png and a table.
 
     Returns:
         What report.json holds.
@@ -112,6 +114,7 @@ def compare(
         evaluation.name = name
         _refuse_other_problems(evaluations[0], evaluation)
     report = _report(evaluations, ks, _reward(Path(metrics)) if metrics else None, title)
+    report["curve"] = curve
     Path(out).mkdir(parents=True, exist_ok=True)
     _write(report, evaluations, Path(out))
     return report
@@ -275,6 +278,7 @@ def _report(
         "evaluations": summaries,
         "comparisons": [_comparison(evaluations[0], other, ks) for other in evaluations[1:]],
         "reward": reward,
+        "curve": None,
     }
 
 
@@ -387,8 +391,10 @@ def _reward(path: Path) -> dict[str, Any]:
 def _write(report: dict[str, Any], evaluations: list[Evaluation], out: Path) -> None:
     pictures = figures.draw(report)
     tables = [render.table(report), render.splits(report)] if report["comparisons"] else [render.table(report)]
+    tables += [render.steps(report["curve"])] if report["curve"] else []
     problems = [{problem.id: problem.records for problem in evaluation.problems} for evaluation in evaluations]
     notes = [*(render.provenance(summary) for summary in report["evaluations"]), render.method(report)]
+    notes += [render.cost(report["curve"])] if report["curve"] else []
     for name, png in pictures.items():
         write_atomic(out / name, png)
     write_atomic(out / "passk.csv", render.passk_csv(report))

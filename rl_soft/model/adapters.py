@@ -15,19 +15,20 @@ from transformers import AutoModelForCausalLM
 
 from rl_soft.keys import nearest
 from rl_soft.model.folder import base_of
-from rl_soft.model.quantised import in_4bit
+from rl_soft.model.quantised import dequantised, in_4bit
 
 
 def base_missing(folder: Path, base: str, error: OSError) -> ValueError:
     return ValueError(f"adapter {folder}: its base {base} cannot be loaded: {str(error).strip().splitlines()[0]}")
 
 
-def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -> Any:
+def load_adapter(folder: Path, tokenizer: Any, trainable: bool, whole: bool = False, **kwargs: Any) -> Any:
     """The base of an adapter in a PEFT wrapper with it, on the CPU.
 
     Args:
         tokenizer: what is read with; a base with fewer rows than its tokens gets more, which the adapter fills.
         trainable: whether the weights of the adapter take gradients.
+        whole: makes weights of 4 bits whole again.
         kwargs: of the base's `from_pretrained`.
 
     Raises:
@@ -42,6 +43,7 @@ def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -
         model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
     except OSError as error:
         raise base_missing(folder, base, error) from None
+    model = dequantised(model) if whole else model
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.weight.shape[0] and (folder / "tokenizer_config.json").exists():
         model.resize_token_embeddings(len(tokenizer))

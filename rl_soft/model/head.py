@@ -54,6 +54,7 @@ def soft_log_prob(
     *,
     density: LogProb = densities.gumbel_topk_log_prob,
     thought_mask: Tensor | None = None,
+    kept: Tensor | None = None,
     chunk_size: int | None = None,
     softcap: float | None = None,
     entropy_grad: bool = True,
@@ -71,6 +72,8 @@ def soft_log_prob(
         density: a function of gathered statistics from `densities`.
         thought_mask: (N,) bool; off it the result is the token log-probability of slot 0. Needed by
             `dirichlet_log_prob`; `gumbel_topk_log_prob` gives a one-slot position its token log-probability by itself.
+        kept: (N, W) int64, where positions were drawn from a cut distribution: the ids that it kept beside the
+            support, -1 at absent ones. Log-densities are then of the distribution on it; entropies never are.
         chunk_size: rows per chunk; None takes what keeps a chunk's logits at 32 MiB on a CPU and at 512 MiB elsewhere.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma), before the temperature.
         entropy_grad: False returns the entropy detached, which saves a frozen head one product.
@@ -89,8 +92,13 @@ def soft_log_prob(
             f"log_weights: expected the shape of support {tuple(support.shape)}, got {tuple(log_weights.shape)}"
         )
     plain, present = plain_head(lm_head), densities.is_present(log_weights)
+    if kept is not None:  # as further slots that hold no weight
+        support, present = torch.cat([support, kept.clamp(min=0)], -1), torch.cat([present, kept >= 0], -1)
+        log_weights = torch.cat([log_weights, log_weights.new_full(kept.shape, -torch.inf)], -1)
 
     def log_prob_of(support_log_probs: Tensor, log_outside: Tensor, rows: slice = slice(None)) -> Tensor:
+        if kept is not None:
+            support_log_probs, log_outside = densities.on_kept(support_log_probs, log_weights[rows])
         log_prob = density(support_log_probs, log_outside, log_weights[rows], parameter)
         return log_prob if thought_mask is None else torch.where(thought_mask[rows], log_prob, support_log_probs[:, 0])
 

@@ -5,7 +5,6 @@ The model stays a plain transformers model, apart from one more keyword of its f
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,10 +28,10 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from rl_soft.files import write_atomic
 from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
-from rl_soft.model.folder import SIDE_FILE, is_adapter, model_folder, read_thinking
+from rl_soft.model.folder import is_adapter, model_folder, read_thinking, write_thinking
+from rl_soft.model.gate import GATE, load_gate
 from rl_soft.model.projector import PROJECTOR, Projector, load_projector
 from rl_soft.model.quantised import loading, settle_loaded, stored_with
 from rl_soft.model.side_modules import language_model, module_file
@@ -113,6 +112,7 @@ def load_policy(
     attn_implementation: str | None = None,
     trainable: bool = False,
     quantization: BitsAndBytesConfig | None = None,
+    whole: bool = False,
 ) -> Policy:
     """A policy from a folder of ours, a run, a plain transformers folder, a PEFT adapter folder, or a hub id.
 
@@ -123,6 +123,7 @@ def load_policy(
         trainable: whether the weights of an adapter take gradients.
         quantization: loads the weights (under an adapter: its base's) in 4 bits, see `quantised.four_bits`; None: as
             the folder of an adapter says that it was trained.
+        whole: makes the weights of 4 bits under an adapter whole again, the same numbers in `dtype`.
 
     Returns:
         The policy on the CPU (one of 4 bits on the GPU, if there is one), its projector loaded where the folder has
@@ -142,7 +143,7 @@ def load_policy(
     kwargs |= loading(quantization or stored_with(path))
     tokenizer = load_tokenizer(name_or_path)
     if is_adapter(path):
-        model = load_adapter(path, tokenizer, trainable, **kwargs)
+        model = load_adapter(path, tokenizer, trainable, whole, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     check_tokenizer(tokenizer, model, name_or_path)
@@ -150,6 +151,8 @@ def load_policy(
     align(model)
     if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
+    if module_file(path, GATE).exists():
+        load_gate(language_model(model), path)
     return Policy(model, tokenizer, read_thinking(path))
 
 
@@ -223,8 +226,7 @@ def save(
     if main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         tokenizer.save_pretrained(temporary)
-        side = json.dumps({"format": 1, "thinking": thinking.to_dict(), **(also or {})}, indent=2) + "\n"
-        write_atomic(temporary / SIDE_FILE, side)
+        write_thinking(temporary, thinking, also)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from rl_soft.model.folder import SIDE_FILE
+from rl_soft.model.folder import SIDE_FILE, is_adapter
 
 MISSING = "load_in_4bit needs bitsandbytes; pip install 'rl-soft[quantised]'"
 IN_FILE = "base_in_4bit"  # the key in a model folder's rl_soft.json
@@ -64,6 +65,15 @@ def in_4bit(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
+def dequantised(model: Any) -> Any:
+    """The same numbers as plain weights, in the dtype of the model; a model without 4 bits is returned as it is."""
+    if not in_4bit(model):
+        return model
+    plain = model.dequantize()
+    plain.is_loaded_in_4bit = False
+    return plain
+
+
 def settle_loaded(model: Any) -> None:
     """On a CPU bitsandbytes would lay weights out anew at the first product without gradients, and round that product
     to bfloat16: a rollout would be made by another model than is trained."""
@@ -97,10 +107,19 @@ def in_float32(model: Any, before: dict[str, torch.Tensor]) -> None:
 
 
 def stored_with(folder: Path) -> BitsAndBytesConfig | None:
-    """How the base of an adapter was quantised when the adapter was trained, by its folder."""
-    file = folder / SIDE_FILE
-    values = json.loads(file.read_text()).get(IN_FILE) if file.exists() else None
-    return None if values is None else four_bits(*(values[name] for name in STORED))
+    """How the base of an adapter was quantised when the adapter was trained, by its folder; of a checkpoint, by its
+    run."""
+    file, recipe = folder / SIDE_FILE, folder.parent / "config.yaml"
+    if file.exists():
+        values = json.loads(file.read_text()).get(IN_FILE)
+        return None if values is None else four_bits(*(values[name] for name in STORED))
+    if not (is_adapter(folder) and recipe.exists()):
+        return None
+    run = yaml.safe_load(recipe.read_text())
+    if not run.get("load_in_4bit"):
+        return None
+    dtype = run["bnb_4bit_compute_dtype"] or run["dtype"] or "float32"
+    return four_bits(run["bnb_4bit_quant_type"], dtype, run["use_bnb_nested_quant"])
 
 
 def to_store(model: Any) -> dict[str, Any]:

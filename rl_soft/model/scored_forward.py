@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
+from rl_soft.model.gate import gate_of, mode_log_prob
 from rl_soft.model.head import soft_log_prob, support_statistics
 from rl_soft.model.kl import categorical_kl
 from rl_soft.model.logit_map import LogitMap, logit_map
@@ -32,6 +33,7 @@ from rl_soft.model.sharded import is_sharded
 from rl_soft.model.side_modules import trunk_of
 from rl_soft.model.think import density_of, mix_embeddings, position_ids, think, thought_input
 from rl_soft.model.value_head import state_values
+from rl_soft.thoughts.densities import is_present
 from rl_soft.thoughts.kinds import RATIOS
 from rl_soft.thoughts.thinking import Thinking
 
@@ -49,6 +51,7 @@ class SoftInputs:
     ratio: str = "joint"  # a name of `kinds.RATIOS`
     seeds: Tensor | None = None  # (B,) int64, of the rollout's noise; read by pathwise
     support_log_probs: Tensor | None = None  # (B, C, K) float32, ln pi at the rollout; read by conditional
+    kept: Tensor | None = None  # (B, C, W) int32, of a cut distribution: what it kept beside the support; -1 absent
     entropy_grad: bool = False
     states_only: bool = False  # return the states that the head reads, and nothing else
     aux_loss: bool = False  # return the load-balancing loss of a mixture of experts, too; one teacher-forced pass only
@@ -132,6 +135,7 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
                 temperature(where),
                 density=density,
                 thought_mask=thoughts[where],
+                kept=None if soft.kept is None else soft.kept[where].long(),
                 chunk_size=chunk_size,
                 softcap=head_softcap,
                 entropy_grad=soft.entropy_grad,
@@ -142,6 +146,9 @@ def add_soft_forward(model: PreTrainedModel, chunk_size: int | None = None) -> N
         rest = None
         if ratio.second_factor:
             rest = score(on & thoughts, joint)[0] - log_probs * (on & thoughts)
+        if (gate := gate_of(self, thinking)) is not None:  # two slots or more: a soft thought
+            of_mode = mode_log_prob(gate(hidden), is_present(soft.log_weights[..., 1]))
+            log_probs = log_probs + torch.where(on & thoughts, of_mode, 0.0)
         kl = None
         if soft.ref_states is not None:
             states = hidden[on], self.get_output_embeddings(), soft.ref_states[on], soft.ref_head

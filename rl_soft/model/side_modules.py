@@ -1,4 +1,5 @@
-"""Modules that training adds to a causal LM: its `projector`, its `value_head`.
+"""Modules that training adds to a causal LM: its `projector`, its `value_head`, its
+`switch_gate`.
 
 Each is an attribute of the causal LM under any LoRA adapter, so that the optimizer, DeepSpeed and the model's moves
 see it; on disk it is NAME.safetensors beside the weights, so that these open as a plain model.

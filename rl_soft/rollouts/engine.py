@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from rl_soft.model.gate import gate_of
 from rl_soft.model.head_product import float32_logits
 from rl_soft.model.policy import eos_token_ids
 from rl_soft.model.side_modules import language_model, trunk_of
@@ -63,6 +64,7 @@ def rollout(
     control: str = "none",
     decoding: Decoding | None = None,
     watch: Watch | None = None,
+    keep: bool = False,
 ) -> Rollout:
     """One completion for each prompt.
 
@@ -78,6 +80,7 @@ def rollout(
         control: what is done to the thoughts fed, see `think.disturb`; `shuffle` needs all rows to be live at once.
         decoding: how distributions are cut before positions are drawn, and the cold stop; None does neither.
         watch: called every few steps, and at the end, with the records so far; changes nothing.
+        keep: record which ids a cut kept, as RL needs it; `decoding` then has a top_k.
 
     Returns:
         `Rollout` on the model's device; log-densities are of the policy at the temperatures in `layout.thinking`.
@@ -91,7 +94,7 @@ def rollout(
     check_reading(model)
     if control == "shuffle" and len(prompt_ids) == 1:
         raise ValueError("control shuffle needs at least 2 rows: it feeds each the thoughts of another")
-    return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch).run()
+    return Engine(model, layout, prompt_ids, seeds, eos_ids, token_budget, control, decoding, watch, keep).run()
 
 
 @dataclass
@@ -121,6 +124,7 @@ class Engine:
         control: str = "none",
         decoding: Decoding | None = None,
         watch: Watch | None = None,
+        keep: bool = False,
     ) -> None:
         self.model, self.thinking, self.pad_id = model, layout.thinking, layout.tokenizer.pad_token_id
         self.embedding = model.get_input_embeddings()
@@ -128,7 +132,8 @@ class Engine:
         self.prompts = [tuple(p) for p in prompt_ids]
         eos_ids = eos_token_ids(model, layout.tokenizer) if eos_ids is None else eos_ids
         B, V = len(self.prompts), model.config.get_text_config().vocab_size
-        self.walk = Walk(layout, V, B, seeds, eos_ids, self.device, decoding)
+        gate = gate_of(model, layout.thinking)
+        self.walk = Walk(layout, V, B, seeds, eos_ids, self.device, decoding, keep, gate)
         check_rope(model, self.prompts, self.walk.T)
         self.token_budget, self.control, self.watch = token_budget, control, watch
         self.windows = attention_windows(model)
@@ -154,7 +159,7 @@ class Engine:
 
     def _run(self) -> None:
         looks, hook = LOOK_EVERY.get(self.device.type, 1), None
-        if self.thinking.kind.reads_hidden:
+        if self.thinking.kind.reads_hidden or self.walk.gate is not None:
             trunk = trunk_of(language_model(self.model))
             hook = trunk.register_forward_hook(lambda _, args, out: setattr(self, "read", out.last_hidden_state))
         try:
@@ -244,7 +249,8 @@ class Engine:
         self.one_mask = grain > 1 and sdpa and renumber is None and set(self.windows) == {None}
         self.cache = RowCache(self.windows, self.limit, grain, CHUNK.get(kind, 64), self.device, renumber)
         first = self.embedding.weight[:1] if self.control == "repeat" else None
-        self.live = self.walk.places(self.limit, group.hidden, first)
+        hidden = group.hidden if self.thinking.kind.reads_hidden else None
+        self.live = self.walk.places(self.limit, hidden, first)
 
     # -- step ---------------------------------------------------------------------------------------------------------
 

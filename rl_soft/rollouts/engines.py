@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rl_soft.keys import either
 from rl_soft.model.policy import eos_token_ids
 from rl_soft.rollouts.engine import Watch, rollout
 from rl_soft.rollouts.recording import Rollout
@@ -76,8 +77,12 @@ def roll_of(
         ValueError: a kind of thought that the engine cannot roll out; what a server was not made for.
     """
     for layout in layouts:
-        if engine not in layout.thinking.kind.engines:
-            raise ValueError(f"thought {layout.thinking.thought} is not available with engine {engine}")
+        thinking = layout.thinking
+        if engine not in thinking.engines:
+            what = (
+                f"thought {thinking.thought}" if engine not in thinking.kind.engines else f"switch {thinking.switch}"
+            )
+            raise ValueError(f"{what} is not available with engine {engine}; use engine {either(thinking.engines)}")
     if engine == "ours":
         return rollout
     longest = max(len(layout.prompt_ids(question)) for layout in layouts for question in questions)

@@ -22,8 +22,9 @@ from rl_soft.thoughts.layout import Layout
 class Rollout:
     """B completions, right-padded to the longest, T positions of K slots. Tensors live on the model's device.
 
-    Log-densities, entropy and outside mass are those of the whole distribution at its temperature, also where it was
-    cut (`decoding`) before a position was drawn from it.
+    Entropies are those of the whole distribution at its temperature, also where it was cut (`decoding`) before a
+    position was drawn from it. So are log-densities and outside mass, unless `kept` says what the cut left: then they
+    are those of the distribution on it, which was drawn from.
     """
 
     prompt_ids: list[list[int]]
@@ -40,6 +41,8 @@ class Rollout:
     finished: Tensor  # (B,) bool, ended by an end-of-sequence token
     failed: Tensor  # (B,) bool, stopped by logits that are not finite; all of action_mask is off there
     seeds: Tensor  # (B,) int64
+    mode_log_probs: Tensor | None = None  # (B, T) float32, ln p of the mode, in log_probs too; where a gate switches
+    kept: Tensor | None = None  # (B, T, W) int32, ids that a cut kept beside the support, -1 absent; None: no record
 
     @property
     def lengths(self) -> Tensor:
@@ -85,6 +88,8 @@ class Walk:
         seeds: (B,) int64; None decodes greedily.
         eos_ids: ids that end a completion.
         decoding: cuts and the cold stop; None for neither.
+        keep: whether what a cut kept is recorded.
+        gate: (m, H) -> (m,) logits, where a gate switches thoughts.
     """
 
     def __init__(
@@ -96,8 +101,12 @@ class Walk:
         eos_ids: Sequence[int],
         device: torch.device,
         decoding: Decoding | None = None,
+        keep: bool = False,
+        gate: Any = None,
     ) -> None:
-        self.rules = Rules(layout, vocab_size, eos_ids, seeds is None, device, decoding)
+        self.gate = gate
+        keep = keep and decoding is not None and decoding.cuts
+        self.rules = Rules(layout, vocab_size, eos_ids, seeds is None, device, decoding, keep)
         self.device, self.T, K, pad_id = device, layout.max_completion_length, self.rules.K, self.rules.pad_id
         T = self.T
 
@@ -120,6 +129,12 @@ class Walk:
             failed=zeros(dtype=torch.bool),
             seeds=zeros(dtype=torch.int64) if seeds is None else seeds.to(device),
         )
+        if keep:
+            W = min(self.rules.decoding.top_k, vocab_size)
+            kept = torch.full((B, T + 1, W), -1, dtype=torch.int32, device=device)
+            self.out = replace(self.out, kept=kept)
+        if gate is not None:
+            self.out = replace(self.out, mode_log_probs=zeros(T + 1))
 
     def places(self, S: int, hidden: Tensor | None, first: Tensor | None) -> Live:
         """S free places; `hidden` and `first` (., H) are examples of what is to be kept."""
@@ -150,6 +165,11 @@ class Walk:
         self.out.action_mask[self.out.failed] = False
         T = int(self.out.mask[:, : self.T].sum(-1).max())
         cut: dict[str, Any] = {name: x[:, :T].clone() for name, x in vars(self.out).items() if name in POSITIONS}
+        if self.out.mode_log_probs is not None:
+            cut["mode_log_probs"] = self.out.mode_log_probs[:, :T].clone()
+        if self.out.kept is not None:
+            kept = self.out.kept[:, :T]
+            cut["kept"] = kept[..., : int((kept >= 0).sum(-1).max())].clone()
         return replace(self.out, prompt_ids=prompt_ids, **cut)
 
     def sample(self, live: Live, logits: Tensor, hidden: Tensor | None) -> None:
@@ -159,9 +179,11 @@ class Walk:
             logits: (m, V), any float dtype; hidden: (m, H), what they were made from, where it is kept.
         """
         if not gpu_rules.sampled(self.rules, self.out, live, logits, self.T):
-            drawn = self.rules.draw(live, logits)
+            gate = None if self.gate is None else self.gate(hidden)
+            drawn = self.rules.draw(live, logits, gate)
             for name, value in drawn.recorded().items():
-                getattr(self.out, name)[live.row, live.t] = value
+                record = getattr(self.out, name)
+                record[live.row, live.t] = value.to(record.dtype)
             self.out.finished[live.row] |= self.rules.advance(live, drawn)
             self.out.failed[live.row] |= drawn.bad
             live.t.masked_fill_(live.stage == DONE, self.T)

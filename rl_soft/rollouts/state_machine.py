@@ -27,6 +27,8 @@ from torch import Tensor
 
 from rl_soft.model.think import density_of, next_thought
 from rl_soft.rollouts.kernels import sampling
+from rl_soft.rollouts.switching import log_prob_of_mode, soft_mode, switched
+from rl_soft.thoughts import densities
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.densities import GumbelTopK, SoftToken, fill_absent, is_present
 from rl_soft.thoughts.layout import Layout
@@ -49,6 +51,9 @@ class State:
     capped: Tensor  # (S,) int64, how the thoughts end: 0 on their own, 1 at the cap
     said: Tensor  # (S,) int64, characters of the end of thinking that the thoughts have said, see `EndOfThinking`
     cold: Tensor  # (S,) int64, the last thoughts in a row that were cold
+    mode: Tensor  # (S,) int64, 1 where the last thought was soft, 0 where it was a token (`switching`)
+    dwell: Tensor  # (S,) int64, thoughts since the mode changed
+    reference: Tensor  # (S,) int64, the entropy at that change, in millionths of a nat
 
     def write(self, **values: Any) -> None:
         """In place; numbers or tensors."""
@@ -75,10 +80,14 @@ class Position:
     outside: Tensor  # (m,) float32
     strongest: Tensor  # (m,) int64, the id that was drawn, also where another one is fed
     bad: Tensor  # (m,) bool, logits that are not finite
+    kept: Tensor | None = None  # (m, W) int64
+    mode_log_probs: Tensor | None = None  # (m,) float32
+    is_soft: Tensor | None = None  # (m,) bool, where thoughts switch
 
     def recorded(self) -> dict[str, Tensor]:
         """What is written down, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[:-2]}
+        names = [f.name for f in fields(self) if f.name not in ("strongest", "bad", "is_soft")]
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
 
 class Rules:
@@ -89,6 +98,7 @@ class Rules:
         eos_ids: ids that end a completion.
         greedy: no noise at all.
         decoding: cuts and the cold stop; None for neither.
+        keep: whether what a cut kept is recorded, and densities are those of the distribution on it.
     """
 
     def __init__(
@@ -99,8 +109,9 @@ class Rules:
         greedy: bool,
         device: torch.device,
         decoding: Decoding | None = None,
+        keep: bool = False,
     ) -> None:
-        self.decoding = decoding or Decoding()
+        self.decoding, self.keep = decoding or Decoding(), keep
         self.layout, self.thinking, self.greedy = layout, layout.thinking, greedy
         self.pad_id = pad_id = layout.tokenizer.pad_token_id
         self.K = layout.thinking.support_size(vocab_size)
@@ -118,33 +129,41 @@ class Rules:
 
     def start(self) -> dict[str, int]:
         """The state of a row that begins, but for its seed."""
-        return dict.fromkeys(COUNTERS[1:], 0) | {"stage": THINK if self.thinking.num_thoughts else FORCED, "capped": 1}
+        return dict.fromkeys(COUNTERS[1:], 0) | {
+            "stage": THINK if self.thinking.num_thoughts else FORCED, "capped": 1, "mode": 1
+        }  # fmt: skip
 
-    def draw(self, state: State, logits: Tensor) -> Position:
-        """The next position of m rows, from logits (m, V) of any float dtype."""
+    def draw(self, state: State, logits: Tensor, gate: Tensor | None = None) -> Position:
+        """The next position of m rows, from logits (m, V) of any float dtype; gate: (m,) logits, if one switches."""
         thinking = self.thinking
         is_thought, is_forced, is_answer = state.stage == THINK, state.stage == FORCED, state.stage == ANSWER
         exists = state.stage != DONE
         temperature = torch.where(is_thought, thinking.thought_temperature, thinking.temperature)
-        seeds, fused = None if self.greedy else state.seed, None
+        seeds, fused, kept = None if self.greedy else state.seed, None, None
         if seeds is not None and thinking.kind.has_gumbel_noise and not self.decoding.cuts:
             fused = sampling.draw(logits, temperature, self.K, seeds, state.t)
         if fused is not None:
             action = SoftToken(fused.support, torch.log_softmax(fused.values / thinking.mixing_tau, dim=-1))
+            is_soft = soft_mode(state, is_thought, thinking, fused.entropy, gate, seeds)
         else:
             scaled = logits.float() / temperature[:, None]  # (m, V)
             phi = torch.log_softmax(scaled, dim=-1)
+            before = densities.entropy(scaled) if thinking.switch == "entropy" else None
+            is_soft = soft_mode(state, is_thought, thinking, before, gate, seeds)
             if self.decoding.cuts:
-                action = self._draw_cut(phi, is_thought, seeds, state.t)
+                left = self.decoding.cut(phi, is_thought, thinking)
+                if self.keep:
+                    left, kept = self.decoding.keep(left)
+                action = self._draw_cut(left, is_soft, seeds, state.t)
             else:
-                action = draw(scaled, phi, is_thought, thinking, seeds, state.t)
+                action = draw(scaled, phi, is_soft, thinking, seeds, state.t)
         top = action.support[:, 0]
 
         forced = self.forced_ids[state.capped, state.fed.clamp(max=self.forced_ids.shape[1] - 1)]
         ids = torch.where(is_forced, forced, top)
-        support = torch.where(is_thought[:, None], action.support, self.pad_id)  # (m, K)
+        support = torch.where(is_soft[:, None], action.support, self.pad_id)  # (m, K)
         support[:, 0] = ids
-        log_weights = torch.where(is_thought[:, None], action.log_weights, token_log_weights(action.log_weights))
+        log_weights = torch.where(is_soft[:, None], action.log_weights, token_log_weights(action.log_weights))
 
         inside, _ = fill_absent(support, is_present(log_weights))
         if fused is not None:
@@ -156,9 +175,17 @@ class Rules:
             p = phi.exp()
             entropy = -torch.linalg.vecdot(p, phi)
             log_outside = _log_outside(p, phi, inside)
+            if kept is not None:
+                support_log_probs = left.gather(-1, support)
+                log_outside = left.scatter(-1, inside, -torch.inf).logsumexp(-1)
+                kept = _beside(kept, inside)
         log_prob, parameter = density_of(thinking)
         density = log_prob(support_log_probs, log_outside, log_weights, parameter)
         density = torch.where(is_thought, density, support_log_probs[:, 0])
+        of_mode = None
+        if gate is not None:
+            of_mode = log_prob_of_mode(is_thought, is_soft, gate)
+            density = density + of_mode
 
         # A row whose logits are not finite stops here; the position stays, without an action.
         bad = exists & ~entropy.isfinite()
@@ -179,6 +206,9 @@ class Rules:
             outside=torch.where(sampled, log_outside.exp(), 0.0),
             strongest=top,
             bad=bad,
+            kept=kept,
+            mode_log_probs=None if of_mode is None else torch.where(sampled, of_mode, 0.0),
+            is_soft=None if thinking.switch == "none" else is_soft,
         )
 
     def advance(self, state: State, drawn: Position) -> Tensor:
@@ -199,6 +229,8 @@ class Rules:
             is_cold = is_thought & (drawn.entropy < self.decoding.cold_stop_entropy) & ~bad
             state.write(cold=torch.where(is_cold, state.cold + 1, 0))
             at_cap = at_cap | (is_thought & ~said_end & (state.cold >= self.decoding.cold_stop_length))
+        if drawn.is_soft is not None:
+            state.write(**switched(state, is_thought, drawn.is_soft, drawn.entropy))
         capped = torch.where(said_end, 0, state.capped)
         ready = torch.where(capped == 0, self.forced_length[0], self.forced_length[1])
         stage = torch.where(said_end | at_cap, torch.where(ready > 0, FORCED, ANSWER), state.stage)
@@ -210,18 +242,17 @@ class Rules:
         state.write(stage=stage, t=t, thoughts=thoughts, fed=fed, answered=answered, capped=capped, said=said)
         return stops
 
-    def _draw_cut(self, phi: Tensor, is_thought: Tensor, seeds: Tensor | None, position: Tensor) -> SoftToken:
-        """`draw` from what is left of phi (m, V); where fewer than K ids are, the other slots are absent."""
-        left = self.decoding.cut(phi, is_thought, self.thinking)
-        slots = min(self.decoding.slots_drawn(self.thinking, self.K), phi.shape[-1])
+    def _draw_cut(self, left: Tensor, is_soft: Tensor, seeds: Tensor | None, position: Tensor) -> SoftToken:
+        """`draw` from what is left (m, V); where fewer than K ids are, the other slots are absent."""
+        slots = min(self.decoding.slots_drawn(self.thinking, self.K), left.shape[-1])
         wide = replace(self.thinking, thought_k=slots)
-        support, log_weights = draw(left, left, is_thought, wide, seeds, position)
+        support, log_weights = draw(left, left, is_soft, wide, seeds, position)
         log_weights = log_weights[:, : self.K].log_softmax(-1)
         return SoftToken(support[:, : self.K].masked_fill(~is_present(log_weights), self.pad_id), log_weights)
 
 
 def draw(
-    scaled: Tensor, phi: Tensor, is_thought: Tensor, thinking: Thinking, seeds: Tensor | None, position: Any
+    scaled: Tensor, phi: Tensor, is_soft: Tensor, thinking: Thinking, seeds: Tensor | None, position: Any
 ) -> SoftToken:
     """A thought or a token per row; slot 0 is the token. What `think.next_thought` makes, with one softmax for all.
 
@@ -237,7 +268,7 @@ def draw(
         action = SoftToken(support, torch.log_softmax(values / thinking.mixing_tau, dim=-1))
     if seeds is not None and not kind.has_gumbel_noise:  # tokens have noise of their own
         token = GumbelTopK(scaled, 1, 1.0).sample(seeds=seeds, position=position).support
-        action.support[:, :1] = torch.where(is_thought[:, None], action.support[:, :1], token)
+        action.support[:, :1] = torch.where(is_soft[:, None], action.support[:, :1], token)
     return action
 
 
@@ -247,6 +278,12 @@ def _log_outside(p: Tensor, phi: Tensor, ids: Tensor) -> Tensor:
     if mass.device.type == "cpu" and bool((mass > 1e-30).all()):
         return mass.log()
     return phi.scatter_(-1, ids, -torch.inf).logsumexp(-1)  # nothing underflows; a GPU takes this way, and no look
+
+
+def _beside(kept: Tensor, support: Tensor) -> Tensor:
+    """(m, W): the kept ids that are not in the support (m, K), in their order, then -1."""
+    kept = kept.masked_fill((kept[:, :, None] == support[:, None]).any(-1), -1)
+    return kept.gather(-1, (kept < 0).long().argsort(dim=-1, stable=True))
 
 
 def token_log_weights(like: Tensor) -> Tensor:

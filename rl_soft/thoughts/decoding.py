@@ -10,7 +10,8 @@ the tokens after them alike, each with settings of its own:
     order paper   gumbel: the K most probable are kept first, and noise orders and weighs these alone;
                   dirichlet: weights are drawn for all that is left first, and the K largest are kept
 
-Training has none of this: a set that moves with the weights makes ratios of 0 or infinity (docs/density.md).
+RL records what was kept, and both sides of a ratio are renormalised on it (`of_training`). Without the record, a set
+that moves with the weights makes ratios of 0 or infinity (docs/density.md).
 
 Shapes: m rows that draw together, V vocabulary, W ids that can be left. Nothing here imports torch: `config` reads it.
 """
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
     from rl_soft.thoughts.thinking import Thinking
 
+ORDERS = ("exact", "paper")
 FEW = 256  # ids that are looked at first where a share of the mass is to be held
+MOST_KEPT = 256  # ids that a cut keeps in RL, where each position records them, unless top_k says otherwise
 
 
 @keys(frozen=True)
@@ -41,7 +44,7 @@ class Decoding:
     after_top_k: int | None = key("top_k after the thoughts; as in thinking if absent.", default=None, ge=0)
     after_top_p: Number | None = key("top_p after the thoughts.", default=None, gt=0, le=1)
     after_min_p: Number | None = key("min_p after the thoughts.", default=None, ge=0, le=1)
-    order: Annotated[str, OneOf(("exact", "paper"))] = key(
+    order: Annotated[str, OneOf(ORDERS)] = key(
         "exact: noise on all that is left, then the K strongest. paper: gumbel noise on the K most "
         "probable alone, dirichlet weights before the K largest are kept.",
         default="exact",
@@ -63,6 +66,18 @@ class Decoding:
         """Whether anything is drawn otherwise than without this."""
         whole = (0, 1.0, 0.0)
         return self.order == "paper" or (self.top_k, self.top_p, self.min_p) != whole or self.after != whole
+
+    @classmethod
+    def of_training(cls, top_k: int | None, top_p: float, min_p: float | None, order: str) -> Decoding | None:
+        """The cuts of a policy in RL, from TRL's values; None where nothing is cut.
+
+        The kept ids of each position are recorded, and both sides of a ratio are renormalised on them. So that a
+        record is short, a cut without top_k keeps the MOST_KEPT most probable ids at most.
+        """
+        top_k, min_p = max(top_k or 0, 0), min_p or 0.0  # -1 is none, too
+        if not cls(top_k, top_p, min_p, order=order).cuts:
+            return None
+        return cls(top_k or MOST_KEPT, top_p, min_p, order=order)
 
     def slots_drawn(self, thinking: Thinking, support_size: int) -> int:
         """Slots that a thought has when it is drawn, before the K largest weights are kept; 0 = the vocabulary."""
@@ -110,6 +125,20 @@ class Decoding:
             kept = phi.topk(thinking.thought_k, dim=-1).values[:, -1:]  # (m, 1)
             threshold = threshold.maximum(kept.masked_fill(~is_thought[:, None], -math.inf))
         return phi.masked_fill(phi < threshold, -math.inf).log_softmax(-1)
+
+    def keep(self, left: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids that a cut kept, at most top_k: ids that tie with the last one are not kept in RL.
+
+        Args:
+            left: (m, V), of `cut`.
+
+        Returns:
+            (m, V) as `left`, -inf off these ids, renormalised; (m, W) int64 the ids, the most probable first, -1 where
+            there are fewer than W = min(top_k, V).
+        """
+        values, ids = left.topk(min(self.top_k, left.shape[-1]), dim=-1)
+        kept = left.new_full(left.shape, -math.inf).scatter_(-1, ids, values).log_softmax(-1)
+        return kept, ids.masked_fill(values.isneginf(), -1)
 
 
 def _largest(phi: Tensor, width: int, share: float) -> Tensor:

@@ -105,6 +105,22 @@ def fill_absent(support: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(present, ids, ids.amax(-1, keepdim=True)), present
 
 
+def on_kept(log_probs: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics of a policy that draws from some kept ids alone (top-k, top-p, min-p), renormalised on them.
+
+    Args:
+        log_probs: (..., S) phi of the kept ids, those of the support among them; -inf at absent slots.
+        log_weights: (..., S), -inf off the support.
+
+    Returns:
+        support_log_probs (..., S) and log_outside (...), as a log-density takes them: phi less the log of the kept
+        mass, and the log of the share of the kept mass that is outside the support.
+    """
+    total = _logsumexp(log_probs)
+    outside = _logsumexp(log_probs.masked_fill(is_present(log_weights), -_INF))
+    return log_probs - total.unsqueeze(-1), outside - total
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy, in nats, of softmax(logits); (..., V) -> (...); finite gradients also where logits are -inf."""
     return partial_entropy(logits.log_softmax(-1)).sum(-1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from rl_soft.keys import Number, OneOf, fields, key, keys
+from rl_soft.keys import Number, OneOf, either, fields, key, keys
 from rl_soft.thoughts.kinds import KINDS, Kind
 
 PHASES = ("latent", "explicit")
+SWITCHES = ("none", "entropy", "gate")
 CONTROLS = ("none", "zero", "shuffle", "repeat")  # what an analysis does to the thoughts, see `think.disturb`
 
 
@@ -30,6 +31,12 @@ class Thinking:
     )
     thought_temperature: Number = key("T, which divides the logits before a thought is drawn.", default=1.0, gt=0)
     temperature: Number = key("Sampling temperature of the answer tokens.", default=1.0, gt=0)
+    switch: Annotated[str, OneOf(SWITCHES)] = key(
+        "explicit: which thoughts are soft, the others being tokens. none: all; entropy: where it rises "
+        "(SwiReasoning); gate: as a learned gate draws it.",
+        default="none",
+    )
+    switch_window: int = key("switch entropy: tokens in a row before a thought may be soft again.", default=512, ge=0)
     max_answer_tokens: int = key(
         "The most answer tokens with <eos>; then a completion is truncated.", default=16, ge=1
     )
@@ -55,6 +62,14 @@ class Thinking:
             refuse("thought_k", "0 or at least 2 for thought dirichlet (a single weight is certain)")
         if self.phase == "explicit" and not self.end_of_thinking:
             refuse("end_of_thinking", "a text when phase is explicit")
+        if self.switch != "none" and self.phase != "explicit":
+            refuse("switch", "none when phase is latent (its thoughts are never tokens)")
+        if self.switch != "none" and (not self.kind.mixes or self.kind.has_dirichlet_noise):
+            able = either([name for name, kind in KINDS.items() if kind.mixes and not kind.has_dirichlet_noise
+                           and not kind.reads_hidden])  # fmt: skip
+            refuse("switch", f"none for thought {self.thought}; thought {able} can be a token too")
+        if self.switch != "none" and self.thought_k == 1:
+            refuse("switch", "none when thought_k is 1 (every thought is a token)")
         if "{question}" not in self.question_template:
             refuse("question_template", "a text that contains {question}")
 
@@ -62,6 +77,11 @@ class Thinking:
     def kind(self) -> Kind:
         """What is true of this kind of thought."""
         return KINDS[self.thought]
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of `ENGINES` that can roll it out; vLLM has no gate."""
+        return ("ours",) if self.switch == "gate" else self.kind.engines
 
     @property
     def mixing_tau(self) -> float:

@@ -28,7 +28,9 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from rl_soft.config.refusals import training_cuts
 from rl_soft.model.devices import avoid_cudnn_attention
+from rl_soft.model.gate import KeepsGate, add_gate
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
 from rl_soft.model.quantised import in_float32, trained_values
 from rl_soft.model.scored_forward import add_soft_forward
@@ -41,6 +43,8 @@ from rl_soft.thoughts.noise import address
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train import vllm_rollouts
 from rl_soft.train.checks import check_config, check_model, check_prompts
+from rl_soft.train.evaluations import EvaluatesPassAtK
+from rl_soft.train.groups import FiltersGroups
 from rl_soft.train.metrics import density_gap, ratio_metrics, rollout_metrics
 from rl_soft.train.normaliser import aggregate
 from rl_soft.train.reference import Reference, check_reference
@@ -53,7 +57,7 @@ from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_sec
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
 
 
-class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
+class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups, Guarded, GRPOTrainer):
     """GRPO over soft rollouts.
 
     Args:
@@ -69,7 +73,12 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             one that docs/grpo.md recommends for the kind of thought.
         rest_weight: ratio factored: weight of the second factor in the loss.
         thought_epsilon: clip range of the ratio of thoughts, both ways; None takes that of the answer tokens.
+        filter_groups: the reward by which groups are judged, `accuracy` or its name: a group in which it has one value
+            leaves the loss (docs/groups.md). None keeps all.
+        resample: put other problems into the places of such groups.
+        max_resamples: extra rollouts at most, per rollout.
         chunk_size: positions whose (chunk, V) logits are alive at once in the training pass; None sizes it by memory.
+        order: of the cuts (args.top_k, args.top_p, args.min_p) and the draw, see `rl_soft.Decoding`.
         peft_config: an adapter to train, as in TRL.
         **kwargs: other arguments of `trl.GRPOTrainer`.
 
@@ -106,7 +115,11 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         ratio: str | None = None,
         rest_weight: float = 1.0,
         thought_epsilon: float | None = None,
+        filter_groups: str | None = None,
+        resample: bool = False,
+        max_resamples: int = 3,
         chunk_size: int | None = None,
+        order: str = "exact",
         peft_config: Any = None,
         **kwargs: Any,
     ):
@@ -119,6 +132,7 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
         check_config(args, thinking, ratio, thought_epsilon, given)  # before TRL makes anything
+        self.decoding = training_cuts(vars(args), thinking, ratio, order, args.use_vllm)
         check_model(policy.model, args, thinking, ratio, peft_config)
         check_reference(policy.model, args, peft_config)
         kind = KINDS[thinking.thought]
@@ -145,9 +159,12 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
         wrapped = self.accelerator.unwrap_model(self.model)
         in_float32(wrapped, exact)
         add_soft_forward(wrapped.get_base_model() if is_peft_model(wrapped) else wrapped, chunk_size)
+        self._filter_groups(filter_groups, resample, max_resamples)
         self._reference = Reference(self, chunk_size)
         if kind.reads_hidden:
             add_projector(language_model(wrapped), gated=kind.mixes)  # it is there, and may be frozen
+        if thinking.switch == "gate":  # ZeRO-3 partitions parameters of one dtype only
+            add_gate(language_model(wrapped), wrapped.dtype if self._dist.is_zero3 else torch.float32)
         self._clock = StepClock()
         self.add_callback(self._clock)
         self.full_kl_beta = 0.0  # weight of our KL; TRL's own is then off and makes no reference pass
@@ -182,24 +199,31 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """A rollout, its rewards and advantages, as the dict that TRL buffers, shuffles and splits."""
         self._soft, self._pass = self._roll_out(inputs), None
+        filtered = self._filter if self.model.training else None
         with self._clock.section("scoring"):
+            if filtered and filtered.attempts:
+                inputs = self._resampled(inputs)
             output = super()._generate_and_score_completions(inputs)
+            if filtered:
+                output = self._without_equal_groups(output)
             if self.full_kl_beta:
                 self._soft.ref_states = self._reference.states(self._soft, output)
             return output | self._soft.to_dict()
 
-    def _roll_out(self, rows: list[dict[str, Any]]) -> SoftBatch:
-        prompts, seeds = [self.layout.prompt_ids(row["prompt"]) for row in rows], self._seeds(rows)
+    def _roll_out(self, rows: list[dict[str, Any]], places: list[int] | None = None) -> SoftBatch:
+        """`places`: where, among the rows of this process, these rows stand in for others."""
+        prompts, seeds = [self.layout.prompt_ids(row["prompt"]) for row in rows], self._seeds(rows, places)
         with self._clock.section("rollout"):
             made = self._roll_out_by_vllm(prompts, seeds) if self.use_vllm else self._roll_out_here(prompts, seeds)
             metrics, positions = rollout_metrics(made, self.accelerator)
         self._clock.count("rollout", positions)
-        self._log_all(metrics)
+        if places is None:
+            self._log_all(metrics)
         return SoftBatch.from_rollout(made, self.ratio, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
 
     def _roll_out_here(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
         with whole_model(self) as model:
-            return rollout(model, self.layout, prompts, seeds, self.eos_token_ids)
+            return rollout(model, self.layout, prompts, seeds, self.eos_token_ids, decoding=self.decoding, keep=True)
 
     def _roll_out_by_vllm(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
         if self._pushed_step != self.state.global_step:
@@ -207,13 +231,14 @@ class SoftGRPOTrainer(KeepsProjector, Guarded, GRPOTrainer):
             self._pushed_step = self.state.global_step
         return self._vllm.rollout(prompts, seeds)
 
-    def _seeds(self, rows: list[dict[str, Any]]) -> Tensor:
+    def _seeds(self, rows: list[dict[str, Any]], places: list[int] | None = None) -> Tensor:
         """(B,) addresses of the noise: (run seed, problem id, sample index, step), and never the order of rows."""
         G = self.num_generations if self.model.training else self.num_generations_eval
-        first = self.accelerator.process_index * len(rows)  # groups may straddle processes
-        step = self.state.global_step
+        here = len(rows) if places is None else self.args.per_device_train_batch_size * self.args.steps_per_generation
+        first = self.accelerator.process_index * here  # groups may straddle processes
+        step, numbers = self.state.global_step, range(len(rows)) if places is None else places
         return torch.tensor(
-            [address(self.args.seed, row_id(row), (first + i) % G, step) for i, row in enumerate(rows)]
+            [address(self.args.seed, row_id(row), (first + i) % G, step) for i, row in zip(numbers, rows, strict=True)]
         )
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 from rl_soft.rollouts.recording import Rollout
+from rl_soft.thoughts.densities import is_present
 from rl_soft.train.soft_batch import SoftBatch
 
 
 def rollout_metrics(out: Rollout, accelerator: Any) -> tuple[dict[str, float], float]:
     """Softness, entropy and outside mass of the thoughts of a rollout; and how many positions were sampled.
 
-    Softness is the entropy of the mixing weights, in nats.
+    Softness is the entropy of the mixing weights, in nats; a thought is soft that mixes two ids or more.
     """
     thoughts, answers = out.thought_mask, out.action_mask & ~out.thought_mask  # (B, T)
     softness = -(out.log_weights.exp() * out.log_weights.clamp(min=-1e4)).sum(-1)  # (B, T)
     terms = {
         "softness": (softness * thoughts).sum(),
+        "soft": (is_present(out.log_weights[..., 1:2]).any(-1) & thoughts).sum(),
         "outside": (out.outside * thoughts).sum(),
         "thought entropy": (out.entropy * thoughts).sum(),
         "answer entropy": (out.entropy * answers).sum(),
@@ -32,6 +34,7 @@ def rollout_metrics(out: Rollout, accelerator: Any) -> tuple[dict[str, float], f
     total = dict(zip(terms, summed, strict=True))
     thoughts_in_all, answers_in_all = max(total["thoughts"], 1), max(total["answers"], 1)
     metrics = {
+        "thoughts/soft_share": total["soft"] / thoughts_in_all,
         "thoughts/softness": total["softness"] / thoughts_in_all,
         "thoughts/outside_mass": total["outside"] / thoughts_in_all,
         "thoughts/entropy": total["thought entropy"] / thoughts_in_all,

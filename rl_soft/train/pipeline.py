@@ -2,7 +2,7 @@
 
     start    rows, warm start (run first where it is missing), model, trainer
     before   Pass@k of the model that RL starts from       RL only, as are `after` and `report`
-    fit      training, from the last checkpoint if there is one
+    fit      training, from the last checkpoint if there is one; with eval_strategy Pass@k every eval_steps
     after    Pass@k of the trained model
     report   report.md, report.html, passk.png
 
@@ -16,14 +16,12 @@ import gc
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import GRPOConfig
 
@@ -37,18 +35,22 @@ from rl_soft.config.recipe import (
     warm_start_of,
     write_config,
 )
+from rl_soft.config.refusals import training_cuts
 from rl_soft.data import sources as data
-from rl_soft.evaluation import report as reports
 from rl_soft.evaluation.card import model_card
+from rl_soft.evaluation.curve import DURING, METRICS, report_run
 from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.files import write_atomic
 from rl_soft.model import policy
 from rl_soft.model.devices import device
+from rl_soft.model.gate import add_gate
 from rl_soft.model.quantised import check_divided, to_store
 from rl_soft.thoughts.fit import check_characters, check_rows
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
 from rl_soft.train.codi import codi_trainer
+from rl_soft.train.columns import as_dataset
+from rl_soft.train.evaluations import Curve
 from rl_soft.train.grpo import SoftGRPOTrainer
 from rl_soft.train.icot import icot_trainer
 from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
@@ -156,19 +158,21 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
     model_folder = recipe.output_dir / "model"
     if not model_folder.exists():
         with gathered(start.policy.model):
-            evaluate_as(start, "before", start.policy.model)
+            evaluate_as(start, "before RL", recipe.output_dir / "eval_before", start.policy.model)
         trainer = rl_trainer(start, rows.train, rewards)
         boundary = recipe.extra.updates_per_rollout * start.args.num_iterations
-        fit(trainer, recipe, {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip"}, boundary)
+        shown = {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip", "eval_pass@1": "pass@1"}
+        fit(trainer, recipe, shown, boundary)
+        take_over_records(trainer, recipe.output_dir)
         save(trainer, recipe, start.policy.tokenizer)
         with whole_model(trainer) as model:
-            evaluate_as(start, "after", model)
+            evaluate_as(start, "after RL", recipe.output_dir / "eval_after", model)
     else:
         m = recipe.model
         made = policy.load_policy(str(model_folder), m.dtype or "float32", m.attn_implementation)
         model = made.model.to(start.args.device)
         with gathered(model):
-            evaluate_as(start, "after", model)
+            evaluate_as(start, "after RL", recipe.output_dir / "eval_after", model)
     if start.args.process_index == 0 and recipe.data.eval_problems:
         report(recipe)
 
@@ -187,63 +191,88 @@ def start_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> Start:
         "temperature": thinking.temperature,
         **batch_plan(recipe, world_size()),
     }
+    if recipe.values.get("eval_strategy", "no") != "no":  # of TRL's own loop, which is not run
+        values["num_generations_eval"] = 1
     args = (SoftPPOConfig if recipe.method == "ppo" else GRPOConfig)(**training_values(recipe) | values)
     check_processes(args)
     check_divided(start.model, divided(args))
+    if thinking.switch == "gate":
+        add_gate(policy.language_model(start.model))  # the evaluation before RL has it, too
     start.model.to(args.device)
     return Start(recipe, start, layout, args, rows.test)
 
 
 def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> SoftGRPOTrainer:
     recipe, extra, model = start.recipe, start.recipe.extra, start.policy.model
-    own = ["ratio", "rest_weight", "thought_epsilon", "chunk_size"]
+    own = ["ratio", "rest_weight", "thought_epsilon", "chunk_size", "order"]
+    if recipe.method == "grpo":
+        own += ["filter_groups", "resample", "max_resamples"]
     if recipe.method == "ppo":
         own += ["gamma", "lam", "vf_coef", "value_clip", "value_learning_rate"]
-    return (SoftPPOTrainer if recipe.method == "ppo" else SoftGRPOTrainer)(
+    evaluates = start.args.eval_strategy != "no"
+    trainer = (SoftPPOTrainer if recipe.method == "ppo" else SoftGRPOTrainer)(
         model,
         rewards,
         start.args,
-        Dataset.from_list([{"prompt": row.question, **row_columns(row)} for row in rows]),
+        as_dataset(rows),
+        as_dataset(start.test) if evaluates else None,
         processing_class=start.policy.tokenizer,
         peft_config=None if hasattr(model, "peft_config") else lora_config(recipe),
         thinking=recipe.thinking,
         **{name: getattr(extra, name) for name in own},
     )
+    if evaluates:
+        add_curve(trainer, start)
+    return trainer
 
 
-def evaluate_as(start: Start, name: str, model: Any) -> None:
-    """Pass@k records of `model` into eval_before/ or eval_after/."""
+def evaluate_as(start: Start, name: str, folder: Path, model: Any) -> None:
+    """Pass@k records of `model` into `folder`; the policy is the one that is trained, cuts included."""
     recipe = start.recipe
     if not recipe.data.eval_problems:
         return
     source = str(recipe.output_dir / "model")
-    if name == "before":
+    if name == "before RL":
         source = str(recipe.model.warm_start or recipe.model.model_name_or_path)
     with as_trained(model, start.args):
         evaluate(
             model,
             start.layout,
             start.test,
-            recipe.output_dir / f"eval_{name}",
-            name=f"{name} RL",
+            folder,
+            name=name,
             model_name=source,
             dataset=recipe.data.eval_dataset or recipe.data.dataset,
             samples=recipe.eval.eval_samples,
             seed=recipe.eval.eval_seed,
             batch_size=recipe.eval.eval_batch_size,
             config=recipe.values,
+            decoding=training_cuts(recipe.values, start.layout.thinking, recipe.extra.ratio, recipe.extra.order),
         )
+
+
+def add_curve(trainer: SoftGRPOTrainer, start: Start) -> None:
+    """Evaluations while training, with the problems, samples and noise of those before and after."""
+
+    def evaluate_step(folder: Path, model: Any) -> None:
+        evaluate_as(start, folder.name.replace("-", " "), folder, model)
+
+    trainer.curve = Curve(trainer, evaluate_step, start.recipe.output_dir, start.recipe.eval.eval_k)
+
+
+def take_over_records(trainer: SoftGRPOTrainer, run: Path) -> None:
+    """Where the model that training ended with was evaluated already, `eval_after` starts from those records."""
+    state = trainer.state
+    step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    made, records = run / DURING / f"step-{step}", run / "eval_after" / "records.jsonl"
+    if trainer.is_world_process_zero() and (made / METRICS).exists() and not records.exists():
+        records.parent.mkdir(exist_ok=True)
+        write_atomic(records, (made / "records.jsonl").read_text())
 
 
 def report(recipe: Recipe) -> None:
     out = recipe.output_dir
-    figures = reports.compare(
-        [out / "eval_before", out / "eval_after"],
-        out=out,
-        names=["before RL", "after RL"],
-        metrics=out / "metrics.jsonl",
-        ks=recipe.eval.eval_k,
-    )
+    figures = report_run(out)
     write_atomic(out / "model" / "README.md", model_card(out / "model", recipe.values, figures))
     logger.info("%s; report: %s", figures["title"], out / "report.md")
 
@@ -300,16 +329,15 @@ def validate_every(trainer: Any, recipe: Recipe, layout: Layout, rows: list[data
 # Parts that all methods share
 
 
-def row_columns(row: data.Row) -> dict[str, Any]:
-    return {"id": row.id, "answer": row.answer, "answer_type": row.answer_type, "source": row.source}
-
-
 def training_values(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of the trainer's configuration: our defaults, then the recipe's keys."""
     # On a CPU `use_cpu` must be an argument of the trainer: as an accelerate setting or in the environment it turns
     # DeepSpeed or the second process off without a word.
     defaults = trainer_defaults(recipe.method) | {"use_cpu": device() == "cpu", "bf16": False}
-    return {**defaults, **recipe.training, "output_dir": str(recipe.output_dir)}
+    values = {**defaults, **recipe.training, "output_dir": str(recipe.output_dir)}
+    if recipe.values.get("eval_strategy", "no") != "no":
+        values["metric_for_best_model"] = values.get("metric_for_best_model") or "pass@1"
+    return values
 
 
 def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> None:
@@ -331,8 +359,12 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
     last = last_checkpoint(recipe.output_dir)
     if last is not None:
         check_resumable(last, trainer.args)
-    with interrupt, lost_processes(), suppress(Finished):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with interrupt, lost_processes():
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except Finished:
+            if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+                trainer._load_best_model()
     if interrupt.stopped:
         if trainer.is_world_process_zero():
             logger.info("stopped at step %d with a checkpoint; the same command resumes", trainer.state.global_step)

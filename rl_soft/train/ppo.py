@@ -119,6 +119,8 @@ class SoftPPOTrainer(SoftGRPOTrainer):
         **kwargs: Any,
     ):
         refuse_pathwise(kwargs.get("ratio"))
+        if kwargs.get("filter_groups") is not None:
+            raise ValueError("filter_groups: PPO has no groups to leave out; use SoftGRPOTrainer")
         self.gamma, self.lam, self.vf_coef, self.value_clip = gamma, lam, vf_coef, value_clip
         self.value_learning_rate = value_learning_rate
         super().__init__(*args, **kwargs)

@@ -16,7 +16,7 @@ from rl_soft.data import sources as data
 from rl_soft.evaluation.judging import check_golds
 from rl_soft.keys import Gathered
 from rl_soft.model.folder import model_folder
-from rl_soft.train.reward_functions import reward_functions
+from rl_soft.train.reward_functions import filtered_reward, logged_names, reward_functions
 
 
 class Rows(NamedTuple):
@@ -63,7 +63,16 @@ def world_size() -> int:
 def check_rl(recipe: Recipe) -> list[Callable]:
     """The reward functions of a recipe, whose batches divide over the processes."""
     batch_plan(recipe, world_size())
-    return reward_functions(recipe.extra.rewards)
+    return rewards_of(recipe)
+
+
+def rewards_of(recipe: Recipe) -> list[Callable]:
+    """Raises ValueError for a reward that cannot be found, and for a filter_groups that names none."""
+    functions = reward_functions(recipe.extra.rewards)
+    name = getattr(recipe.extra, "filter_groups", None)
+    if name is not None:
+        filtered_reward(name, logged_names(functions))
+    return functions
 
 
 def check_ready(recipe: Recipe) -> None:
@@ -83,7 +92,7 @@ def check_ready(recipe: Recipe) -> None:
         with gathered:
             batch_plan(recipe, world_size())
         with gathered:
-            reward_functions(recipe.extra.rewards)
+            rewards_of(recipe)
     with gathered:
         _check_rows(recipe, quickly=bool(gathered.lines))
     gathered.tell()

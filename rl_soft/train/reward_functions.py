@@ -25,7 +25,7 @@ logger = logging.getLogger("rl_soft")
 # What TRL or our rollout passes by keyword at each call: no parameters of a recipe.
 PASSED = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
-    "thoughts", "answer_text", "id", "answer", "answer_type", "source",
+    "thoughts", "answer_text", "id", "answer", "answer_type", "source", "metadata",
 }  # fmt: skip
 
 
@@ -50,6 +50,37 @@ def own_names(names: Sequence[str]) -> list[str]:
         if own[-1] != name:
             logger.info("reward %d is logged as %s: another one is called %s too", i + 1, own[-1], name)
     return own
+
+
+def filtered_reward(name: str, names: Sequence[str]) -> int:
+    """The number of the reward that `filter_groups` names: its logged name, or `accuracy` for the one that ends so.
+
+    Raises:
+        ValueError: no such reward, or several that end in accuracy.
+    """
+    if name in names:
+        return names.index(name)
+    found = [i for i, other in enumerate(names) if other.endswith("accuracy")] if name == "accuracy" else []
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(names)
+    if found:
+        raise ValueError(f"filter_groups accuracy: {len(found)} rewards end in accuracy; name one of {known}")
+    if name == "accuracy":
+        raise ValueError(f"filter_groups accuracy: no reward's name ends in accuracy; name one of {known}")
+    raise ValueError(
+        f"filter_groups must be accuracy or the name of a reward ({known}), got {name!r}{nearest(name, names)}"
+    )
+
+
+def logged_names(functions: Sequence[Callable]) -> list[str]:
+    """The names of reward functions as TRL takes them, each its own."""
+    names = []
+    for function in functions:
+        while isinstance(function, functools.partial):
+            function = function.func
+        names.append(getattr(function, "__name__", type(function).__name__))
+    return own_names(names)
 
 
 def _reward(entry: Any) -> Callable:

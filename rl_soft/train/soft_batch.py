@@ -33,6 +33,7 @@ class SoftBatch:
     sampled_log_probs: Tensor  # (B, C) float32, the rollout's log-densities of what the ratio scores; 0 elsewhere
     support_log_probs: Tensor  # (B, C, K) float32, ln pi of the slots at the rollout
     seeds: Tensor  # (B,) int64, of the noise
+    kept: Tensor | None = None  # (B, C, W) int32, of a cut distribution: what it kept beside the support; -1 absent
     ref_states: Tensor | None = None  # (B, C, H), what the reference's head reads; with a KL for K > 1
     rewards: Tensor | None = None  # (B,) float32, NaN where no reward applies; PPO
 
@@ -42,12 +43,13 @@ class SoftBatch:
         compared, sampled = RATIOS[ratio], rollout.log_probs
         if compared.scores == "strongest" and not compared.second_factor:
             sampled = rollout.support_log_probs[..., 0]
+            if rollout.mode_log_probs is not None:
+                sampled = sampled + rollout.mode_log_probs
         elif compared.scores is None:
             sampled = rollout.log_probs * ~rollout.thought_mask
 
         def padded(x: Tensor, value: float = 0) -> Tensor:
-            extra = -x.shape[1] % (pad_to_multiple_of or 1)
-            return F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra), value=value) if extra else x
+            return fitted(x, x.shape[1] + -x.shape[1] % (pad_to_multiple_of or 1), value)
 
         return cls(
             completion_ids=padded(rollout.completion_ids, pad_id),
@@ -59,6 +61,7 @@ class SoftBatch:
             sampled_log_probs=padded(sampled),
             support_log_probs=padded(rollout.support_log_probs),
             seeds=rollout.seeds,
+            kept=None if rollout.kept is None else padded(rollout.kept, -1),
         )
 
     @classmethod
@@ -72,6 +75,28 @@ class SoftBatch:
     def take(self, rows: slice) -> SoftBatch:
         return SoftBatch(**{name: x[rows] for name, x in self.to_dict().items()})
 
+    def rows(self, numbers: list[int]) -> SoftBatch:
+        return SoftBatch(**{name: x[numbers] for name, x in self.to_dict().items()})
+
+    def replaced(self, places: list[int], other: SoftBatch, pad_id: int, pad_to_multiple_of: int | None) -> SoftBatch:
+        """With the rows of `other`, in their order, at `places`; as many positions as the longest completion has."""
+        if not places:
+            return self
+        padding = {"completion_ids": pad_id, "support": pad_id, "log_weights": -torch.inf, "kept": -1}
+        lengths = self.lengths.clone()
+        lengths[places] = other.lengths
+        C = int(lengths.max())
+        C += -C % (pad_to_multiple_of or 1)
+        made = {}
+        for name, x in self.to_dict().items():
+            x, new = x.clone(), getattr(other, name)
+            if x.dim() > 1:
+                widest = max(x.shape[-1], new.shape[-1]) if x.dim() > 2 else None  # what cuts kept may be more or less
+                x, new = (fitted(y, C, padding.get(name, 0), widest) for y in (x, new))
+            x[places] = new
+            made[name] = x
+        return SoftBatch(**made)
+
     def inputs(self, prompt_ids: Tensor, thinking: Thinking, ratio: str, **more: Any) -> SoftInputs:
         """What the model's forward takes as `soft`; prompt_ids (B, P), and fields of `SoftInputs` in `more`."""
         return SoftInputs(
@@ -84,6 +109,7 @@ class SoftBatch:
             ratio=ratio,
             seeds=self.seeds,
             support_log_probs=self.support_log_probs,
+            kept=self.kept,
             ref_states=self.ref_states,
             **more,
         )
@@ -91,6 +117,13 @@ class SoftBatch:
     def rows_of(self, values: Tensor) -> list[list[Any]]:
         """(B, C) values as a list per completion, without the padding."""
         return [row[:n] for row, n in zip(values.tolist(), self.lengths.tolist(), strict=True)]
+
+
+def fitted(x: Tensor, positions: int, value: float, width: int | None = None) -> Tensor:
+    """(B, C, ...) with so many positions: padded on the right with `value`, or cut; `width`: of W in (B, C, W)."""
+    x = x if width is None else F.pad(x, (0, width - x.shape[-1]), value=value)
+    extra = positions - x.shape[1]
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra), value=value) if extra > 0 else x[:, :positions]
 
 
 class Pass(NamedTuple):
@@ -120,12 +153,12 @@ def with_second_factor(inputs: dict[str, Any], thought_mask: Tensor, weight: flo
     TRL's masks multiply the loss, so they carry the factor's weight.
     """
     ids, mask = inputs["completion_ids"], inputs["completion_mask"]  # (B, C)
-    advantages = inputs["advantages"]
+    advantages, sampled = inputs["advantages"], inputs["tool_mask"].float()
     return {
         **inputs,
         "completion_ids": torch.cat([ids, torch.full_like(ids, pad_id)], dim=1),
         "completion_mask": torch.cat([mask, mask], dim=1),
-        "tool_mask": torch.cat([inputs["tool_mask"].float(), thought_mask.float() * weight], dim=1),
+        "tool_mask": torch.cat([sampled, sampled * thought_mask * weight], dim=1),
         "advantages": advantages if advantages.dim() == 1 else advantages.repeat(1, 2),
     }
 

@@ -65,9 +65,10 @@ def write(tmp_path, **values):
         ({"eval_k": [0, 2]}, r"eval_k must be at least 1 each, got \[0, 2\]"),
         ({"phase": "explicit"}, "end_of_thinking must be a text"),
         # keys that would have no effect
-        ({"top_p": 0.9}, "top_p is not available: training draws from the whole distribution"),
-        ({"method": "ppo", "top_k": 30}, "top_k is not available"),
-        ({"min_p": 0.1}, "min_p is not available"),
+        ({"top_p": 1.2}, "top_p must be above 0 and at most 1, got 1.2"),
+        ({"top_k": 30, "use_vllm": True}, "top_k 30 with use_vllm: vLLM does not return the ids that a cut kept"),
+        ({"min_p": 0.1, "ratio": "pathwise"}, "min_p 0.1: ratio pathwise makes thoughts again"),
+        ({"order": "papers"}, "order must be one of exact, paper, got 'papers'"),
         ({"repetition_penalty": 1.1}, "repetition_penalty is not available"),
         ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs is not available"),
         (
@@ -97,8 +98,9 @@ def test_a_mistake_names_the_field_and_the_way_out(tmp_path, values, message):
 
 
 def test_all_mistakes_of_a_recipe_are_told_at_once(tmp_path, capsys):
-    wrong = {"thought_kay": 1, "torch_dtype": "float16", "learning_rate": "abc", "thought_tau": 0, "top_p": 0.9,
-             "lora_r": 0, "dataset": None, "output_dir": None, "reward_weights": [1, 2]}  # fmt: skip
+    wrong = {"thought_kay": 1, "torch_dtype": "float16", "learning_rate": "abc", "thought_tau": 0,
+             "repetition_penalty": 0.9, "lora_r": 0, "dataset": None,
+             "output_dir": None, "reward_weights": [1, 2]}  # fmt: skip
     with pytest.raises(SystemExit):
         main(["check", str(write(tmp_path, **wrong))])
     lines = capsys.readouterr().err.splitlines()
@@ -156,7 +158,7 @@ def test_the_resolved_recipe_names_our_defaults_of_the_trainer(tmp_path, method)
 def test_a_run_made_before_a_key_was_resolved_or_refused_is_still_that_run(tmp_path):
     recipe = load_recipe(write(tmp_path))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**recipe.values, "top_p": 0.9}))
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**recipe.values, "repetition_penalty": 0.9}))
     from rl_soft.config.recipe import check_output_dir
 
     assert check_output_dir(recipe)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rewards.scorers import UNSCORED
 from rl_soft.data.equations import equations, holds
-from rl_soft.data.generated import UNSCORED
 from rl_soft.data.sources import Row, assert_disjoint, load_rows, question_hash
 from rl_soft.data.stored import CATALOGUE
 
@@ -391,7 +391,7 @@ def test_catalogue(
 
 def test_every_catalogued_set_is_tested() -> None:
     marks = test_catalogue.pytestmark[0].args[1]
-    assert {case[0] for case in marks} | {"gpqa-diamond"} == set(CATALOGUE)
+    assert {case[0] for case in marks} | {"gpqa-diamond", "livecodebench"} == set(CATALOGUE)
 
 
 def test_programs_have_their_prompt_and_entry_point(tmp_path: Path) -> None:

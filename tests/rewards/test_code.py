@@ -12,8 +12,7 @@ from conftest import ROOT
 
 from rewards import sandbox
 from rewards.code import extract_program, judge_programs, readable_tests
-from rewards.scorers import judge_puzzles, plain_mathematics, readings
-from rl_soft.data.generated import UNSCORED
+from rewards.scorers import UNSCORED, judge_puzzles, plain_mathematics, readings
 from rl_soft.data.sources import load_rows as load
 
 TESTS = "assert f(2) == 4\nassert f(3) == 9\n"

@@ -65,7 +65,7 @@ def train(trainer, **kwargs):
 
 def soft_trainer(tmp_path, thinking=THINKING, made=None, **values):
     peft = values.pop("peft_config", None)
-    own = {k: values.pop(k) for k in ("ratio", "rest_weight", "thought_epsilon") if k in values}
+    own = {k: values.pop(k) for k in ("ratio", "rest_weight", "thought_epsilon", "order") if k in values}
     own.setdefault("ratio", "joint")
     made = made or tiny_policy()
     return SoftGRPOTrainer(
@@ -330,7 +330,7 @@ def test_adapter_opens_with_peft_alone(tmp_path):
         (replace(THINKING, phase="explicit", end_of_thinking="#"), {"ratio": "conditional"}, "needs phase latent"),
         (THINKING, {"train_dataset": dataset().add_column("image", ["x"] * 8)}, "train_dataset has a column image"),
         (THINKING, {"args": {"vllm_max_model_length": 9}}, "it is read with use_vllm true"),
-        (THINKING, {"args": {"top_p": 0.9}}, "top_p is not available"),
+        (THINKING, {"args": {"top_p": 0.9}, "ratio": "conditional"}, "top_p 0.9: ratio conditional makes thoughts"),
         (THINKING, {"args": {"use_transformers_paged": True}}, "continuous batching takes token ids only"),
         (THINKING, {"args": {"gradient_checkpointing": True}, "ratio": "pathwise"}, "gradient_checkpointing"),
         (THINKING, {"args": {"importance_sampling_level": "sequence"}, "thought_epsilon": 0.1}, "thought_epsilon: "),

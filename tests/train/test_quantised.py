@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from rl_soft.cli.opening import load_policy as open_policy
 from rl_soft.config.arguments import EvaluationArguments
 from rl_soft.model import policy
+from rl_soft.model.export import export
 from rl_soft.model.quantised import check_divided, four_bits, in_4bit, settle_loaded
 from rl_soft.train import pipeline as train
 
@@ -69,11 +70,17 @@ def test_qlora_is_trained_saved_resumed_and_loaded_by_plain_peft(tmp_path, value
 
 
 def test_an_evaluation_opens_what_was_trained(tmp_path):
-    train.run(recipe(tmp_path, load_in_4bit=True, max_steps=2))
+    train.run(recipe(tmp_path, load_in_4bit=True, max_steps=2, save_steps=2))
     folder = str(tmp_path / "rl/model")
     opened = open_policy(folder, EvaluationArguments(model_name_or_path="x", output_dir="o", dataset="d")).model
     assert isinstance(opened, PeftModel), "not merged: the sum would be rounded to 4 bits"
-    assert torch.equal(logits(opened), logits(policy.load_policy(folder).model))
+    trained = logits(opened)
+    assert torch.equal(trained, logits(policy.load_policy(folder).model))
+    for source, name in ((folder, "whole"), (str(tmp_path / "rl/checkpoint-2"), "of a checkpoint")):
+        export(source, tmp_path / name)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert {p.dtype for p in plain.parameters()} == {torch.float32}
+        assert (logits(plain) - trained).abs().max() < 1e-5
 
 
 def test_rl_goes_on_with_a_quantised_codi_run_and_refuses_to_without_its_4_bits(tmp_path):

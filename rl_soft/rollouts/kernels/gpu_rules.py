@@ -38,6 +38,7 @@ def takes(rules: Any, logits: Tensor) -> bool:
     kind, decoding = rules.thinking.kind, rules.decoding
     return (
         not (rules.greedy or decoding.cuts or decoding.cold_stop_entropy)
+        and rules.thinking.switch == "none"
         and kind.has_gumbel_noise
         and not kind.has_dirichlet_noise
         and 0 < rules.K <= min(logits.shape[-1], gpu_sampling.SLOTS)

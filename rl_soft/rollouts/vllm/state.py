@@ -116,6 +116,8 @@ class SoftModelState(DefaultModelState):
         thinking = settings.thinking
         if thinking.kind.needs_projector and self.model.projector is None:
             return f"thought {thinking.thought} needs a model with a projector"
+        if "vllm" not in thinking.engines:
+            return f"switch {thinking.switch} is not available with engine vllm"
         try:
             check_limits(thinking, self.vocab_size, self.slots, self.thoughts)
             forced = self.rules(settings).forced_ids.tolist()

@@ -82,12 +82,13 @@ class Finished(Exception):
 class Interrupt(TrainerCallback):
     """SIGINT or SIGTERM on any process: all of them save at the next rollout boundary and stop.
 
-    A buffered rollout is not part of a checkpoint, so every checkpoint waits for such a boundary.
+    A buffered rollout is not part of a checkpoint, so every checkpoint waits for such a boundary, and an evaluation
+    with it: the best one must have a checkpoint.
     """
 
     def __init__(self, boundary: int):
         self.boundary, self.asked, self.stopped = boundary, False, False
-        self.owed = False  # a checkpoint that waits for the boundary
+        self.owed = self.owed_evaluation = False  # what waits for the boundary
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -109,10 +110,12 @@ class Interrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step % self.boundary and not control.should_training_stop:
             self.owed |= control.should_save
-            control.should_save = False
+            self.owed_evaluation |= control.should_evaluate
+            control.should_save = control.should_evaluate = False
             return control
         control.should_save |= self.owed
-        self.owed = False
+        control.should_evaluate |= self.owed_evaluation
+        self.owed = self.owed_evaluation = False
         asked = torch.tensor(float(self.asked), device=args.device)
         processes = PartialState()
         if processes.num_processes > 1:
@@ -157,6 +160,13 @@ class KnownFailures(TrainerCallback):
             "in {n} logged rollouts in a row all completions of every prompt got the same reward, so there is nothing "
             "to learn from: the problems are too hard or too easy, the temperature is too low, or the reward is "
             "constant",
+        ),
+        (
+            "groups/left_out",
+            lambda share: share >= 1,
+            PATIENCE,
+            "in {n} logged rollouts in a row no group was left to learn from (filter_groups): the problems are too "
+            "hard or too easy; take others, more num_generations, or resample true with a larger max_resamples",
         ),
         (
             "completions/clipped_ratio",

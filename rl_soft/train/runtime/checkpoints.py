@@ -26,7 +26,7 @@ class Checkpoints(TrainerCallback):
     """Marks a checkpoint as complete when every process has written its part, and only then deletes older ones.
 
     transformers writes a checkpoint file by file into its final folder and deletes the oldest before other processes
-    are done; a kill in between would leave half a checkpoint as the newest, or none.
+    are done; a kill in between would leave half a checkpoint as the newest, or none. The best one is never deleted.
     """
 
     def __init__(self, args: Any):
@@ -40,7 +40,7 @@ class Checkpoints(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / "README.md").unlink(missing_ok=True)  # an empty form of PEFT's
             write_atomic(folder / COMPLETE, json.dumps(content) + "\n")
-            rotate_checkpoints(args.output_dir, self.keep)
+            rotate_checkpoints(args.output_dir, self.keep, state.best_model_checkpoint)
         processes.wait_for_everyone()
 
 

@@ -282,7 +282,8 @@ class Guarded:
                 raise ValueError(
                     f"reward {name} was None for every completion of {n} rollout{'s' * (n > 1)}, so there is nothing "
                     "to learn from it: None means that a reward does not apply to a row. Look at the columns that it "
-                    "reads; the trainer passes answer, answer_type, source, id, thoughts and answer_text"
+                    "reads; the trainer passes answer, answer_type, source, id, thoughts, answer_text and the other "
+                    "columns of the rows"
                 )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -39,6 +39,8 @@ def check_recipe(recipe: Recipe) -> None:
         refuse_fsdp(f"thought {recipe.thinking.thought}")
     elif recipe.method in RL_METHODS and RATIOS[recipe.extra.ratio].one_by_one:
         refuse_fsdp(f"ratio {recipe.extra.ratio}")
+    if uses_fsdp() and recipe.thinking.switch == "gate":
+        raise ValueError("switch gate is not available under FSDP2, which cannot divide its bias; use --zero 0 to 3")
 
 
 def check_fsdp() -> None:

@@ -40,6 +40,8 @@ def test_controls_of_decoding_and_greedy(engines):
         Job(made, replace(EXPLICIT, thought="dirichlet"), decoding=paper),
         Job(made, LATENT, decoding=paper),
         Job(made, EXPLICIT, greedy=True),
+        Job(made, replace(EXPLICIT, switch="entropy", switch_window=1)),
+        Job(made, replace(EXPLICIT, thought="soft", switch="entropy", switch_window=0), decoding=cut),
         Job(made, replace(LATENT, thought_temperature=0.7, temperature=0.5, thought_tau=0.2)),
     ]
     for job, theirs in zip(jobs, together(llm, jobs), strict=True):

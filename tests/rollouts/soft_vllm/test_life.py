@@ -121,6 +121,7 @@ def test_an_abort_leaves_the_others_alone(engines):
 @pytest.mark.parametrize("thinking, words", [
     (replace(EXPLICIT, num_thoughts=13), "num_thoughts 13 is above the 12"),
     (replace(LATENT, thought="hybrid"), "needs a model with a projector"),
+    (replace(EXPLICIT, switch="gate"), "switch gate is not available with engine vllm"),
 ])  # fmt: skip
 def test_what_an_engine_was_not_made_for_ends_at_once(engines, caplog, thinking, words):
     made, llm = engines("llama")
