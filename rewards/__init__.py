@@ -1,14 +1,13 @@
 """Rule-based rewards; importable without torch, usable under stock TRL as `rewards.accuracy.math_accuracy`."""
 
 from rewards.accuracy import math_accuracy
-from rewards.lengths import CosineLength, relative_length
 from rewards.puzzles import puzzle_accuracy
-from rewards.shaping import LengthCost, Overlong, StrictFormat, ThoughtCost
+from rewards.shaping import CosineScaled, LengthCost, Overlong, StrictFormat, ThoughtCost, relative_length
 from rewards.style import CodeFormat, Repetition, answer_format, reasoning_steps, tag_count, think_format
 
 __all__ = [
     "CodeFormat",
-    "CosineLength",
+    "CosineScaled",
     "LengthCost",
     "Overlong",
     "Repetition",

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from rl_soft.keys import nearest
 
-QUANTISED = "weights are not quantised here; use_peft trains an adapter, and dtype bfloat16 halves their memory"
 CALLED = {  # name elsewhere -> the key here, which it is read as
     "torch_dtype": "dtype",
     "model": "model_name_or_path",
@@ -20,6 +19,8 @@ CALLED = {  # name elsewhere -> the key here, which it is read as
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "dataset_name": "dataset",
     "dataset_id_or_path": "dataset",
     "train_dataset": "dataset",
@@ -44,11 +45,11 @@ READ = {  # name elsewhere -> what `theirs` makes of it
     "warmup_ratio": "warmup_steps; a number below 1 is a share of all steps",
     "num_processes": "./launch.sh RECIPE --nproc N",
     # parameters of open-r1's rewards
-    "cosine_min_value_wrong": "CosineLength: {min_value_wrong: NUMBER}",
-    "cosine_max_value_wrong": "CosineLength: {max_value_wrong: NUMBER}",
-    "cosine_min_value_correct": "CosineLength: {min_value_correct: NUMBER}",
-    "cosine_max_value_correct": "CosineLength: {max_value_correct: NUMBER}",
-    "cosine_max_len": "CosineLength: {max_len: NUMBER}",
+    "cosine_min_value_wrong": "CosineScaled: {min_value_wrong: NUMBER}",
+    "cosine_max_value_wrong": "CosineScaled: {max_value_wrong: NUMBER}",
+    "cosine_min_value_correct": "CosineScaled: {min_value_correct: NUMBER}",
+    "cosine_max_value_correct": "CosineScaled: {max_value_correct: NUMBER}",
+    "cosine_max_len": "CosineScaled: {max_length: NUMBER}",
     "repetition_n_grams": "Repetition: {ngram_size: NUMBER}",
     "repetition_max_penalty": "Repetition: {max_penalty: NUMBER}",
     "code_language": "CodeFormat: {language: NAME}",
@@ -84,6 +85,8 @@ BECOMES = {  # name elsewhere -> what to write here
     "dataset_configs": "write dataset_options: {config: NAME}; one of them",
     "dataset_mixer": "one data set is trained on; write the rows into one .jsonl file",
     "datasets": "one data set is trained on; write the rows into one .jsonl file",
+    "bnb_4bit_quant_storage": "weights of 4 bits are stored in bytes, and not divided over processes; remove it",
+    "quantization_config": "write load_in_4bit: true (and bnb_4bit_quant_type, use_bnb_nested_quant)",
     "max_seq_length": "write max_row_tokens (codi, sft, icot, coconut); RL has num_thoughts and max_answer_tokens",
     "reward_model_name_or_path": "rewards are functions; write one that asks the model (docs/own_rewards.md)",
     "deepspeed_config": "use ./launch.sh RECIPE --zero 0|1|2|3",
@@ -97,18 +100,10 @@ BECOMES = {  # name elsewhere -> what to write here
     "max_thoughts": "write num_thoughts",
 }
 ABSENT = {  # name elsewhere -> why there is nothing like it here
-    "load_in_8bit": QUANTISED,
-    "load_in_4bit": QUANTISED,
-    "bnb_4bit_quant_type": QUANTISED,
-    "bnb_4bit_quant_storage": QUANTISED,
-    "bnb_4bit_compute_dtype": QUANTISED,
-    "use_bnb_nested_quant": QUANTISED,
-    "quantization_config": QUANTISED,
-    "lora_modules_to_save": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "lora_target_parameters": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "lora_bias": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "use_rslora": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "use_dora": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
+    "load_in_8bit": "8-bit products round the states, too, in a rollout otherwise than in the training pass; "
+    "use load_in_4bit",
+    "lora_target_parameters": "a recipe's adapter is in whole layers; in Python SoftGRPOTrainer takes any peft_config",
+    "lora_bias": "a recipe's adapter is in whole layers; in Python SoftGRPOTrainer takes any peft_config",
     "dataset_streaming": "rows are checked before training, so all of them are read",
     "streaming": "rows are checked before training, so all of them are read",
     "test_split_size": "name a second file in eval_dataset; training and evaluation never overlap",

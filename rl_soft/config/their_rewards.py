@@ -14,8 +14,8 @@ REWARDS: dict[str, str | dict[str, dict[str, Any]]] = {  # name of theirs, witho
     "tag_count": "tag_count",
     "reasoning_steps": "reasoning_steps",
     "code_format": {"CodeFormat": {}},
-    "cosine": {"CosineLength": {"min_value_wrong": 0.0, "max_value_wrong": -0.5, "max_len": 1000}},
-    "get_cosine_scaled": {"CosineLength": {}},
+    "cosine": {"CosineScaled": {"min_value_wrong": 0.0, "max_value_wrong": -0.5, "max_length": 1000}},
+    "get_cosine_scaled": {"CosineScaled": {}},
     "repetition_penalty": {"Repetition": {}},
     "get_repetition_penalty": {"Repetition": {}},
     "length": "relative_length",
@@ -30,18 +30,22 @@ NONE = {  # name of theirs, without _reward -> why there is nothing like it
     "cf_code": ELSEWHERE.format("Piston"),
 }
 PARAMETERS = {  # key of open-r1 -> reward and parameter of ours
-    "cosine_min_value_wrong": ("CosineLength", "min_value_wrong"),
-    "cosine_max_value_wrong": ("CosineLength", "max_value_wrong"),
-    "cosine_min_value_correct": ("CosineLength", "min_value_correct"),
-    "cosine_max_value_correct": ("CosineLength", "max_value_correct"),
-    "cosine_max_len": ("CosineLength", "max_len"),
+    "cosine_min_value_wrong": ("CosineScaled", "min_value_wrong"),
+    "cosine_max_value_wrong": ("CosineScaled", "max_value_wrong"),
+    "cosine_min_value_correct": ("CosineScaled", "min_value_correct"),
+    "cosine_max_value_correct": ("CosineScaled", "max_value_correct"),
+    "cosine_max_len": ("CosineScaled", "max_length"),
     "repetition_n_grams": ("Repetition", "ngram_size"),
     "repetition_max_penalty": ("Repetition", "max_penalty"),
     "code_language": ("CodeFormat", "language"),
     "max_completion_len": ("Overlong", "max_length"),
     "soft_punish_cache": ("Overlong", "buffer"),
 }
-OURS = {"max_completion_len": "max_length", "soft_punish_cache": "buffer"}  # parameters of TRL's functions
+OURS = {
+    "max_completion_len": "max_length",
+    "soft_punish_cache": "buffer",
+    "max_len": "max_length",
+}  # parameters of TRL's functions
 
 
 def plain_name(name: str) -> str:

@@ -108,7 +108,7 @@ def test_each_part_of_a_length_has_positions(whole):
         ({"model_revision": "v1", "beta": 0.1}, "model_revision 'v1' with beta 0.1: the reference is loaded again"),
         ({"model_revision": 1}, "model_revision must be a text, or null, got 1"),
         ({"wandb_project": 3}, "wandb_project must be a text, or null, got 3"),
-        ({"use_rslora": 1}, "unknown key 'use_rslora'"),
+        ({"lora_bias": "all"}, "unknown key 'lora_bias' in .*whole layers"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip
@@ -182,7 +182,7 @@ def test_parameters_of_open_r1_s_rewards_reach_ours(tmp_path):
         soft_punish_cache=30, code_language="cpp",
     )  # fmt: skip
     assert recipe.extra.rewards == [
-        {"CosineLength": {"min_value_wrong": -2.0, "max_value_wrong": -0.5, "max_len": 50}},
+        {"CosineScaled": {"min_value_wrong": -2.0, "max_value_wrong": -0.5, "max_length": 50}},
         {"Repetition": {"ngram_size": 2}},
         {"Overlong": {"max_length": 90, "buffer": 30}},
         {"CodeFormat": {"language": "cpp"}},

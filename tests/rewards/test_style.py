@@ -3,7 +3,6 @@
 pytest tests/rewards/test_style.py
 """
 
-import itertools
 import random
 
 import pytest
@@ -11,7 +10,6 @@ import trl.rewards
 
 from rewards import (
     CodeFormat,
-    CosineLength,
     Repetition,
     answer_format,
     reasoning_steps,
@@ -41,18 +39,6 @@ def test_repetition_is_trl_s(size):
     assert Repetition(size, -0.5)(completion_ids=ids) == pytest.approx(theirs) and min(theirs) < 0
 
 
-def test_cosine_length_is_trl_s():
-    pairs = list(itertools.product(["3", "4"], [0, 1, 7, 10, 30]))
-    completions = [f"\\boxed{{{answer}}}" for answer, _ in pairs]
-    ids = [[1] * n for _, n in pairs]
-    values = {"max_len": 10, "min_value_wrong": -1.5, "max_value_correct": 2.0}
-    theirs = trl.rewards.get_cosine_scaled_reward(**values)([[{"content": c}] for c in completions], ["$3$"] * 10, ids)
-    ours = CosineLength(**values)(
-        prompts=["?"] * 10, completions=completions, completion_ids=ids, answer=["3"] * 9 + [None]
-    )
-    assert ours[:-1] == pytest.approx(theirs[:-1]) and ours[-1] is None
-
-
 def test_formats_of_open_r1():
     whole = "<think>\nx\n</think>\n<answer>\n```python\n1\n```\n</answer>"
     cases = [whole, whole + "\nmore", whole.replace("python", "cpp"), whole.replace("\n</think>", "</think>"), ""]
@@ -71,7 +57,7 @@ def test_relative_length_compares_the_completions_of_a_problem():
     assert found == [0.5, -0.5, 0, 0, None]
 
 
-@pytest.mark.parametrize("made", [lambda: Repetition(0), lambda: Repetition(2, 1.0), lambda: CosineLength(0)])
+@pytest.mark.parametrize("made", [lambda: Repetition(0), lambda: Repetition(2, 1.0)])
 def test_parameters_that_mean_nothing_are_refused(made):
     with pytest.raises(ValueError, match="must be"):
         made()
