@@ -102,7 +102,7 @@ def test_a_mistake_names_the_field_and_the_way_out(tmp_path, values, message):
 
 
 def test_all_mistakes_of_a_recipe_are_told_at_once(tmp_path, capsys):
-    wrong = {"thought_kay": 1, "load_in_4bit": True, "learning_rate": "abc", "thought_tau": 0,
+    wrong = {"thought_kay": 1, "load_in_8bit": True, "learning_rate": "abc", "thought_tau": 0,
              "repetition_penalty": 0.9, "lora_r": 0, "dataset": None,
              "output_dir": None, "reward_weights": [1, 2]}  # fmt: skip
     with pytest.raises(SystemExit):
