@@ -84,7 +84,7 @@ def test_its_pipeline_scores_our_completions(places: Path, monkeypatch: pytest.M
         ),
     )
     pipeline.evaluate()
-    found = pipeline.get_results()["results"]["sums|0"]
+    found = next(scores for task, scores in pipeline.get_results()["results"].items() if task.startswith("sums"))
     gold = [json.loads(line)["answer"] for line in (places / "data/test.jsonl").read_text().splitlines()]
     made = policy.load_policy(str(places / "model"))
     done = generate(made.model, made.tokenizer, [r.question for r in rows()], thinking=LATENT, greedy=True)
