@@ -59,6 +59,7 @@ def main(argv: list[str] | str | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other; not a user's
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
     # DeepSpeed's settings are made from the trainer's; a user has nothing to mend.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel of the hub, which is not asked here
     logging.getLogger("accelerate.accelerator").addFilter(lambda said: "steps mismatch" not in said.getMessage())
     end_with_launcher()
     rank = int(os.environ.get("RANK", "0"))

@@ -58,6 +58,17 @@ class ModelArguments(WeightArguments):
     lora_alpha: int = key("LoRA alpha; the update is scaled by alpha / r.", default=64)
     lora_dropout: Number = key("LoRA dropout, for supervised methods; RL takes none.", default=0.0, ge=0, lt=1)
     lora_target_modules: str | list[str] = key("Modules with an adapter: names, or all-linear.", default="all-linear")
+    lora_modules_to_save: list[str] | None = key(
+        "Modules trained whole and saved with the adapter, by name: [lm_head].", default=None, min_length=1
+    )
+    use_dora: bool = key("DoRA: a magnitude per output is trained beside the LoRA matrices.", default=False)
+    use_rslora: bool = key("Scale the update by alpha / sqrt(r) instead of alpha / r.", default=False)
+    load_in_4bit: bool = key("Weights of 4 bits under the adapter (QLoRA); needs bitsandbytes.", default=False)
+    bnb_4bit_quant_type: Annotated[str, OneOf(("nf4", "fp4"))] = key("The 4-bit numbers.", default="nf4")
+    bnb_4bit_compute_dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+        "dtype of products with 4-bit weights; dtype if absent.", default=None
+    )
+    use_bnb_nested_quant: bool = key("Quantise the scales of 4-bit weights, too.", default=False)
 
 
 @keys()
@@ -247,6 +258,7 @@ class EstimateArguments:
 
     memory: Number | None = key("GiB per process; exit code 1 if a step takes more.", default=None, ge=0)
     zero: int = key("ZeRO stage; 0 is without DeepSpeed.", default=0, ge=0, le=3)
+    fsdp: bool = key("FSDP2 in place of ZeRO.", default=False)
     processes: int = key("Number of processes.", default=1, ge=1)
     prompt_tokens: int = key("Tokens of the longest prompt.", default=256, ge=1)
 

@@ -53,7 +53,7 @@ def export(source: str, folder: Path, dtype: str | None = None, card: str | None
     path = Path(model_folder(source))
     thinking = thinking_at(path)
     with new_folder(folder) as temporary:
-        loaded = load_policy(str(path))
+        loaded = load_policy(str(path), whole=True)
         model = whole(loaded.model, str(path))
         given = dtype or dtype_of(path)
         if given != "float32":
