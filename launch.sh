@@ -4,12 +4,13 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./launch.sh RECIPE [--zero 0|1|2|3] [--nproc N] [--dry-run] [--key value ...]
+usage: ./launch.sh RECIPE [--zero 0|1|2|3 | --fsdp] [--nproc N] [--dry-run] [--key value ...]
        ./launch.sh eval MODEL [--zero 0|1|2|3] [--nproc N] [--dry-run] --dataset NAME --output_dir DIR [--key value ...]
        ./launch.sh test [--vllm] [pytest arguments]
        ./launch.sh COMMAND ...            any other rl-soft command: generate, analyze, check, estimate, report, compare, recipes, ...
 
   --zero Z     DeepSpeed ZeRO stage; 0 runs without DeepSpeed (default 2; 0 for one process, an adapter, eval)
+  --fsdp       FSDP2 of torch instead: weights, gradients and optimizer states are divided, as by ZeRO stage 3
   --nproc N    processes (default: one per GPU; without a GPU, 2 where there are 2 cores)
   --dry-run    validate the recipe, print it resolved and the command, run nothing
   --key value  overrides a key of the recipe, or of eval
@@ -126,10 +127,11 @@ else
   zero=""
   shift
 fi
-nproc="" dry="" rest=()
+nproc="" dry="" fsdp="" rest=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --zero) zero=${2:-}; shift 2 || die "--zero needs a stage: 0, 1, 2 or 3" ;;
+    --fsdp) fsdp=1; shift ;;
     --nproc) nproc=${2:-}; shift 2 || die "--nproc needs a number" ;;
     --dry-run) dry=1; shift ;;
     *) rest+=("$1"); shift ;;
@@ -137,6 +139,13 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -z $zero || $zero =~ ^[0-3]$ ]] || die "--zero must be 0, 1, 2 or 3, got '$zero'"
 [[ -z $nproc || $nproc =~ ^[1-9][0-9]*$ ]] || die "--nproc must be a whole number above 0, got '$nproc'"
+
+if [[ -n $fsdp ]]; then
+  [[ ${program[0]} != eval ]] || die "--fsdp is for training; eval takes --zero 3"
+  [[ -z $zero || $zero == 0 ]] || die "--fsdp and --zero $zero both divide a model; take one of them"
+  [[ $nproc != 1 ]] || die "--fsdp divides a model over processes, and --nproc 1 is one; leave --fsdp out, or take more"
+  zero=0
+fi
 
 setup
 devices=$(gpus)
@@ -170,7 +179,10 @@ if [[ $zero != 0 && ${devices:-0} == 0 ]] && ! command -v "${CXX:-c++}" >/dev/nu
   say "no C++ compiler found: running without DeepSpeed (--zero 0)"
   zero=0
 fi
-if [[ $zero != 0 ]]; then
+if [[ -n $fsdp ]]; then
+  [[ $nproc != 1 ]] || die "--fsdp divides a model over processes, and there is one GPU or core here; leave --fsdp out"
+  config=$root/recipes/accelerate/fsdp2.yaml
+elif [[ $zero != 0 ]]; then
   config=$root/recipes/accelerate/zero$zero.yaml
 else
   config=$root/recipes/accelerate/ddp.yaml
@@ -187,8 +199,10 @@ if [[ ${devices:-0} == 0 ]]; then # processes on a CPU share its cores
   export DS_ACCELERATOR=cpu
 fi
 command+=(rl_soft "${program[@]}" ${rest[@]+"${rest[@]}"})
+kind="ZeRO stage $zero"
+[[ -z $fsdp ]] || kind=FSDP2
 tell() {
-  say "${devices:-0} GPU(s), $nproc process(es), ZeRO stage $zero"
+  say "${devices:-0} GPU(s), $nproc process(es), $kind"
   if [[ ${devices:-0} == 0 && $busy -ge $cores ]]; then
     say "the load is $busy on $cores cores: this run shares them with other work. OMP_NUM_THREADS=1 keeps it to $nproc"
   fi
@@ -198,6 +212,7 @@ check=("$venv/bin/rl-soft" check "${program[@]}" ${rest[@]+"${rest[@]}"})
 if [[ -n $dry ]]; then
   tell
   [[ $zero == 0 ]] || export ACCELERATE_USE_DEEPSPEED=true
+  [[ -z $fsdp ]] || export ACCELERATE_USE_FSDP=true
   WORLD_SIZE=$nproc exec "${check[@]}"
 fi
 # What is wrong is told at once and by one process; what is only noted is told by the run.

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rewards import sandbox
+from rewards import livecodebench, sandbox
 from rewards.answers import Judgement
 
 MAX_PROGRAM = 100_000  # characters
@@ -265,10 +265,13 @@ def judge_programs(
         texts: completions.
         tests: source text that raises unless the program is right.
         metadata: for each `prompt` and `entry_point`, see `extract_program`; either may be missing. Where the entry
-            point is, the first name that the tests use and do not define takes its place.
+            point is, the first name that the tests use and do not define takes its place. Or the columns of a problem
+            of LiveCodeBench, which has tests of its own form.
     """
 
     def judge(text: str, test: str, given: Mapping[str, str]) -> Judgement:
+        if livecodebench.is_problem(given):
+            return livecodebench.judge(text, given)
         program = extract_program(text, given.get("prompt", ""), given.get("entry_point") or _called(test))
         if program is None:
             return Judgement("unparsed", None)

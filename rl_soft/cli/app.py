@@ -59,6 +59,7 @@ def main(argv: list[str] | str | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other; not a user's
     logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
     # DeepSpeed's settings are made from the trainer's; a user has nothing to mend.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel of the hub, which is not asked here
     logging.getLogger("accelerate.accelerator").addFilter(lambda said: "steps mismatch" not in said.getMessage())
     end_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
@@ -280,6 +281,55 @@ def fetch(name: Annotated[str, typer.Argument(help="The only one is smollm2.")] 
     from rl_soft.model import fetch as fetching
 
     print(fetching.fetch(name))
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="",
+    epilog="Example: rl-soft lm-eval --model_args pretrained=DIR,thought=gumbel --tasks gsm8k",
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval with the model rl_soft: soft thinking on its tasks; options are those of lm-eval."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is not installed: pip install 'rl-soft[lm-eval]'")
+    from rl_soft.cli.lm_eval_model import run
+
+    run(context.args)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, its model, a checkpoint of it, or a PEFT folder.")],
+    merged: Annotated[Path, typer.Option(help="The new folder, of whole weights.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; that of the base's weights if absent.")
+    ] = None,
+) -> None:
+    """Write a model as plain transformers, vLLM and lm-eval load it: adapter merged, tokenizer, settings, card."""
+    from rl_soft.cli.export import run as write
+
+    write(run, merged, dtype)
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Of CODI, SIM-CoT or Coconut.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new model folder.")],
+    base: Annotated[str, typer.Option(help="The model that it was trained from: folder or hub id.")],
+    num_thoughts: Annotated[int, typer.Option("--num_thoughts", min=0, help="Thoughts of the training.")] = 6,
+    lora_alpha: Annotated[int, typer.Option("--lora_alpha", help="Of the training, where it was LoRA.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the weights that are written.")] = (
+        "float32"
+    ),
+) -> None:
+    """Make a model folder of a published checkpoint, which `rl-soft eval` then runs; its names say what it is."""
+    from rl_soft.cli.export import check_dtype
+
+    check_dtype(dtype)
+    from rl_soft.model.importing import import_checkpoint
+
+    import_checkpoint(checkpoint, folder, base, num_thoughts, lora_alpha, dtype)
 
 
 @app.command()

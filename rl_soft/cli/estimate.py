@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rl_soft.config.arguments import EstimateArguments
@@ -60,10 +60,13 @@ def estimate(recipe: Recipe, asked: EstimateArguments, speeds: tuple[float, floa
     Raises:
         ValueError: a batch that does not divide over the processes; a model that is not there.
     """
+    if asked.fsdp and asked.zero:
+        raise ValueError(f"fsdp true and zero {asked.zero} both divide a model; take one of them")
     recipe = settled(recipe, asked.zero > 0)
     model = meta_model(recipe)
     config, size, rl = model.config.get_text_config(), model.dtype.itemsize, recipe.method in RL_METHODS
-    V, T, processes, stage = config.vocab_size, completion_length(recipe), asked.processes, asked.zero
+    V, T, processes = config.vocab_size, completion_length(recipe), asked.processes
+    stage = 3 if asked.fsdp else asked.zero  # of what is divided
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = batch_size(recipe)
@@ -71,11 +74,11 @@ def estimate(recipe: Recipe, asked: EstimateArguments, speeds: tuple[float, floa
     made = Estimate(type(model).__name__, str(recipe.model.dtype), total, trained, asked, T, rows)
 
     trained_size = FLOAT32 if recipe.model.use_peft else size  # adapters are float32
-    weights = (total - trained) * size + trained * trained_size
+    weights = (total - trained) * size + trained * trained_size - saved_by_4bit(recipe, model, size)
     made.always["weights"] = weights / (processes if stage == 3 else 1)
     made.always["gradients"] = trained * trained_size / (processes if stage >= 2 else 1)
-    master = FLOAT32 if stage and trained_size < FLOAT32 else 0
-    moments = 2 * (FLOAT32 if stage else trained_size)
+    master = FLOAT32 if asked.zero and trained_size < FLOAT32 else 0
+    moments = 2 * (FLOAT32 if asked.zero else trained_size)
     made.always["optimizer (AdamW)"] = trained * (master + moments) / (processes if stage else 1)
     if float(recipe.training.get("beta") or 0) and rl and not recipe.model.use_peft:
         made.always["reference model"] = total * size / (processes if stage == 3 else 1)
@@ -102,6 +105,17 @@ def estimate(recipe: Recipe, asked: EstimateArguments, speeds: tuple[float, floa
         made.rollout["records"] = rows * T * (16 * recipe.thinking.support_size(V) + 40)
     made.seconds = step_seconds(recipe, made, model, speeds or measure_speeds(model.dtype))
     return made
+
+
+def saved_by_4bit(recipe: Recipe, model: Any, size: int) -> float:
+    """Bytes by which weights of 4 bits are smaller: of the linear layers, without head and adapter. A block of 64 has
+    a float32 scale, or with nested scales one byte and its part of theirs."""
+    if not recipe.model.load_in_4bit:
+        return 0.0
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad]
+    scale = (1 + FLOAT32 / 256) / 64 if recipe.model.use_bnb_nested_quant else FLOAT32 / 64
+    return sum(m.weight.numel() for m in linears) * (size - 0.5 - scale)
 
 
 def batch_size(recipe: Recipe) -> int:
@@ -230,10 +244,11 @@ def step_seconds(recipe: Recipe, made: Estimate, model: Any, speeds: tuple[float
 def describe(recipe: Recipe, made: Estimate, memory: float | None) -> str:
     """The table that `rl-soft estimate` prints; `memory` in GiB."""
     asked = made.asked
+    divided = "FSDP2" if asked.fsdp else f"ZeRO {asked.zero}"
     lines = [
         f"{recipe.path}: {made.model}, {made.dtype}, {made.parameters / 1e6:,.2f} M parameters, "
         f"{made.trained / 1e6:,.2f} M trained",
-        f"{asked.processes} process(es), ZeRO {asked.zero}; prompts of {asked.prompt_tokens} and completions of "
+        f"{asked.processes} process(es), {divided}; prompts of {asked.prompt_tokens} and completions of "
         f"{made.completion_tokens} tokens at most",
         "",
         "GiB per process",
@@ -255,7 +270,7 @@ def advice(recipe: Recipe, made: Estimate) -> list[str]:
     parts = {**made.always, **phase}
     largest = max(parts, key=lambda name: parts[name])
     hints = {
-        "weights": "dtype bfloat16, or ZeRO 3 on more processes",
+        "weights": "dtype bfloat16, load_in_4bit with use_peft, or ZeRO 3 or FSDP2 on more processes",
         "gradients": "use_peft true, or ZeRO 2 on more processes",
         "optimizer (AdamW)": "use_peft true, or ZeRO 1 on more processes",
         "reference model": "beta 0, or use_peft true, which needs no copy",

@@ -17,6 +17,7 @@ from rl_soft.thoughts.thinking import CONTROLS
 logger = logging.getLogger("rl_soft")
 
 ANALYSES = ("probe", "cost", "traces", "branching", "lens", "plane", "all")  # kinds of `rl-soft analyze`
+DTYPES = ("float32", "bfloat16", "float16")  # of weights
 MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 
 
@@ -24,7 +25,7 @@ MAX_SHOWN = 10  # entries of a thought that `rl-soft generate` can show
 class WeightArguments:
     """How weights are loaded."""
 
-    dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+    dtype: Annotated[str | None, OneOf(DTYPES)] = key(
         "dtype of the weights; if absent bfloat16 on a GPU that has it, and else float32 (docs/gpu.md).", default=None
     )
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, or float64 (small models).", default=None)
@@ -57,6 +58,17 @@ class ModelArguments(WeightArguments):
     lora_alpha: int = key("LoRA alpha; the update is scaled by alpha / r.", default=64)
     lora_dropout: Number = key("LoRA dropout, for supervised methods; RL takes none.", default=0.0, ge=0, lt=1)
     lora_target_modules: str | list[str] = key("Modules with an adapter: names, or all-linear.", default="all-linear")
+    lora_modules_to_save: list[str] | None = key(
+        "Modules trained whole and saved with the adapter, by name: [lm_head].", default=None, min_length=1
+    )
+    use_dora: bool = key("DoRA: a magnitude per output is trained beside the LoRA matrices.", default=False)
+    use_rslora: bool = key("Scale the update by alpha / sqrt(r) instead of alpha / r.", default=False)
+    load_in_4bit: bool = key("Weights of 4 bits under the adapter (QLoRA); needs bitsandbytes.", default=False)
+    bnb_4bit_quant_type: Annotated[str, OneOf(("nf4", "fp4"))] = key("The 4-bit numbers.", default="nf4")
+    bnb_4bit_compute_dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = key(
+        "dtype of products with 4-bit weights; dtype if absent.", default=None
+    )
+    use_bnb_nested_quant: bool = key("Quantise the scales of 4-bit weights, too.", default=False)
 
 
 @keys()
@@ -144,7 +156,9 @@ class EvaluationArguments(OnModelArguments):
     eval_k: list[int] | None = key("The k of Pass@k; powers of two if absent.", default=None)
     eval_batch_size: int = key("Completions decoded together per process.", default=64, ge=1)
     eval_seed: int = key("Seed of the noise.", default=7)
-    confirm_run_unsafe_code: bool = key("Run the programs that the model writes (humaneval, mbpp).", default=False)
+    confirm_run_unsafe_code: bool = key(
+        "Run the programs that the model writes (humaneval, mbpp, livecodebench).", default=False
+    )
     control: Annotated[str, OneOf(CONTROLS)] = key("What is done to the thoughts that are fed.", default="none")
     thoughts: str | list[str] | None = key(
         "Thought kinds to evaluate side by side, token,soft,gumbel for example; each into a folder of its "
@@ -207,6 +221,15 @@ class GenerateArguments(OnModelArguments):
 
 
 @keys()
+class HarnessArguments(WeightArguments):
+    """A model in lm-eval or lighteval: these and the fields of `Thinking` and `Decoding` (docs/harnesses.md)."""
+
+    model_name_or_path: str = key("Model folder, PEFT folder or hub id.", default="")
+    seed: int = key("Seed of the noise, where a task samples.", default=7)
+    batch_size: int = key("Completions decoded together.", default=16, ge=1)
+
+
+@keys()
 class AnalysisArguments(OnModelArguments):
     """`rl-soft analyze KIND MODEL`; see docs/analyses.md, and docs/baselines.md for probe and cost."""
 
@@ -235,6 +258,7 @@ class EstimateArguments:
 
     memory: Number | None = key("GiB per process; exit code 1 if a step takes more.", default=None, ge=0)
     zero: int = key("ZeRO stage; 0 is without DeepSpeed.", default=0, ge=0, le=3)
+    fsdp: bool = key("FSDP2 in place of ZeRO.", default=False)
     processes: int = key("Number of processes.", default=1, ge=1)
     prompt_tokens: int = key("Tokens of the longest prompt.", default=256, ge=1)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 from rl_soft.keys import nearest
 
-QUANTISED = "weights are not quantised here; use_peft trains an adapter, and dtype bfloat16 halves their memory"
 CALLED = {  # name elsewhere -> the key here
     "torch_dtype": "dtype",
     "precision": "dtype",
@@ -20,6 +19,8 @@ CALLED = {  # name elsewhere -> the key here
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "dataset_name": "dataset",
     "dataset_id_or_path": "dataset",
     "train_dataset": "dataset",
@@ -46,6 +47,8 @@ BECOMES = {  # name elsewhere -> what to write here
     "dataset_mixer": "one data set is trained on; write the rows into one .jsonl file",
     "datasets": "one data set is trained on; write the rows into one .jsonl file",
     "model_revision": "fetch it (hf download ID --revision REVISION --local-dir DIR) and set model_name_or_path: DIR",
+    "bnb_4bit_quant_storage": "weights of 4 bits are stored in bytes, and not divided over processes; remove it",
+    "quantization_config": "write load_in_4bit: true (and bnb_4bit_quant_type, use_bnb_nested_quant)",
     "lora_task_type": "it is CAUSAL_LM here; remove it",
     "max_prompt_length": "prompts are never cut; rows that do not fit the model are told before training; remove it",
     "max_seq_length": "write max_row_tokens (codi, sft, icot, coconut); RL has num_thoughts and max_answer_tokens",
@@ -71,18 +74,10 @@ BECOMES = {  # name elsewhere -> what to write here
     "max_thoughts": "write num_thoughts",
 }
 ABSENT = {  # name elsewhere -> why there is nothing like it here
-    "load_in_8bit": QUANTISED,
-    "load_in_4bit": QUANTISED,
-    "bnb_4bit_quant_type": QUANTISED,
-    "bnb_4bit_quant_storage": QUANTISED,
-    "bnb_4bit_compute_dtype": QUANTISED,
-    "use_bnb_nested_quant": QUANTISED,
-    "quantization_config": QUANTISED,
-    "lora_modules_to_save": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "lora_target_parameters": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "lora_bias": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "use_rslora": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
-    "use_dora": "a recipe's adapter is plain LoRA; in Python SoftGRPOTrainer takes any peft_config",
+    "load_in_8bit": "8-bit products round the states, too, in a rollout otherwise than in the training pass; "
+    "use load_in_4bit",
+    "lora_target_parameters": "a recipe's adapter is in whole layers; in Python SoftGRPOTrainer takes any peft_config",
+    "lora_bias": "a recipe's adapter is in whole layers; in Python SoftGRPOTrainer takes any peft_config",
     "dataset_streaming": "rows are checked before training, so all of them are read",
     "streaming": "rows are checked before training, so all of them are read",
     "test_split_size": "name a second file in eval_dataset; training and evaluation never overlap",

@@ -53,7 +53,13 @@ def settings_like(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's keys of its held-out problems, under the names that `eval` has for them."""
+    top_p = config.get("top_p")
+    cuts = Decoding.of_training(
+        config.get("top_k"), 1.0 if top_p is None else top_p, config.get("min_p"), config.get("order", "exact")
+    )
+    config = {key: value for key, value in config.items() if key not in fields(Decoding)}
+    config |= {} if cuts is None else cuts.to_dict()
     if not config.get("eval_dataset"):
-        return dict(config)
+        return config
     held_out = {key: config.get(f"eval_{key}") for key in ("dataset", "dataset_options", "dataset_columns")}
     return {**config, **held_out}

@@ -24,6 +24,7 @@ from rl_soft.config.arguments import (
     EvaluationArguments,
     GenerateArguments,
     GRPOArguments,
+    HarnessArguments,
     ICoTArguments,
     ModelArguments,
     PPOArguments,
@@ -56,6 +57,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # command on a model -> whose fields 
     "generate": (GenerateArguments, Thinking, Decoding),
     "analyze": (AnalysisArguments, Thinking),
 }
+HARNESS = (HarnessArguments, Thinking, Decoding)  # keys of a model in lm-eval or lighteval
 TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; for the precision see `train.precision`
     "logging_steps": 1,
     "report_to": "none",
@@ -274,7 +276,7 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     """The arguments of a command on a model, the fields of `Thinking` that change the model's own, and the decoding.
 
     Args:
-        command: a key of `COMMANDS`.
+        command: a key of `COMMANDS`, or harness.
         model: the command's first argument.
         overrides: values by the names of the command's keys.
 
@@ -283,8 +285,9 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     """
     if "model_name_or_path" in overrides:
         raise ValueError(f"model_name_or_path is the first argument of {command}, here {model!r}; leave the key out")
-    group, *others = COMMANDS[command]
-    known = sorted({name for part in COMMANDS[command] for name in fields(part)})
+    groups = HARNESS if command == "harness" else COMMANDS[command]
+    group, *others = groups
+    known = sorted({name for part in groups for name in fields(part)})
     mistakes = Gathered()
     for key in overrides:
         if key not in known:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl_soft.config.arguments import EvalArguments
 from rl_soft.config.evaluations import check_evaluations
+from rl_soft.config.quantised import check_quantised
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import Gathered, Mistakes, either, nearest
 from rl_soft.thoughts.decoding import Decoding
@@ -137,7 +138,7 @@ def check_together(recipe: Recipe) -> None:
         with gathered:
             check_sources(recipe)
     if recipe.model:
-        for check in (check_start, check_adapter_keys):
+        for check in (check_start, check_adapter_keys, check_quantised):
             with gathered:
                 check(recipe)
     if recipe.thinking and extra:
@@ -190,6 +191,12 @@ def check_adapter_keys(recipe: Recipe) -> None:
         raise ValueError(f"use_peft: {IN_MEMORY}")
     if model.lora_dropout and recipe.method in RL_METHODS:
         raise ValueError(f"lora_dropout must be 0, got {model.lora_dropout}: {MUST_BE_TRUE['disable_dropout']}")
+    for name in ("use_dora", "use_rslora", "lora_modules_to_save"):
+        if getattr(model, name) and not model.use_peft:
+            raise ValueError(f"{name} belongs to an adapter: set use_peft true, or take {name} out")
+    targets = model.lora_target_modules if isinstance(model.lora_target_modules, list) else []
+    if both := sorted({*targets} & {*(model.lora_modules_to_save or [])}):
+        raise ValueError(f"lora_modules_to_save: {both[0]} is in lora_target_modules too; leave it out of one of them")
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -239,7 +246,7 @@ def check_thought(recipe: Recipe) -> None:
 
 
 def training_cuts(
-    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool
+    values: Mapping[str, Any], thinking: Thinking, ratio: str, order: str, use_vllm: bool = False
 ) -> Decoding | None:
     """The cuts of an RL policy, by its top_k, top_p, min_p and order; None where nothing is cut.
 

@@ -88,6 +88,31 @@ def _mbpp(record: dict[str, Any]) -> dict[str, Any]:
     return {"id": record["task_id"], "question": question, "answer": f"{setup}\n{tests}\n"}
 
 
+_READS_STDIN = (
+    "Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test on the sample "
+    "inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, it reads the "
+    "inputs, runs the algorithm and writes output to STDOUT.",
+    "# YOUR CODE HERE",
+)
+_STARTS_WITH = (
+    "You will use the following starter code to write the solution to the problem and enclose your code within "
+    "delimiters."
+)
+
+
+def _livecodebench(record: dict[str, Any]) -> dict[str, Any]:
+    """The question in the benchmark's own general form. The tests, of any size, stay packed in the metadata."""
+    content, starter = _needed(record, "question_content"), text_of(record.get("starter_code"), "starter_code")
+    form, code = (_STARTS_WITH, starter) if starter.strip() else _READS_STDIN
+    question = (
+        f"### Question:\n{content}\n\n### Format: {form}\n```python\n{code}\n```\n\n"
+        "### Answer: (use the provided format with backticks)\n\n"
+    )
+    tests = {name: text_of(record[name], name) for name in ("public_test_cases", "private_test_cases", "metadata")}
+    name = text_of(record.get("question_id"), "question_id")
+    return {"id": name, "question": question, "answer": f"the tests of {name}", "metadata": json.dumps(tests)}
+
+
 _numeric = partial(Stored, answer_type="number")
 
 # Splits and columns as CODI (arXiv:2502.21074) and the sets' own pages have them.
@@ -114,6 +139,7 @@ CATALOGUE: dict[str, Stored] = {
     ),
     "humaneval": Stored("openai/openai_humaneval", train=None, answer_type="code", prepare=_humaneval),
     "mbpp": Stored("google-research-datasets/mbpp", "full", answer_type="code", prepare=_mbpp),
+    "livecodebench": Stored("", train=None, answer_type="code", prepare=_livecodebench),  # its hub set is a script
     "deepscaler": Stored(
         "agentica-org/DeepScaleR-Preview-Dataset", evaluation=None, question="problem", answer_type=EXPRESSION
     ),
@@ -126,6 +152,8 @@ def read(source: str, split: str, options: dict[str, Any], columns: Mapping[str,
     spec = _renamed(CATALOGUE.get(source, Stored(source)), columns)
     path = options.pop("path", None) if known else source if Path(source).suffix in READERS else None
     path = _packaged(source) if path is None else path
+    if path is None and not spec.hub:
+        raise ValueError(f"{source} is read from its published files: dataset_options: {{path: FILE.jsonl}}")
     holdout, dropped = options.pop("holdout", False), set(options.pop("drop", ()))
     if "answer_type" in options:
         check("answer_type", options["answer_type"], (*ANSWER_TYPES, EXPRESSION))

@@ -11,22 +11,52 @@ from rl_soft.evaluation.render import code, markdown_table, method, provenance, 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(folder: str | Path, config: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> str:
+MERGED = (
+    "This folder holds whole weights, with any adapter merged into them: plain transformers, vLLM and lm-eval load "
+    "it. Loaded so, it writes words, not soft tokens."
+)
+
+
+def merged_card(folder: Path, source: str, base: str | None) -> str:
+    """The page of a merged model that no run of this package is known of.
+
+    Args:
+        source: what was merged; base: the model under its adapter, None for whole weights.
+    """
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base and HUB_ID.fullmatch(base) and not Path(base).exists():
+        front["base_model"] = base
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    origin = f"Made by `rl-soft export` from {code(source)}" + (f", an adapter of {code(base)}." if base else ".")
+    return "\n".join([*lines, f"# {folder.name}", "", origin, "", MERGED]) + "\n"
+
+
+def model_card(
+    folder: str | Path, config: Mapping[str, Any], report: Mapping[str, Any] | None = None, merged: bool = False
+) -> str:
     """YAML front matter for the hub, and a page.
 
     Args:
         folder: where the model is; the name of its run is the model's.
         config: the resolved recipe, flat.
         report: what `build` or `compare` returned, its last evaluation being the model's; None without an evaluation.
+        merged: the folder holds whole weights, whatever was trained.
     """
     path = Path(folder)
     name = (path.parent if path.name == "model" else path).resolve().name
     base = config.get("model_name_or_path")
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _front(name, config, report).items()), "---", ""]
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in _front(name, config, report, merged).items()),
+        "---",
+        "",
+    ]
     lines += [f"# {name}", "", f"{_origin(config)} {_thinking(config)}", ""]
     lines += ["## Load it and think with it", "", "```python", *_snippet(path, config), "```", ""]
     lines += [f"Or in a terminal: `rl-soft generate {path} --prompt 'TEXT'`.", ""]
-    if config.get("use_peft"):
+    if merged:
+        lines += [MERGED, ""]
+    elif config.get("use_peft"):
         lines += [
             f"This folder holds a LoRA adapter of rank {config.get('lora_r')} for {code(str(base))}. Plain PEFT loads "
             "it too: `PeftModel.from_pretrained(BASE_MODEL, FOLDER)`. Loaded so, it writes words, not soft tokens.",
@@ -49,9 +79,12 @@ def model_card(folder: str | Path, config: Mapping[str, Any], report: Mapping[st
     return "\n".join([*lines, "", "## Configuration", "", f"```yaml\n{settings}\n```"]) + "\n"
 
 
-def _front(name: str, config: Mapping[str, Any], report: Mapping[str, Any] | None) -> dict[str, Any]:
+def _front(
+    name: str, config: Mapping[str, Any], report: Mapping[str, Any] | None, merged: bool = False
+) -> dict[str, Any]:
     tags = ["rl-soft", "soft-thinking", str(config["method"]), str(config["thought"])]
-    front: dict[str, Any] = {"library_name": "peft" if config.get("use_peft") else "transformers", "tags": tags}
+    adapter = config.get("use_peft") and not merged
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": tags}
     front["pipeline_tag"] = "text-generation"
     base = str(config.get("model_name_or_path") or "")
     if HUB_ID.fullmatch(base) and not Path(base).exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from rewards import livecodebench
 from rewards.answers import Judgement, judge_many, unreadable_golds
 from rewards.code import judge_programs, readable_tests
 from rewards.scorers import UNSCORED, judge_puzzles
@@ -33,7 +34,16 @@ def check_golds(rows: Sequence[Row], dataset: str, run_code: bool = False) -> No
             raise ValueError(f"dataset {dataset}: the scorer of {row.source} cannot be used on its rows")
     answers = [row for row in rows if row.answer_type != "code" and not is_puzzle(row)]
     bad = [answers[i] for i in unreadable_golds([r.answer for r in answers], [r.answer_type for r in answers])]
-    bad += [row for row in rows if row.answer_type == "code" and not readable_tests(row.answer)]
+    for row in rows:
+        if row.answer_type == "code":
+            problem = json.loads(row.metadata or "{}")
+            if not livecodebench.is_problem(problem):
+                bad += [] if readable_tests(row.answer) else [row]
+                continue
+            try:
+                livecodebench.cases_of(problem)
+            except ValueError as error:
+                raise ValueError(f"dataset {dataset}, row {row.id}: {error}") from None
     if bad:
         others = ", ".join(row.id for row in bad[1:20])
         more = f"; nor can those of {len(bad) - 1} more rows: {others}" if others else ""

@@ -13,19 +13,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from rl_soft.keys import nearest
 from rl_soft.model.folder import base_of
+from rl_soft.model.quantised import dequantised, in_4bit
 
 
 def base_missing(folder: Path, base: str, error: OSError) -> ValueError:
     return ValueError(f"adapter {folder}: its base {base} cannot be loaded: {str(error).strip().splitlines()[0]}")
 
 
-def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -> Any:
+def load_adapter(folder: Path, tokenizer: Any, trainable: bool, whole: bool = False, **kwargs: Any) -> Any:
     """The base of an adapter in a PEFT wrapper with it, on the CPU.
 
     Args:
         tokenizer: what is read with; a base with fewer rows than its tokens gets more, which the adapter fills.
         trainable: whether the weights of the adapter take gradients.
+        whole: makes weights of 4 bits whole again.
         kwargs: of the base's `from_pretrained`.
 
     Raises:
@@ -40,6 +43,7 @@ def load_adapter(folder: Path, tokenizer: Any, trainable: bool, **kwargs: Any) -
         model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, **kwargs)
     except OSError as error:
         raise base_missing(folder, base, error) from None
+    model = dequantised(model) if whole else model
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.weight.shape[0] and (folder / "tokenizer_config.json").exists():
         model.resize_token_embeddings(len(tokenizer))
@@ -79,13 +83,13 @@ def check_kind(config: Any, name: str) -> None:
 def merged(model: Any) -> Any:
     """The plain model with its adapter added into the weights, or the same wrapper where that would be another model.
 
-    A head that is tied to the embeddings shares their matrix: adding an adapter of one of them changes both. And a
-    bias of an adapter has no place in a layer that has none.
+    A head that is tied to the embeddings shares their matrix: adding an adapter of one of them changes both. A bias of
+    an adapter has no place in a layer that has none. And a sum with weights of 4 bits would be rounded to 4 bits.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or in_4bit(model):
         return model
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = {id(p) for p in ends[0].parameters()} & {id(p) for p in ends[1].parameters()}  # whatever wraps them
@@ -95,10 +99,19 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload()
 
 
+def check_whole(model: nn.Module, names: list[str] | None) -> None:
+    """Raises ValueError for a name of lora_modules_to_save that no module of the model has."""
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
+    for name in names or []:
+        if name.rpartition(".")[2] not in known:
+            words = nearest(name, known) or f"; it has {', '.join(sorted(n for n in known if not n.isdigit()))}"
+            raise ValueError(f"lora_modules_to_save: the model has no module {name!r}{words}")
+
+
 @contextmanager
 def merged_for_now(model: nn.Module) -> Iterator[None]:
-    """Plain LoRA adapters in float32 are added into the weights of their `nn.Linear`s; then the weights are back, bit
-    by bit.
+    """LoRA and DoRA adapters in float32 are added into the weights of their `nn.Linear`s; then the weights are back,
+    bit by bit.
 
     A rollout reads every weight once per position, so one product in place of three is what counts there. It takes the
     memory of the adapted weights once more. An adapter in lower precision is left as it is: the sum would be rounded,
@@ -125,8 +138,16 @@ def merged_for_now(model: nn.Module) -> Iterator[None]:
 def _mergeable(module: Any) -> bool:
     base = module.get_base_layer()
     names = [name for name in module.active_adapters if name in module.lora_A]
+    variants = {type(variant).__name__ for variant in module.lora_variant.values()}
     return (
-        (type(base) is nn.Linear and bool(names) and not module.merged and not module.disable_adapters)
-        and not (module.lora_variant or any(module.lora_bias.values()) or hasattr(base.weight, "ds_id"))  # ZeRO-3
+        (
+            type(base) is nn.Linear
+            and (len(names) == 1 if variants else bool(names))
+            and not module.merged
+            and not module.disable_adapters
+        )
+        and not (
+            variants - {"DoraLinearVariant"} or any(module.lora_bias.values()) or hasattr(base.weight, "ds_id")
+        )  # ZeRO-3
         and all(w.dtype == torch.float32 for w in module.parameters())
     )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from rl_soft.files import write_atomic
 from rl_soft.thoughts.thinking import Thinking
 
 SIDE_FILE = "rl_soft.json"
@@ -72,6 +74,12 @@ def read_thinking(path: Path) -> Thinking | None:
     """The `Thinking` that a folder was trained for; None when it is not one of ours."""
     file = path / SIDE_FILE
     return Thinking.from_dict(json.loads(file.read_text())["thinking"]) if file.exists() else None
+
+
+def write_thinking(folder: Path, thinking: Thinking, also: dict[str, Any] | None = None) -> None:
+    """`also`: what else rl_soft.json says, by key."""
+    side = json.dumps({"format": 1, "thinking": thinking.to_dict(), **(also or {})}, indent=2) + "\n"
+    write_atomic(folder / SIDE_FILE, side)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -16,21 +16,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from rl_soft.model.sharded import is_hook_of_fsdp
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 8192  # rows of the weight that a CPU casts at once
 
 
-def plain_head(lm_head: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | None:
+def trained_whole(module: Any) -> Any:
+    """The copy of a module that an adapter trains (PEFT's modules_to_save) and runs in its place; or the module."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None or module.disable_adapters or not module.active_adapters:
+        return module
+    return copies[module.active_adapters[0]]
+
+
+def plain_head(lm_head: Any) -> tuple[Tensor, Tensor | None] | None:
     """(weight, bias) if the head is `hidden @ weight.T + bias` and nothing else; None if it must be called as a
     module."""
     if isinstance(lm_head, Tensor):
         return lm_head, None
-    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in vars(lm_head)
-    if type(lm_head) is not nn.Linear or hooks:
+    lm_head = trained_whole(lm_head)
+    hooks = [*lm_head._forward_hooks.values(), *lm_head._forward_pre_hooks.values()]
+    is_linear = type(lm_head) is nn.Linear or type(lm_head).__mro__[1:3] == (FSDPModule, nn.Linear)
+    if not is_linear or "forward" in vars(lm_head) or not all(map(is_hook_of_fsdp, hooks)):
         return None
     weight = lm_head.weight
-    partitioned = hasattr(weight, "ds_id") or type(weight) not in (nn.Parameter, Tensor)  # ZeRO-3, DTensor
+    partitioned = hasattr(weight, "ds_id") or type(weight) not in (
+        nn.Parameter,
+        Tensor,
+    )  # ZeRO-3; FSDP2, where not gathered
     return None if partitioned else (weight, lm_head.bias)
 
 
@@ -99,7 +115,7 @@ def float32_logits(model: Any) -> Iterator[None]:
     Args:
         model: a causal LM, possibly in a PEFT wrapper; its last step after the head (a scale, a cap) is then float32.
     """
-    head = model.get_output_embeddings()
+    head = trained_whole(model.get_output_embeddings())
     if head is None or plain_head(head) is None:
         yield
         return

@@ -5,7 +5,6 @@ The model stays a plain transformers model, apart from one more keyword of its f
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,12 +28,12 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from rl_soft.files import write_atomic
 from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
-from rl_soft.model.folder import SIDE_FILE, is_adapter, model_folder, read_thinking
+from rl_soft.model.folder import is_adapter, model_folder, read_thinking, write_thinking
 from rl_soft.model.gate import GATE, load_gate
 from rl_soft.model.projector import PROJECTOR, Projector, load_projector
+from rl_soft.model.quantised import loading, settle_loaded, stored_with
 from rl_soft.model.side_modules import language_model, module_file
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.layout import BOT, EOT, PAD
@@ -107,7 +107,12 @@ def make(
 
 
 def load_policy(
-    name_or_path: str, dtype: str = "float32", attn_implementation: str | None = None, trainable: bool = False
+    name_or_path: str,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trainable: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
+    whole: bool = False,
 ) -> Policy:
     """A policy from a folder of ours, a run, a plain transformers folder, a PEFT adapter folder, or a hub id.
 
@@ -116,10 +121,14 @@ def load_policy(
         dtype: of the weights: float32, bfloat16 or float16.
         attn_implementation: as transformers names it, or `float64` (small models); None: transformers' choice.
         trainable: whether the weights of an adapter take gradients.
+        quantization: loads the weights (under an adapter: its base's) in 4 bits, see `quantised.four_bits`; None: as
+            the folder of an adapter says that it was trained.
+        whole: makes the weights of 4 bits under an adapter whole again, the same numbers in `dtype`.
 
     Returns:
-        The policy on the CPU, its projector loaded where the folder has one; `thinking` is None for a model that is
-        not ours. A tokenizer without a padding token takes its end of text for it.
+        The policy on the CPU (one of 4 bits on the GPU, if there is one), its projector loaded where the folder has
+        one; `thinking` is None for a model that is not ours. A tokenizer without a padding token takes its end of text
+        for it.
 
     Raises:
         ValueError: what `model_folder` refuses; a tokenizer that is missing or does not fit; an
@@ -131,12 +140,14 @@ def load_policy(
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         kwargs["attn_implementation"] = attn_implementation
+    kwargs |= loading(quantization or stored_with(path))
     tokenizer = load_tokenizer(name_or_path)
     if is_adapter(path):
-        model = load_adapter(path, tokenizer, trainable, **kwargs)
+        model = load_adapter(path, tokenizer, trainable, whole, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     check_tokenizer(tokenizer, model, name_or_path)
+    settle_loaded(model)
     align(model)
     if module_file(path, PROJECTOR).exists():
         load_projector(language_model(model), path)
@@ -171,7 +182,7 @@ def align(model: nn.Module) -> None:
     """Put weights on a CPU at the beginning of cache lines. A safetensors file is mapped, so its weights lie wherever
     its header ends, and every other vector that a product reads is cut in two (benchmarks/cpu_kernels.py)."""
     for p in model.parameters():
-        if p.device.type == "cpu" and p.data_ptr() % 64:
+        if p.device.type == "cpu" and p.is_floating_point() and p.data_ptr() % 64:
             p.data = p.data.clone()
 
 
@@ -193,12 +204,20 @@ def add_thought_tokens(policy: Policy) -> None:
         weight[policy.tokenizer.convert_tokens_to_ids(token)] = row + 0.5 * jitter.to(row)
 
 
-def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thinking: Thinking, main: bool) -> None:
+def save(
+    folder: Path,
+    save_model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: Thinking,
+    main: bool,
+    also: dict[str, Any] | None = None,
+) -> None:
     """Write a complete model folder under a temporary name, then rename it, so that a folder is whole or absent.
 
     Args:
         save_model: called with the temporary folder on every rank (ZeRO needs all of them), e.g. `trainer.save_model`.
         main: whether this process writes the side files and renames.
+        also: what else rl_soft.json says, by key.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     if main and temporary.exists():
@@ -207,8 +226,7 @@ def save(folder: Path, save_model: Any, tokenizer: PreTrainedTokenizerBase, thin
     if main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
         tokenizer.save_pretrained(temporary)
-        side = json.dumps({"format": 1, "thinking": thinking.to_dict()}, indent=2) + "\n"
-        write_atomic(temporary / SIDE_FILE, side)
+        write_thinking(temporary, thinking, also)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rl_soft.model.sharded import is_sharded
 from rl_soft.model.side_modules import language_model, module_file, save_module, split_module, taken_out
 
 PROJECTOR = "projector"
@@ -157,13 +158,15 @@ class KeepsProjector:
         state, own = split_module(self.model.state_dict() if state_dict is None else state_dict, PROJECTOR)
         super()._save(output_dir, state)  # type: ignore[misc]
         if not projector.gate.requires_grad:
-            own.pop("gate")  # thought hidden has none
+            own.pop("gate", None)  # thought hidden has none
         if self.args.should_save:
             save_module(Path(output_dir or self.args.output_dir), PROJECTOR, own)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         owner = language_model(self.model)
-        if getattr(owner, PROJECTOR, None) is None:
+        if getattr(owner, PROJECTOR, None) is None or is_sharded(
+            owner
+        ):  # FSDP2 reads all of it from a file of its own
             return super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         with taken_out(owner, PROJECTOR):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]

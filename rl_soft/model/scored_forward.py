@@ -29,6 +29,7 @@ from rl_soft.model.gate import gate_of, mode_log_prob
 from rl_soft.model.head import soft_log_prob, support_statistics
 from rl_soft.model.kl import categorical_kl
 from rl_soft.model.logit_map import LogitMap, logit_map
+from rl_soft.model.sharded import is_sharded
 from rl_soft.model.side_modules import trunk_of
 from rl_soft.model.think import density_of, mix_embeddings, position_ids, think, thought_input
 from rl_soft.model.value_head import state_values
@@ -181,12 +182,14 @@ def _recorded_states(causal: Causal, soft: SoftInputs, attention_mask: Tensor) -
 
 def _can_share_prompts(model: Any, prompt_ids: Tensor) -> bool:
     """Whether a prompt may go through the model apart from what follows it: on a CPU, where positions are the cost; in
-    layers that see all positions before them; and not under checkpointing, which drops the cache."""
+    layers that see all positions before them; not under checkpointing, which drops the cache; and not where layers are
+    gathered at each call, since processes must make as many calls."""
     config = model.config.get_text_config()
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     return (
         prompt_ids.device.type == "cpu"
         and not (windows or getattr(config, "sliding_window", None))
+        and not (is_sharded(model) or any(hasattr(p, "ds_id") for p in model.parameters()))
         and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     )
 

@@ -14,12 +14,15 @@ from rl_soft.config.refusals import check_features, refuse_checkpointing
 from rl_soft.model.adapters import check_kind
 from rl_soft.model.logit_map import logit_map
 from rl_soft.model.policy import context_length
+from rl_soft.model.quantised import check_divided, in_4bit
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts.models import check_rollout_model
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.precision import check_masters
+from rl_soft.train.runtime.checkpoints import divided
+from rl_soft.train.runtime.processes import refuse_fsdp
 
 
 def check_config(
@@ -53,6 +56,7 @@ def check_config(
     if RATIOS[ratio].one_by_one:
         if thinking.phase != "latent":
             raise ValueError(f"ratio {ratio} needs phase latent, where every row has its thoughts first; use top1")
+        refuse_fsdp(f"ratio {ratio}")
         refuse_checkpointing(
             args, f"gradient_checkpointing: with ratio {ratio}", "use ratio top1 or gradient_checkpointing false"
         )
@@ -92,6 +96,11 @@ def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_conf
     trained = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
     if peft_config is None:
         check_masters(str(trained).removeprefix("torch."), args.deepspeed_plugin is not None)
+    if in_4bit(model) and peft_config is None and not hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has weights of 4 bits, which are not trained themselves; train an adapter (use_peft)"
+        )
+    check_divided(model, divided(args))
     check_rollout_model(model)
     logit_map(language_model(model))
     reads_hidden = KINDS[thinking.thought].reads_hidden
@@ -109,6 +118,7 @@ def check_model(model: Any, args: Any, thinking: Thinking, ratio: str, peft_conf
         raise ValueError(
             f"{thought} needs a model with a projector; start from a CODI run with thought hidden or hybrid"
         )
+    refuse_fsdp(thought)
     refuse_checkpointing(
         args, f"gradient_checkpointing: with {thought}", "use thought gumbel or gradient_checkpointing false"
     )

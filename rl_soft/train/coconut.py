@@ -34,6 +34,7 @@ from rl_soft.model import policy
 from rl_soft.model.think import position_ids
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address, uniform
+from rl_soft.train.runtime.checkpoints import divided
 from rl_soft.train.start import lora_config, with_adapter
 from rl_soft.train.supervised import IGNORE, ScheduledTrainer
 
@@ -76,8 +77,7 @@ class CoconutTrainer(ScheduledTrainer):
             "gradient_checkpointing is not available for coconut:",
             "lower per_device_train_batch_size instead",
         )
-        plugin = args.deepspeed_plugin
-        if arguments.uniform_prob and plugin is not None and plugin.zero_stage == 3:
+        if arguments.uniform_prob and divided(args) == 3:
             raise ValueError(
                 "uniform_prob must be 0 under ZeRO-3: stages differ between processes, and so would their forward "
                 "passes, for which ZeRO-3 gathers weights; use ZeRO-2"

@@ -46,6 +46,7 @@ from rl_soft.model.projector import KeepsProjector, add_projector
 from rl_soft.model.think import last_state, position_ids, think
 from rl_soft.thoughts.layout import Layout, pad
 from rl_soft.thoughts.noise import address
+from rl_soft.train.runtime.checkpoints import divided
 from rl_soft.train.start import lora_config, with_adapter
 from rl_soft.train.supervised import IGNORE, WholeStep, token_cross_entropy
 
@@ -282,7 +283,7 @@ def separate_teacher(source: str, model: Any, layout: Layout, args: Any) -> Any:
     Raises:
         ValueError: it is missing, its hidden states are not of the student's shape, or ids mean other tokens in it.
     """
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+    if divided(args) == 3:
         raise ValueError("teacher: a separate teacher is not available under ZeRO-3; use ZeRO-2 or teacher self")
     folder = source
     if source.endswith((".yaml", ".yml")):

@@ -17,10 +17,10 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from rl_soft.evaluation.curve import DURING, METRICS, figures_of
 from rl_soft.files import write_atomic
+from rl_soft.train.runtime.sharded import whole_model
 
 logger = logging.getLogger("rl_soft")
 
@@ -53,11 +53,7 @@ class Curve:
 
     def _measure(self, folder: Path) -> dict[str, float]:
         trainer, start = self.trainer, time.perf_counter()
-        with unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        ) as model:
+        with whole_model(trainer) as model:
             self.evaluate(folder, model)
         figures: list[Any] = [None]
         if PartialState().is_main_process:

@@ -27,12 +27,12 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from rl_soft.config.refusals import training_cuts
 from rl_soft.model.devices import avoid_cudnn_attention
 from rl_soft.model.gate import KeepsGate, add_gate
 from rl_soft.model.projector import KeepsProjector, add_projector, beside_adapter
+from rl_soft.model.quantised import in_float32, trained_values
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.model.side_modules import language_model
 from rl_soft.rollouts import cuda_graphs
@@ -51,6 +51,7 @@ from rl_soft.train.reference import Reference, check_reference
 from rl_soft.train.runtime.clock import StepClock, peak_gib
 from rl_soft.train.runtime.completions import show_completions
 from rl_soft.train.runtime.guards import Guarded, check_density_gap
+from rl_soft.train.runtime.sharded import prepare_fsdp, whole_model
 from rl_soft.train.sampler import EpochSampler
 from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_second_factor
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
@@ -123,8 +124,10 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         **kwargs: Any,
     ):
         avoid_cudnn_attention()
+        prepare_fsdp()
         args = args or self._config_class(output_dir=f"{folder_name(model)}-RL")
-        policy = policy_of(model, args, processing_class, peft_config is not None)
+        quantization = kwargs.pop("quantization_config", None)
+        policy = policy_of(model, args, processing_class, peft_config is not None, quantization)
         thinking = fitting(thinking, policy)
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
@@ -142,6 +145,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         check_prompts(train_dataset, self.layout, policy.model)
         settle(args, self.layout)
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL would make an engine for tokens
+        exact = trained_values(policy.model)
         super().__init__(
             policy.model,
             reward_funcs,  # type: ignore[arg-type]
@@ -153,6 +157,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
             **kwargs,
         )
         wrapped = self.accelerator.unwrap_model(self.model)
+        in_float32(wrapped, exact)
         add_soft_forward(wrapped.get_base_model() if is_peft_model(wrapped) else wrapped, chunk_size)
         self._filter_groups(filter_groups, resample, max_resamples)
         self._reference = Reference(self, chunk_size)
@@ -217,13 +222,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         return SoftBatch.from_rollout(made, self.ratio, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
 
     def _roll_out_here(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:
-        args = self.args
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        ) as model:
+        with whole_model(self) as model:
             return rollout(model, self.layout, prompts, seeds, self.eos_token_ids, decoding=self.decoding, keep=True)
 
     def _roll_out_by_vllm(self, prompts: list[list[int]], seeds: Tensor) -> Rollout:

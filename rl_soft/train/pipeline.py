@@ -24,7 +24,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import PrinterCallback, ProgressCallback
 from trl import GRPOConfig
-from trl.models import unwrap_model_for_generation
 
 from rl_soft.config.recipe import (
     RL_METHODS,
@@ -36,6 +35,7 @@ from rl_soft.config.recipe import (
     warm_start_of,
     write_config,
 )
+from rl_soft.config.refusals import training_cuts
 from rl_soft.data import sources as data
 from rl_soft.evaluation.card import model_card
 from rl_soft.evaluation.curve import DURING, METRICS, report_run
@@ -43,6 +43,8 @@ from rl_soft.evaluation.samples import accuracy, evaluate
 from rl_soft.files import write_atomic
 from rl_soft.model import policy
 from rl_soft.model.devices import device
+from rl_soft.model.gate import add_gate
+from rl_soft.model.quantised import check_divided, to_store
 from rl_soft.thoughts.fit import check_characters, check_rows
 from rl_soft.thoughts.layout import Layout, check_texts
 from rl_soft.train.coconut import coconut_trainer
@@ -55,8 +57,21 @@ from rl_soft.train.ppo import SoftPPOConfig, SoftPPOTrainer
 from rl_soft.train.precision import settled, uses_deepspeed
 from rl_soft.train.ready import Rows, check_rl, load_rows, world_size
 from rl_soft.train.runtime.callbacks import Finished, Interrupt, KnownFailures, MetricsFile, Progress, Validate
-from rl_soft.train.runtime.checkpoints import Checkpoints, check_resumable, last_checkpoint, set_aside_unfinished
-from rl_soft.train.runtime.processes import as_trained, check_processes, gathered, lost_processes, prepare_devices
+from rl_soft.train.runtime.checkpoints import (
+    Checkpoints,
+    check_resumable,
+    divided,
+    last_checkpoint,
+    set_aside_unfinished,
+)
+from rl_soft.train.runtime.processes import (
+    as_trained,
+    check_processes,
+    gathered,
+    lost_processes,
+    prepare_devices,
+)
+from rl_soft.train.runtime.sharded import check_recipe, prepare_fsdp, whole_model
 from rl_soft.train.sft import sft_trainer
 from rl_soft.train.start import check_thinking, lora_config, starting_policy
 from rl_soft.train.supervised import usable_rows
@@ -86,6 +101,7 @@ def run(recipe: Recipe) -> Path:
             another run.
     """
     recipe = settled(recipe, uses_deepspeed())
+    check_recipe(recipe)
     rewards = check_rl(recipe) if recipe.method in RL_METHODS else []
     rows = load_rows(recipe)
     warm_start = warm_start_of(recipe)
@@ -116,6 +132,7 @@ def begin(recipe: Recipe) -> None:
     """Make or check the run directory, and prepare the devices."""
     resuming = check_output_dir(recipe)
     prepare_devices()
+    prepare_fsdp()
     if int(os.environ.get("RANK", "0")) == 0:
         logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
         write_config(recipe)
@@ -148,7 +165,7 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
         fit(trainer, recipe, shown, boundary)
         take_over_records(trainer, recipe.output_dir)
         save(trainer, recipe, start.policy.tokenizer)
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        with whole_model(trainer) as model:
             evaluate_as(start, "after RL", recipe.output_dir / "eval_after", model)
     else:
         m = recipe.model
@@ -178,6 +195,9 @@ def start_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> Start:
         values["num_generations_eval"] = 1
     args = (SoftPPOConfig if recipe.method == "ppo" else GRPOConfig)(**training_values(recipe) | values)
     check_processes(args)
+    check_divided(start.model, divided(args))
+    if thinking.switch == "gate":
+        add_gate(policy.language_model(start.model))  # the evaluation before RL has it, too
     start.model.to(args.device)
     return Start(recipe, start, layout, args, rows.test)
 
@@ -207,7 +227,7 @@ def rl_trainer(start: Start, rows: list[data.Row], rewards: list[Callable]) -> S
 
 
 def evaluate_as(start: Start, name: str, folder: Path, model: Any) -> None:
-    """Pass@k records of `model` into `folder`."""
+    """Pass@k records of `model` into `folder`; the policy is the one that is trained, cuts included."""
     recipe = start.recipe
     if not recipe.data.eval_problems:
         return
@@ -227,6 +247,7 @@ def evaluate_as(start: Start, name: str, folder: Path, model: Any) -> None:
             seed=recipe.eval.eval_seed,
             batch_size=recipe.eval.eval_batch_size,
             config=recipe.values,
+            decoding=training_cuts(recipe.values, start.layout.thinking, recipe.extra.ratio, recipe.extra.order),
         )
 
 
@@ -268,6 +289,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> N
     args = trainer_class(recipe.method)(**training_values(recipe) | forced)
     check_processes(args)
     start = starting_policy(recipe, warm_start)
+    check_divided(start.model, divided(args))
     start.tokenizer.chat_template = None  # questions are trained as they are, and evaluated so
     layout = Layout(recipe.thinking, start.tokenizer)
     recipe.thinking.support_size(start.model.config.vocab_size)
@@ -295,7 +317,7 @@ def validate_every(trainer: Any, recipe: Recipe, layout: Layout, rows: list[data
     """Accuracy on rows held out of training, every `validation_every` steps."""
 
     def validate() -> float:
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        with whole_model(trainer) as model:
             return accuracy(model, layout, rows, recipe.eval.eval_seed, recipe.eval.eval_batch_size)
 
     callback = Validate(validate, recipe.extra.validation_every, recipe.extra.stop_at_accuracy)
@@ -353,7 +375,8 @@ def save(trainer: Any, recipe: Recipe, tokenizer: Any) -> None:
     """The trained model into output_dir/model, by all processes together."""
     main = trainer.is_world_process_zero()
     folder = recipe.output_dir / "model"
-    policy.save(folder, trainer.save_model, tokenizer, recipe.thinking, main)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    policy.save(folder, trainer.save_model, tokenizer, recipe.thinking, main, to_store(model))
     if main:
         write_atomic(folder / "README.md", model_card(folder, recipe.values))
     PartialState().wait_for_everyone()

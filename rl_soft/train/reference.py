@@ -14,6 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from rl_soft.model.projector import load_projector
 from rl_soft.model.scored_forward import add_soft_forward
+from rl_soft.model.sharded import whole_copy, whole_weights
 from rl_soft.thoughts.kinds import KINDS
 from rl_soft.train.soft_batch import SoftBatch, parts
 
@@ -32,7 +33,8 @@ class Reference:
         copy_reference(model)
         if trainer.ref_model is not None:
             own = trainer.accelerator.unwrap_model(trainer.ref_model)
-            add_soft_forward(own, chunk_size)
+            with whole_weights(own):
+                add_soft_forward(own, chunk_size)
             if KINDS[trainer.layout.thinking.thought].reads_hidden:
                 load_projector(own, Path(str(own.name_or_path)))
                 own.projector.requires_grad_(False)
@@ -41,7 +43,8 @@ class Reference:
         """A module from (N, H) states to (N, V) logits."""
         trainer = self._trainer
         model = trainer.model if trainer.ref_model is None else trainer.ref_model
-        return reference_head(trainer.accelerator.unwrap_model(model))
+        head = reference_head(trainer.accelerator.unwrap_model(model))
+        return head if trainer.ref_model is None else whole_copy(head)
 
     @torch.no_grad()
     def states(self, soft: SoftBatch, batch: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from rl_soft.config.recipe import Recipe
 from rl_soft.data.row import Row
 from rl_soft.model.policy import Policy
+from rl_soft.model.quantised import in_float32
 from rl_soft.thoughts.layout import Layout
 from rl_soft.train.start import lora_config
 from rl_soft.train.supervised import IGNORE
@@ -46,5 +47,6 @@ def sft_trainer(recipe: Recipe, start: Policy, args: Any, layout: Layout, rows: 
         processing_class=layout.tokenizer,
         peft_config=lora_config(recipe),
     )
+    in_float32(trainer.model, {})
     trainer.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]  # the pipeline writes one
     return trainer

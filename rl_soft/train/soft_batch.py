@@ -120,7 +120,7 @@ class SoftBatch:
 
 
 def fitted(x: Tensor, positions: int, value: float, width: int | None = None) -> Tensor:
-    """(B, C, ...) with so many positions: padded on the right with `value`, or cut; `width`: of (B, C, W)."""
+    """(B, C, ...) with so many positions: padded on the right with `value`, or cut; `width`: of W in (B, C, W)."""
     x = x if width is None else F.pad(x, (0, width - x.shape[-1]), value=value)
     extra = positions - x.shape[1]
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra), value=value) if extra > 0 else x[:, :positions]

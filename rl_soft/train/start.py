@@ -12,8 +12,10 @@ from rl_soft.config.recipe import RL_METHODS, Recipe
 from rl_soft.config.refusals import IN_MEMORY
 from rl_soft.data.row import question_hash
 from rl_soft.model import policy
+from rl_soft.model.adapters import check_whole
 from rl_soft.model.folder import is_adapter, read_thinking
 from rl_soft.model.projector import beside_adapter
+from rl_soft.model.quantised import four_bits, in_4bit
 from rl_soft.model.tokenizer import check_tokenizer, load_tokenizer
 from rl_soft.thoughts.kinds import KINDS
 from rl_soft.thoughts.layout import Layout
@@ -22,9 +24,11 @@ from rl_soft.train.precision import default_dtype
 
 logger = logging.getLogger("rl_soft")
 
+OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"}  # PEFT's
+
 
 def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
-    """`model` in a PEFT wrapper whose adapter holds the rows of <bot> and <eot> too."""
+    """`model` in a PEFT wrapper whose adapter holds the rows of <bot> and <eot> too, if it does not hold all rows."""
     from peft import get_peft_model
 
     if not model.name_or_path:
@@ -33,7 +37,15 @@ def with_adapter(model: Any, layout: Layout, peft_config: Any) -> Any:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     ends = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
-    peft_config.trainable_token_indices = {names[id(module)]: rows for module in ends}
+    whole = {name.rpartition(".")[2] for name in peft_config.modules_to_save or []}
+    embeddings, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if tied and head in whole and embeddings not in whole:
+        raise ValueError(
+            f"lora_modules_to_save: {head} is one matrix with {embeddings}, whose rows of <bot> and <eot> are "
+            f"trained; name {embeddings} too"
+        )
+    in_part = {names[id(module)]: rows for module in ends if names[id(module)] not in whole}
+    peft_config.trainable_token_indices = in_part or None
     adapted: Any = get_peft_model(model, beside_adapter(peft_config) if hasattr(model, "projector") else peft_config)
     # A longer vocabulary makes peft save both embedding matrices whole; only these rows differ from the base's.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
@@ -47,21 +59,29 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     if m.model_config:
         return policy.make(m.model_config, m.vocabulary or "", recipe.seed, dtype, m.attn_implementation)
     source = str(warm_start.output_dir / "model") if warm_start is not None else str(m.model_name_or_path)
-    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True)
+    wanted = None
+    if m.load_in_4bit:
+        wanted = four_bits(m.bnb_4bit_quant_type, m.bnb_4bit_compute_dtype or dtype, m.use_bnb_nested_quant)
+    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True, quantization=wanted)
+    if in_4bit(start.model) and not m.load_in_4bit:
+        raise ValueError(f"model {source} has weights of 4 bits: set load_in_4bit true")
     if hasattr(start.model, "peft_config"):
         check_adapter(recipe, source, start.model.peft_config["default"])
+    else:
+        check_whole(start.model, m.lora_modules_to_save)
     if recipe.thinking.phase == "latent" and recipe.method not in RL_METHODS:
         policy.add_thought_tokens(start)
     return start
 
 
-def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> policy.Policy:
+def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False, quantization: Any = None) -> policy.Policy:
     """What a trainer is given to start from, in Python: a hub id or a folder, which is loaded, or a model.
 
     Args:
         args: the trainer's; `model_init_kwargs` may hold dtype and attn_implementation for a model that is loaded.
         tokenizer: None loads the one beside the model.
         adapter: whether the trainer puts an adapter on it.
+        quantization: a BitsAndBytesConfig of 4 bits for a model that is loaded.
 
     Raises:
         ValueError: other model_init_kwargs; a model that was made in memory, without a tokenizer.
@@ -77,7 +97,7 @@ def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False) -> p
                 f"model_init_kwargs may hold dtype and attn_implementation here, not {', '.join(asked)}; load the "
                 "model yourself and give it as `model`"
             )
-        loaded = policy.load_policy(str(model), dtype, attention, trainable=True)
+        loaded = policy.load_policy(str(model), dtype, attention, trainable=True, quantization=quantization)
         if tokenizer is not None:
             check_tokenizer(tokenizer, loaded.model, "processing_class")
         return policy.Policy(loaded.model, tokenizer or loaded.tokenizer, loaded.thinking)
@@ -147,11 +167,14 @@ def check_adapter(recipe: Recipe, source: str, adapter: Any) -> None:
             f"model {source} is an adapter of the kind {kind}, and a recipe describes a LoRA one (lora_r, lora_alpha);"
             " train it in Python, with SoftGRPOTrainer"
         )
-    for name, theirs in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
-        if getattr(m, name) != theirs:
+    whole = sorted(adapter.modules_to_save or []) or None
+    given = sorted(m.lora_modules_to_save or []) or None
+    pairs = [(name, getattr(m, name), getattr(adapter, theirs)) for name, theirs in OF_ADAPTER.items()]
+    for name, ours, theirs in [*pairs, ("lora_modules_to_save", given, whole)]:
+        if ours != theirs:
             raise ValueError(
-                f"{name} is {getattr(m, name)} in {recipe.path}, but the adapter {source}, with which training goes "
-                f"on, has {theirs}"
+                f"{name} is {ours} in {recipe.path}, but the adapter {source}, with which training goes on, has "
+                f"{theirs}"
             )
 
 
@@ -193,5 +216,8 @@ def lora_config(recipe: Recipe) -> Any:
         lora_alpha=m.lora_alpha,
         lora_dropout=m.lora_dropout,
         target_modules=m.lora_target_modules,
+        modules_to_save=m.lora_modules_to_save,
+        use_dora=m.use_dora,
+        use_rslora=m.use_rslora,
         task_type="CAUSAL_LM",
     )

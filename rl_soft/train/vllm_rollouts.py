@@ -25,6 +25,7 @@ from rl_soft.rollouts.vllm.options import check_length, check_vllm, engine_optio
 from rl_soft.rollouts.vllm.request import Recorded
 from rl_soft.thoughts.kinds import RATIOS
 from rl_soft.thoughts.layout import Layout
+from rl_soft.train.runtime.processes import uses_fsdp
 
 TOKENS = 4096  # of a step; vLLM's profile of memory grows with it
 
@@ -33,8 +34,12 @@ def check(args: Any, ratio: str) -> None:
     """Before anything is made.
 
     Raises:
-        ValueError: no vLLM that fits; a ratio that TRL's correction cannot score; a server without NCCL.
+        ValueError: no vLLM that fits; FSDP; a ratio that TRL's correction cannot score; a server without NCCL.
     """
+    if uses_fsdp():
+        raise ValueError(
+            "use_vllm under FSDP2 is not available: weights are pushed from whole models; use --zero 0 to 3"
+        )
     check_vllm()
     if RATIOS[ratio].second_factor and args.vllm_importance_sampling_correction:
         raise ValueError(

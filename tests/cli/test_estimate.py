@@ -92,11 +92,23 @@ def test_what_makes_it_smaller():
     assert one[optimizer] == two[optimizer] == three[optimizer] == plain.always[optimizer] / 2
     assert one["gradients"] == plain.always["gradients"] == 2 * two["gradients"]
     assert two["weights"] == plain.always["weights"] == 2 * three["weights"]
+    sharded = predict(processes=2, fsdp=True)
+    assert sharded.always == three and sharded.rollout == predict(processes=2, zero=3).rollout
     half = predict({"dtype": "bfloat16"}, zero=1).always
     assert half["weights"] == plain.always["weights"] / 2
     assert half[optimizer] == 1.5 * plain.always[optimizer], "float32 copies of the weights, and two moments"
     assert predict(processes=2).rollout["cache"] == pytest.approx(plain.rollout["cache"] / 2)
     assert predict({"prompts_per_step": 8}).seconds["update"] == pytest.approx(2 * plain.seconds["update"])
+
+
+def test_weights_of_4_bits_are_counted():
+    lora, quantised, nested = (
+        predict({"use_peft": True, **values}).always["weights"]
+        for values in ({}, {"load_in_4bit": True}, {"load_in_4bit": True, "use_bnb_nested_quant": True})
+    )
+    linear = 3 * (4 * 128 * 128 + 3 * 128 * 384)  # weights of the layers
+    assert lora - quantised == pytest.approx(linear * (4 - 0.5 - 4 / 64))
+    assert quantised - nested == pytest.approx(linear * (4 - 1 - 4 / 256) / 64)
 
 
 def test_the_command_says_what_does_not_fit_and_fails(capsys):
@@ -116,6 +128,7 @@ def test_bad_numbers_are_named(capsys):
         ("--zero", "-1"): "zero must be between 0 and 3, got -1",
         ("--processes", "0"): "processes must be at least 1, got 0",
         ("--memory", "much"): "memory must be a number, at least 0, or null, got 'much'",
+        ("--zero", "3", "--fsdp"): "fsdp true and zero 3 both divide a model; take one of them",
         ("--processes", "3"): "completions do not divide over 3 processes",
     }.items():
         with pytest.raises(SystemExit) as stop:

@@ -37,7 +37,7 @@ def test_no_name_of_the_table_is_a_key_and_what_it_leads_to_is_one():
         ("torch_dtype", "it is called dtype here"),
         ("dataset_config", "write dataset_options: {config: NAME}"),
         ("max_prompt_length", "prompts are never cut"),
-        ("load_in_4bit", "not quantised here"),
+        ("load_in_8bit", "8-bit products round the states"),
         ("reward_funcs", "it is called rewards here"),
         ("lerning_rate", "did you mean learning_rate?"),
     ],

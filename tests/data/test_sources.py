@@ -391,7 +391,7 @@ def test_catalogue(
 
 def test_every_catalogued_set_is_tested() -> None:
     marks = test_catalogue.pytestmark[0].args[1]
-    assert {case[0] for case in marks} | {"gpqa-diamond"} == set(CATALOGUE)
+    assert {case[0] for case in marks} | {"gpqa-diamond", "livecodebench"} == set(CATALOGUE)
 
 
 def test_programs_have_their_prompt_and_entry_point(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rl_soft.config.recipe import load_recipe, parse_overrides
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\./launch\.sh|rl-soft|-m rl_soft) +([^\n`|]+)")
-LAUNCH = {"zero", "nproc", "dry-run", "help", "vllm"}  # of launch.sh, not of rl-soft
+LAUNCH = {"zero", "fsdp", "nproc", "dry-run", "help", "vllm"}  # of launch.sh, not of rl-soft
 SHELL = {"$s": "1", "$d": "chain_sum"}  # variables of loops
 
 

@@ -66,7 +66,8 @@ class Watch(TrainerCallback):
 
 
 def bytes_of(tensor):
-    return tensor.detach().float().contiguous().numpy().tobytes()
+    part = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+    return part.detach().float().contiguous().numpy().tobytes()
 
 
 class Gathers:
@@ -160,7 +161,8 @@ def write(folder, warm_start, **values):
 
 def launch(folder, stage, *program):
     """Two processes under the launcher, as launch.sh starts them; ZeRO-3 with parameters small enough to be cut."""
-    config = yaml.safe_load((ROOT / f"recipes/accelerate/{f'zero{stage}' if stage else 'ddp'}.yaml").read_text())
+    name = stage if stage == "fsdp2" else f"zero{stage}" if stage else "ddp"
+    config = yaml.safe_load((ROOT / f"recipes/accelerate/{name}.yaml").read_text())
     if stage == 3:
         file = folder / "zero3.json"
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
@@ -170,7 +172,7 @@ def launch(folder, stage, *program):
         del config["mixed_precision"]  # accelerate wants such keys in one place
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
-    folders = os.pathsep.join(str(ROOT / "tests" / name) for name in ("", "invariants", "train"))
+    folders = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "tests/invariants", "tests/train"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": folders}
     return subprocess.Popen(
         [*launcher, "--num_processes", "2", "--main_process_port", "0", *map(str, program)],
@@ -206,11 +208,11 @@ def test_accumulation_changes_nothing(tmp_path, warm_start, one_process):
         close(a, b)
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3, "fsdp2"])
 def test_two_processes_are_one_and_skip_a_step_together(tmp_path, warm_start, one_process, stage):
     """Eight micro-batches of one completion on each of two processes: the losses and gradient norms of one process.
     Then process 1 has a loss that is not finite: weights and optimizer state of both stay as they are."""
-    if stage:
+    if stage in (1, 2, 3):
         pytest.importorskip("deepspeed")
     path = write(tmp_path, warm_start, per_device_train_batch_size=1, max_steps=SPOILED + 1)
     process = launch(tmp_path, stage, __file__, "watched", path)
@@ -245,11 +247,12 @@ SUPERVISED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("method", SUPERVISED)
+@pytest.mark.parametrize(
+    ("method", "stage"), [*itertools.product(SUPERVISED, [0, 2, 3]), ("sft", "fsdp2"), ("icot", "fsdp2")]
+)
 def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_start, method, stage):
     """Losses and gradient norms; iCoT and Coconut reset the optimizer on the way. Both models open and are equal."""
-    if stage:
+    if stage in (1, 2, 3):
         pytest.importorskip("deepspeed")
     base = {k: v for k, v in CODI.items() if k not in ("model_config", "vocabulary")}
     options = {**base["dataset_options"], "min_terms": 3, "max_terms": 3}
@@ -279,7 +282,7 @@ def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_star
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_coconut_may_have_other_stages_on_each_process(tmp_path, stage):
     """So processes make different numbers of forward passes in a step."""
-    if stage:
+    if stage in (1, 2, 3):
         pytest.importorskip("deepspeed")
     values = {**CODI, "thought": "hidden", "method": "coconut", "uniform_prob": 0.7, "thoughts_per_step": 1}
     values |= {"max_steps": 4, "validation_problems": 0, "per_device_train_batch_size": 3, "logging_steps": 1}
@@ -293,7 +296,7 @@ def test_coconut_may_have_other_stages_on_each_process(tmp_path, stage):
     "stage,busy", [(0, 0), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(0, 300, marks=pytest.mark.slow)]
 )
 def test_a_dead_process_ends_the_job(tmp_path, warm_start, stage, busy):
-    if stage:
+    if stage in (1, 2, 3):
         pytest.importorskip("deepspeed")
     path = write(tmp_path, warm_start, per_device_train_batch_size=8)
     process = launch(tmp_path, stage, __file__, "dying", path, 3, busy)
@@ -320,10 +323,10 @@ def test_a_reward_that_fails_on_one_process_ends_all(tmp_path, warm_start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3, "fsdp2"])
 def test_a_killed_job_goes_on_as_if_nothing_had_been(tmp_path, warm_start, stage):
     """One process dies in step 5; the same command resumes from the checkpoint of step 4, on both."""
-    if stage:
+    if stage in (1, 2, 3):
         pytest.importorskip("deepspeed")
     values = {"per_device_train_batch_size": 4, "num_iterations": 2, "save_steps": 2, "max_steps": 6}
     (tmp_path / "whole").mkdir()

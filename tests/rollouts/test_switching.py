@@ -3,6 +3,7 @@
 pytest tests/rollouts/test_switching.py
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,10 @@ from conftest import rows, tiny_policy
 from peft import LoraConfig, PeftModel
 from test_decoding import logits_before, run
 from test_grpo import soft_trainer, train
+from test_pipeline import GRPO, write
 from transformers import AutoModelForCausalLM
 
+from rl_soft.config.recipe import load_recipe
 from rl_soft.model import policy
 from rl_soft.model.gate import add_gate
 from rl_soft.model.think import mix_embeddings
@@ -22,6 +25,7 @@ from rl_soft.thoughts.densities import GumbelTopK, SoftToken
 from rl_soft.thoughts.layout import Layout
 from rl_soft.thoughts.noise import uniform
 from rl_soft.thoughts.thinking import Thinking
+from rl_soft.train import pipeline
 
 ENTROPY = Thinking(
     phase="explicit", end_of_thinking="=", num_thoughts=12, thought_k=3, max_answer_tokens=4, switch="entropy",
@@ -217,3 +221,20 @@ def test_what_a_gate_needs_is_told(tmp_path):
 
     with pytest.raises(ValueError, match="switch gate is not available with engine vllm; use engine ours"):
         roll_of("vllm", None, "m", "float32", [Layout(GATE, made.tokenizer)], [rows(1)[0].question])
+
+
+def test_a_recipe_with_a_gate_is_evaluated_before_and_after(tmp_path):
+    """Before RL the gate is new; the folder of the result has it, and `eval` of that folder uses it."""
+    made = tiny_policy()
+    policy.save(tmp_path / "base", made.model.save_pretrained, made.tokenizer, GATE, True)
+    keys = {
+        **GRPO, "thought_k": 3, "phase": "explicit", "end_of_thinking": "=", "num_thoughts": 6, "switch": "gate",
+        "model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "rl"), "ratio": "top1",
+        "num_iterations": 1, "max_steps": 2, "eval_problems": 4, "answer_prompt": "",
+        "vocabulary": None,
+    }  # fmt: skip
+    pipeline.run(load_recipe(write(tmp_path / "rl.yaml", keys)))
+    for folder in ("eval_before", "eval_after"):
+        assert json.loads((tmp_path / "rl" / folder / "eval.json").read_text())["decoder"]["switch"] == "gate"
+    loaded = policy.load_policy(str(tmp_path / "rl/model"))
+    assert loaded.thinking.switch == "gate" and loaded.model.switch_gate.weight.shape == (32,)

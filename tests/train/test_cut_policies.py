@@ -3,6 +3,7 @@
 pytest tests/train/test_cut_policies.py
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import tiny_policy
 from peft import LoraConfig
 from test_decoding import logits_before
 from test_grpo import THINKING, TOKENS, soft_trainer, train
+from test_pipeline import recipes
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,12 +20,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rl_soft.config.like import settings_like
+from rl_soft.config.recipe import load_recipe
 from rl_soft.model.head import soft_log_prob
 from rl_soft.model.scored_forward import add_soft_forward
 from rl_soft.rollouts.engine import rollout
 from rl_soft.thoughts.decoding import MOST_KEPT, Decoding
 from rl_soft.thoughts.densities import GumbelTopK, SoftToken
 from rl_soft.thoughts.layout import Layout
+from rl_soft.train import pipeline
 from rl_soft.train.soft_batch import SoftBatch
 
 CUT = Decoding.of_training(top_k=9, top_p=0.9, min_p=0.01, order="exact")
@@ -158,3 +163,16 @@ def test_what_does_not_go_with_a_cut_is_told(tmp_path):
 def test_values_that_cut_nothing_are_no_cut():
     assert Decoding.of_training(0, 1.0, None, "exact") is Decoding.of_training(-1, 1, 0.0, "exact") is None
     assert Decoding.of_training(None, 0.9, None, "exact").top_k == MOST_KEPT
+
+
+def test_a_run_is_evaluated_as_it_is_trained(tmp_path):
+    """The records before and after RL are of the cut policy, and `like` repeats it."""
+    recipe = recipes(tmp_path, top_p=0.8, order="paper", num_iterations=1, max_steps=2)
+    pipeline.run(load_recipe(recipe))
+    for folder in ("eval_before", "eval_after"):
+        decoder = json.loads((tmp_path / "rl" / folder / "eval.json").read_text())["decoder"]
+        assert (decoder["top_k"], decoder["top_p"], decoder["order"]) == (MOST_KEPT, 0.8, "paper")
+    like = settings_like(str(tmp_path / "rl"), {})
+    assert (like["top_k"], like["top_p"], like["min_p"], like["order"]) == (MOST_KEPT, 0.8, 0.0, "paper")
+    plain = settings_like(str(tmp_path / "rl/eval_after"), {})
+    assert (plain["top_k"], plain["top_p"], plain["order"]) == (MOST_KEPT, 0.8, "paper")

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from rl_soft.files import write_atomic
+from rl_soft.train.runtime.processes import uses_fsdp
 
 logger = logging.getLogger("rl_soft")
 
@@ -35,7 +36,7 @@ class Checkpoints(TrainerCallback):
         processes = PartialState()
         processes.wait_for_everyone()
         if args.should_save:
-            content = {"step": state.global_step, "processes": processes.num_processes, "zero": zero_stage(args)}
+            content = {"step": state.global_step, "processes": processes.num_processes, "zero": divided(args)}
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / "README.md").unlink(missing_ok=True)  # an empty form of PEFT's
             write_atomic(folder / COMPLETE, json.dumps(content) + "\n")
@@ -50,15 +51,18 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def check_resumable(checkpoint: Path, args: Any) -> None:
-    """A checkpoint can be read only by the stage, and under ZeRO by the number of processes, that wrote it.
+    """A checkpoint can be read only by the stage (or FSDP2), and where states are divided by the number of processes,
+    that wrote it.
 
     Raises:
         ValueError: they differ; transformers would leave the optimizer's state out without a word, DeepSpeed fail.
     """
     mark = json.loads((checkpoint / COMPLETE).read_text())
-    processes, stage = PartialState().num_processes, zero_stage(args)
+    processes, stage = PartialState().num_processes, divided(args)
     if mark["zero"] != stage:
-        raise ValueError(f"{checkpoint} was written under ZeRO stage {mark['zero']} and cannot be read under {stage}")
+        raise ValueError(
+            f"{checkpoint} was written under {_named(mark['zero'])} and cannot be read under {_named(stage)}"
+        )
     if mark["processes"] != processes and stage:
         raise ValueError(
             f"{checkpoint} was written by {mark['processes']} processes and cannot be read by {processes}"
@@ -70,9 +74,15 @@ def check_resumable(checkpoint: Path, args: Any) -> None:
         )
 
 
-def zero_stage(args: Any) -> int:
-    """0 without DeepSpeed."""
+def divided(args: Any) -> int | str:
+    """By what a run's states are divided over its processes: a stage of ZeRO, or `fsdp2`; 0 for nothing."""
+    if uses_fsdp():
+        return "fsdp2"
     return 0 if args.deepspeed_plugin is None else int(args.deepspeed_plugin.zero_stage)
+
+
+def _named(stage: int | str) -> str:
+    return "FSDP2" if stage == "fsdp2" else f"ZeRO stage {stage}"
 
 
 def set_aside_unfinished(run: Path) -> None:

@@ -22,9 +22,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rl_soft.files import replacing, write_atomic
 from rl_soft.model.devices import has_cudnn_attention
+from rl_soft.model.quantised import compute_dtypes
 from rl_soft.thoughts.thinking import Thinking
 from rl_soft.train.reward_functions import own_names
 from rl_soft.train.soft_batch import SoftBatch
@@ -194,7 +196,7 @@ def check_density_gap(
     """
     bound = MAX_DENSITY_GAP * (max(1.0, thinking.thought_gamma) if thinking.kind.has_dirichlet_noise else 1.0)
     exact = torch.get_float32_matmul_precision() == "highest" and mixed_precision == "no"
-    if gap <= bound or not exact or any(p.dtype != torch.float32 for p in model.parameters()):
+    if gap <= bound or not exact or compute_dtypes(model) != {torch.float32}:
         return
     found = (first - batch.sampled_log_probs).abs() * mask
     row, column = divmod(int(found.nan_to_num(0.0).argmax()), found.shape[1])
@@ -298,6 +300,7 @@ class Guarded:
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # under FSDP2, of all parts
         micro_batches, self._micro_batches = self._micro_batches, []
         if self.args.fp16 or norm is None or math.isfinite(float(norm)):  # the one synchronisation of a step
             self._skipped_in_a_row = 0

@@ -35,6 +35,20 @@ def prepare_devices() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def uses_fsdp() -> bool:
+    """Whether the launcher asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def refuse_fsdp(what: str) -> None:
+    """Raises ValueError under FSDP, for what sends gradients from a thought to those before it."""
+    if uses_fsdp():
+        raise ValueError(
+            f"{what} is not available under FSDP2: gradients reach a layer through the cache, where FSDP2 does not "
+            "gather its weights; use --zero 0 to 3"
+        )
+
+
 def start_processes() -> PartialState:
     """Join the processes that the launcher started; each would work alone otherwise, without a word."""
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -54,6 +68,8 @@ def check_processes(args: Any) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     kind = "DEEPSPEED" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None
     actual = "DEEPSPEED" if args.deepspeed_plugin is not None else state.distributed_type.value
+    if uses_fsdp() and world == 1:
+        raise ValueError("--fsdp divides a model over processes, and there is one; leave --fsdp out, or take more")
     if state.num_processes != world or (kind and actual != kind):
         raise ValueError(
             f"launched {world} processes ({kind or 'no DeepSpeed'}); the trainer sees {state.num_processes} ({actual})"
@@ -61,6 +77,7 @@ def check_processes(args: Any) -> None:
     accumulate_in_float32(args)
     if args.process_index == 0:
         stage = f" ZeRO-{args.deepspeed_plugin.zero_stage}" if args.deepspeed_plugin is not None else ""
+        stage = " FSDP2" if uses_fsdp() else stage
         logger.info("%d process(es), %s%s, device %s", world, actual, stage, args.device)
 
 
