@@ -190,10 +190,10 @@ def test_an_evaluation_waits_for_the_end_of_its_rollout(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3, "fsdp2"])
 def test_two_processes_make_the_same_curve(evaluated, tmp_path, stage):
-    """And load the same best model, under ZeRO too."""
-    if stage:
+    """And load the best model, under ZeRO and FSDP2 too."""
+    if stage in (2, 3):
         pytest.importorskip("deepspeed")
     values = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "answer_tokens",
               "greater_is_better": False}  # fmt: skip
