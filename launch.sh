@@ -51,7 +51,7 @@ setup() {
   PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" \
     "$(grep -E '^torch==' "$root/constraints.txt")" setuptools wheel
   PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" \
-    --editable "$root[deepspeed,gguf,dev]"
+    --editable "$root[deepspeed,gguf,quantised,dev]"
   printf '%s' "$wanted" >"$stamp"
   say "installed"
 }

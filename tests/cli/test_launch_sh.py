@@ -63,3 +63,17 @@ def test_integration_passes_without_the_wheel_alone(tmp_path, default, vllm, cod
     run = subprocess.run([tmp_path / ".ci/run"], capture_output=True, text=True, timeout=60)
     assert run.returncode == code
     assert ("its wheel cannot be had here" in run.stdout) == (vllm == 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["x.yaml", "--fsdp", "--nproc", "1"], "--fsdp divides a model over processes, and --nproc 1 is one; leave"),
+        (["x.yaml", "--fsdp", "--zero", "2"], "--fsdp and --zero 2 both divide a model; take one of them"),
+        (["eval", "runs/x", "--fsdp"], "--fsdp is for training; eval takes --zero 3"),
+    ],
+)
+def test_what_fsdp_does_not_go_with_is_one_line(words, line):
+    run = subprocess.run([ROOT / "launch.sh", *words], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and run.stderr.startswith(f"launch.sh: error: {line}")
+    assert len(run.stderr.splitlines()) == 1

@@ -190,9 +190,14 @@ def test_an_evaluation_waits_for_the_end_of_its_rollout(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_curve(evaluated, tmp_path):
-    values = {**EVALUATED, "load_best_model_at_end": True}
-    error = launch(tmp_path, 0, "-m", "rl_soft", recipe(tmp_path, **values)).communicate(timeout=240)[1]
+@pytest.mark.parametrize("stage", [0, 2, 3, "fsdp2"])
+def test_two_processes_make_the_same_curve(evaluated, tmp_path, stage):
+    """And load the best model, under ZeRO and FSDP2 too."""
+    if stage in (2, 3):
+        pytest.importorskip("deepspeed")
+    values = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "answer_tokens",
+              "greater_is_better": False}  # fmt: skip
+    error = launch(tmp_path, stage, "-m", "rl_soft", recipe(tmp_path, **values)).communicate(timeout=240)[1]
     assert (tmp_path / "rl/model/config.json").exists(), error[-3000:]
     one, two = evaluations_of(evaluated), evaluations_of(tmp_path)
     assert one.keys() == two.keys()
@@ -200,6 +205,9 @@ def test_two_processes_make_the_same_curve(evaluated, tmp_path):
         assert one[step] == pytest.approx(two[step], abs=1e-4), step
     for a, b in zip(steps_of(evaluated).values(), steps_of(tmp_path).values(), strict=True):
         assert all(a[k] == pytest.approx(b[k], abs=1e-4) for k in ("loss", "grad_norm") if k in a)
+    best = curve_of(tmp_path / "rl")["best_step"]
+    held = load_file(tmp_path / f"rl/checkpoint-{best}/model.safetensors")
+    assert best < 6 and all(torch.equal(weights(tmp_path)[name], held[name]) for name in held)
 
 
 @pytest.mark.parametrize(
