@@ -5,6 +5,7 @@ pytest tests/train/test_trackers.py
 
 import importlib.util
 import json
+import os
 import time
 
 import pytest
@@ -100,3 +101,13 @@ def test_a_tracker_that_is_not_there_is_refused_early(tmp_path, monkeypatch, val
     path.write_text(yaml.safe_dump({**RL, "output_dir": "x", "warm_start": "recipes/codi.yaml", "report_to": value}))
     with pytest.raises(ValueError, match=word):
         load_recipe(path)
+
+
+def test_wandb_s_keys_of_a_recipe_are_where_wandb_reads_them(tmp_path, monkeypatch):
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP"):
+        monkeypatch.setenv(name, "of the shell")
+    path = tmp_path / "rl.yaml"
+    given = {**RL, "output_dir": str(tmp_path / "run"), "warm_start": "recipes/codi.yaml", "wandb_project": "mine"}
+    path.write_text(yaml.safe_dump(given))
+    train.begin(load_recipe(path))
+    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_ENTITY"]) == ("mine", "of the shell")
