@@ -57,12 +57,12 @@ class Sizes:
     template_rows: int = 50  # a template with fewer problems is left out
     unseen: int = 160  # problems of an evaluation
     seen: int = 60
-    validation: int = 32  # of each; the warm start stops by them
+    validation: int = 32  # of each
     rl_rows: int = 1280
     warm_rows: int = 3200  # and as many rows of bare equations
     warm_batch: int = 16
-    warm_steps: int = 600
-    warm_accuracy: float = 0.3  # of the validation, at which the warm start stops
+    warm_steps: int = 200
+    cool_steps: int = 100  # of the warm start, behind these, while its learning rate falls to zero
     codi_steps: int = 300
     prompts: int = 8
     completions: int = 8
@@ -110,18 +110,19 @@ class Study:
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def warm(self) -> dict[str, Any]:
-        """Supervised on worked equations, all weights."""
+        """Supervised on worked equations, all weights; then as many again as `cool_steps` with a falling rate."""
         self.problems()
-        sizes, run = self.sizes, self.out / "warm"
+        sizes, first, run = self.sizes, self.out / "warm_first", self.out / "warm"
         values = self.text | {
-            "model_name_or_path": str(self.model), "use_peft": False, "max_steps": sizes.warm_steps,
-            "validation_problems": 2 * sizes.validation, "validation_every": 50,
-            "stop_at_accuracy": sizes.warm_accuracy, "learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
-            "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "bf16": True,
-            "attn_implementation": "eager",
+            "use_peft": False, "validation_problems": 2 * sizes.validation, "validation_every": 50,
+            "stop_at_accuracy": None, "learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "warmup_steps": 10, "bf16": True, "attn_implementation": "eager",
         }  # fmt: skip
-        self.supervised("sft_cot", run, values)
-        return {"curve": losses(run)}
+        constant = {"lr_scheduler_type": "constant_with_warmup", "max_steps": sizes.warm_steps}
+        self.supervised("sft_cot", first, values | constant | {"model_name_or_path": str(self.model)})
+        falling = {"lr_scheduler_type": "linear", "max_steps": sizes.cool_steps, "seed": 2}
+        self.supervised("sft_cot", run, values | falling | {"model_name_or_path": str(first / "model")})
+        return {"curve": losses(first), "curve while cooling": losses(run)}
 
     def warm_eval(self) -> dict[str, Any]:
         """The warm start in tokens and in soft thoughts."""

@@ -2,6 +2,6 @@
 
 from rewards.accuracy import math_accuracy
 from rewards.puzzles import puzzle_accuracy
-from rewards.shaping import LengthCost, Overlong, StrictFormat, ThoughtCost
+from rewards.shaping import CosineScaled, LengthCost, Overlong, StrictFormat, ThoughtCost
 
-__all__ = ["LengthCost", "Overlong", "StrictFormat", "ThoughtCost", "math_accuracy", "puzzle_accuracy"]
+__all__ = ["CosineScaled", "LengthCost", "Overlong", "StrictFormat", "ThoughtCost", "math_accuracy", "puzzle_accuracy"]

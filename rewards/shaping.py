@@ -6,11 +6,12 @@ All take TRL's keyword call and return one value per completion, or None where t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from rewards.accuracy import Completion, completion_text
+from rewards.accuracy import Completion, completion_text, math_accuracy
 from rewards.extraction import boxes, hashes
 
 
@@ -47,8 +48,8 @@ class StrictFormat:
 class Overlong:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
-    0 up to `max_length - buffer` tokens, then linearly down to -1 at `max_length`.
-    Lengths are those of `completion_ids`, which for soft rollouts count the thoughts too.
+    0 up to `max_length - buffer` tokens, then linearly down to -1 at `max_length`, as in TRL's
+    `get_soft_overlong_punishment`. Lengths are those of `completion_ids`, which for soft rollouts count the thoughts.
     """
 
     max_length: int
@@ -56,12 +57,55 @@ class Overlong:
     __name__: ClassVar[str] = "overlong"
 
     def __post_init__(self) -> None:
-        if not 0 < self.buffer <= self.max_length:
-            raise ValueError(f"buffer must be in 1..max_length ({self.max_length}), not {self.buffer}")
+        if not 0 <= self.buffer <= self.max_length:
+            raise ValueError(f"buffer must be in 0..max_length ({self.max_length}), not {self.buffer}")
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float | None]:
         start = self.max_length - self.buffer
-        return [-min(max(len(ids) - start, 0) / self.buffer, 1.0) for ids in completion_ids]
+        beyond = (max(len(ids) - start, 0) for ids in completion_ids)
+        return [-min(tokens / self.buffer, 1.0) if self.buffer else -float(tokens > 0) for tokens in beyond]
+
+
+@dataclass(frozen=True)
+class CosineScaled:
+    """Accuracy scaled by length along half a cosine (arXiv 2502.03373, C.1), as in TRL's `get_cosine_scaled_reward`.
+
+    A right answer falls from `max_value_correct` to `min_value_correct` at `max_length` tokens, a wrong one rises from
+    `min_value_wrong` to `max_value_wrong`; None where `math_accuracy` has none. Where we differ: `math_accuracy` says
+    what is right, and lengths count the thoughts.
+    """
+
+    max_length: int
+    min_value_wrong: float = -1.0
+    max_value_wrong: float = -0.5
+    min_value_correct: float = 0.5
+    max_value_correct: float = 1.0
+    __name__: ClassVar[str] = "cosine_scaled_reward"
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, not {self.max_length}")
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        answer: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Any,
+    ) -> list[float | None]:
+        read = {name: columns[name] for name in ("answer_type", "answer_text") if name in columns}
+        found = math_accuracy(prompts, completions, answer, **read)
+        return [
+            None if right is None else self._scaled(bool(right), len(ids) / self.max_length)
+            for right, ids in zip(found, completion_ids, strict=True)
+        ]
+
+    def _scaled(self, right: bool, share: float) -> float:
+        start, end = (
+            (self.max_value_correct, self.min_value_correct) if right else (self.min_value_wrong, self.max_value_wrong)
+        )
+        return end + (start - end) * (1 + math.cos(min(share, 1.0) * math.pi)) / 2
 
 
 @dataclass(frozen=True)

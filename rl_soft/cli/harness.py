@@ -126,7 +126,11 @@ class Harness:
         self.templated = True
         return str(
             self.tokenizer.apply_chat_template(
-                made, tokenize=False, add_generation_prompt=answers, continue_final_message=not answers
+                made,
+                **(self.thinking.to_dict().get("chat_template_kwargs") or {}),
+                tokenize=False,
+                add_generation_prompt=answers,
+                continue_final_message=not answers,
             )
         )
 

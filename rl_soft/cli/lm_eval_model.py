@@ -19,6 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from rl_soft.cli.harness import Asked, Harness, logger
 
+BATCH = 16  # completions decoded together; lm-eval's own default is 1
 NOT_OURS = ("do_sample", "until", "max_gen_toks", "temperature")  # of a task; read here, or left to the model's caps
 
 
@@ -33,7 +34,7 @@ class SoftLM(TemplateLM):
     def __init__(
         self,
         pretrained: str = "",
-        batch_size: int | str = 16,
+        batch_size: int | str = BATCH,
         max_batch_size: int | None = None,
         device: str | None = None,
         **values: Any,
@@ -123,7 +124,12 @@ def run(words: list[str]) -> None:
     """lm-eval's own command, with this model known to it and taken where none is named."""
     from lm_eval.__main__ import cli_evaluate
 
-    given = any(word == "--model" or word.startswith("--model=") for word in words)
-    evaluates = not words or words[0].startswith("-") or words[0] == "run"
-    sys.argv = ["lm-eval", *words, *(["--model", "rl_soft"] if evaluates and not given else [])]
+    def missing(*names: str) -> bool:
+        return not any(word.partition("=")[0] in names for word in words)
+
+    added = []
+    if words[:1] in ([], ["run"]) or words[0].startswith("-"):  # not ls or validate
+        added += ["--model", "rl_soft"] if missing("--model", "-M") else []
+        added += ["--batch_size", str(BATCH)] if missing("--batch_size", "-b") else []
+    sys.argv = ["lm-eval", *words, *added]
     cli_evaluate()

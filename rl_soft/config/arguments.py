@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
-from rl_soft.keys import Number, OneOf, either, fields, key, keys, nearest
+from rl_soft.keys import Number, OneOf, either, key, keys, nearest
 from rl_soft.thoughts.decoding import ORDERS
 from rl_soft.thoughts.kinds import ENGINES, KINDS, RATIOS
 from rl_soft.thoughts.thinking import CONTROLS
@@ -380,8 +380,6 @@ class GRPOArguments(RLArguments):
             raise ValueError(
                 "resample true needs filter_groups, which says which groups are replaced: filter_groups: accuracy"
             )
-        if self.max_resamples != fields(GRPOArguments)["max_resamples"].default and not self.resample:
-            raise ValueError(f"max_resamples {self.max_resamples} has no effect without resample true")
 
 
 def refuse_pathwise(ratio: str | None) -> None:

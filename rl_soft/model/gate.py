@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rl_soft.model.sharded import is_sharded
 from rl_soft.model.side_modules import language_model, module_file, save_module, split_module, taken_out
 from rl_soft.thoughts.thinking import Thinking
 
@@ -91,7 +92,7 @@ class KeepsGate:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         owner = language_model(self.model)
-        if getattr(owner, GATE, None) is None:
+        if getattr(owner, GATE, None) is None or is_sharded(owner):  # FSDP2 reads all of it from a file of its own
             return super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         with taken_out(owner, GATE):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]

@@ -21,7 +21,7 @@ from smollm2_report import METRICS, SPLITS, report
 
 SIZES = {
     "drawn": 400, "question_tokens": 400, "step_tokens": 90, "template_rows": 2, "largest": 10000, "unseen": 3,
-    "seen": 3, "validation": 2, "rl_rows": 8, "warm_rows": 20, "warm_batch": 4, "warm_steps": 2, "warm_accuracy": 1.1,
+    "seen": 3, "validation": 2, "rl_rows": 8, "warm_rows": 20, "warm_batch": 4, "warm_steps": 2, "cool_steps": 2,
     "prompts": 2, "completions": 2, "steps": 2, "samples": 4, "thoughts": 8, "lora_r": 2,
 }  # fmt: skip
 

@@ -260,3 +260,11 @@ def test_the_allocator_takes_segments_that_grow_where_nothing_else_is_set(monkey
     main(["recipes"])
     assert app.os.environ.get("PYTORCH_ALLOC_CONF") == becomes
     capsys.readouterr()
+
+
+def test_lm_eval_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["lm-eval", "--tasks", "gsm8k"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("lm-eval is not installed: pip install 'rl-soft[lm-eval]'")

@@ -18,7 +18,7 @@ import math_verify_cases
 import pytest
 from conftest import ROOT
 
-from rewards import LengthCost, Overlong, StrictFormat, ThoughtCost, answers, math_accuracy, symbolic
+from rewards import CosineScaled, LengthCost, Overlong, StrictFormat, ThoughtCost, answers, math_accuracy, symbolic
 from rewards.answers import canonical, equal, judge, judge_many, unreadable_golds
 from rewards.extraction import extract
 
@@ -282,6 +282,7 @@ REWARDS = [
     StrictFormat(),
     StrictFormat("hashes", think=True),
     Overlong(100, 20),
+    CosineScaled(100),
     LengthCost(0.01, 5),
     ThoughtCost(0.1),
 ]
@@ -297,7 +298,8 @@ def test_parameterised_rewards_pickle_and_keep_the_length(reward):
         "answer": ["1"] * 3,
     }
     assert again == reward
-    assert again.__name__ in ("strict_format", "overlong", "length_cost", "thought_cost")
+    names = ("strict_format", "overlong", "length_cost", "thought_cost", "cosine_scaled_reward")
+    assert again.__name__ in names
     assert len(again(**batch, log_metric=None)) == 3
 
 
@@ -330,6 +332,30 @@ def test_length_rewards():
         Overlong(10, 20)
     with pytest.raises(ValueError, match="negative"):
         ThoughtCost(-1)
+
+
+@pytest.mark.parametrize("buffer", [0, 20, 100])
+def test_overlong_is_trl_s(buffer):
+    from trl.rewards import get_soft_overlong_punishment
+
+    ids = [[0] * n for n in (0, 1, 79, 80, 81, 99, 100, 101, 500)]
+    ours, theirs = Overlong(100, buffer), get_soft_overlong_punishment(100, buffer)
+    assert ours(completion_ids=ids) == pytest.approx(theirs(completion_ids=ids))
+
+
+def test_cosine_scaling_is_trl_s():
+    from trl.rewards import get_cosine_scaled_reward
+
+    texts = [r"\boxed{3}", r"\boxed{4}"] * 6
+    ids = [[0] * n for n in (0, 1, 25, 50, 75, 99, 100, 101, 150, 200, 10, 60)]
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    for values in ({}, {"min_value_wrong": -2.0, "max_value_wrong": 0.0, "max_value_correct": 3.0}):
+        theirs = get_cosine_scaled_reward(100, **values)(completions=chats, solution=["$3$"] * 12, completion_ids=ids)
+        ours = CosineScaled(100, **values)([""] * 12, texts, ["3"] * 12, ids)
+        assert ours == pytest.approx(theirs) and len(set(ours)) > 8
+    assert CosineScaled(100)(["", ""], ["3", "3"], ["", "3"], [[1], [1]])[0] is None
+    with pytest.raises(ValueError, match="max_length must be at least 1, not 0"):
+        CosineScaled(0)
 
 
 def test_the_rewards_import_no_torch_and_no_sympy():

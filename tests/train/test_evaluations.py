@@ -9,8 +9,10 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TINY, VOCABULARY
+from conftest import TINY, VOCABULARY, tiny_policy
+from peft import LoraConfig
 from safetensors.torch import load_file
+from test_grpo import THINKING, config, dataset, odd_reward
 from test_parallel import launch
 from test_resume import TIMES, finish, kill_in_step, start
 
@@ -19,6 +21,8 @@ from rl_soft.config.recipe import load_recipe
 from rl_soft.evaluation import records
 from rl_soft.evaluation.curve import curve_of, report_run
 from rl_soft.train import pipeline
+from rl_soft.train.grpo import SoftGRPOTrainer
+from rl_soft.train.ppo import SoftPPOTrainer
 
 RECIPE = {
     "method": "grpo", "model_config": {**TINY, "model_type": "llama", "tie_word_embeddings": True},
@@ -185,9 +189,15 @@ def test_an_evaluation_waits_for_the_end_of_its_rollout(tmp_path):
     assert sorted(evaluations_of(tmp_path)) == [4, 6]
 
 
-def test_two_processes_make_the_same_curve(evaluated, tmp_path):
-    values = {**EVALUATED, "load_best_model_at_end": True}
-    error = launch(tmp_path, 0, "-m", "rl_soft", recipe(tmp_path, **values)).communicate(timeout=240)[1]
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3, "fsdp2"])
+def test_two_processes_make_the_same_curve(evaluated, tmp_path, stage):
+    """And load the best model, under ZeRO and FSDP2 too."""
+    if stage in (2, 3):
+        pytest.importorskip("deepspeed")
+    values = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "answer_tokens",
+              "greater_is_better": False}  # fmt: skip
+    error = launch(tmp_path, stage, "-m", "rl_soft", recipe(tmp_path, **values)).communicate(timeout=240)[1]
     assert (tmp_path / "rl/model/config.json").exists(), error[-3000:]
     one, two = evaluations_of(evaluated), evaluations_of(tmp_path)
     assert one.keys() == two.keys()
@@ -195,6 +205,9 @@ def test_two_processes_make_the_same_curve(evaluated, tmp_path):
         assert one[step] == pytest.approx(two[step], abs=1e-4), step
     for a, b in zip(steps_of(evaluated).values(), steps_of(tmp_path).values(), strict=True):
         assert all(a[k] == pytest.approx(b[k], abs=1e-4) for k in ("loss", "grad_norm") if k in a)
+    best = curve_of(tmp_path / "rl")["best_step"]
+    held = load_file(tmp_path / f"rl/checkpoint-{best}/model.safetensors")
+    assert best < 6 and all(torch.equal(weights(tmp_path)[name], held[name]) for name in held)
 
 
 @pytest.mark.parametrize(
@@ -246,3 +259,42 @@ def test_a_bare_no_is_no_and_a_supervised_method_has_its_own_key(tmp_path):
         ValueError, match="eval_strategy is not available: method codi looks at held-out rows by valid"
     ):
         load_recipe(tmp_path / "codi.yaml")
+
+
+def trainer(folder, kind, **values):
+    made = tiny_policy()
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    return (SoftPPOTrainer if kind == "ppo" else SoftGRPOTrainer)(
+        made.model, reward_funcs=odd_reward, processing_class=made.tokenizer, thinking=THINKING, ratio="joint",
+        args=config(folder, **{"save_strategy": "steps", "save_steps": 1, **values}), train_dataset=dataset(),
+        eval_dataset=dataset(), peft_config=lora if kind == "lora" else None,
+    )  # fmt: skip
+
+
+def state_of(made):
+    return {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "ppo"])
+def test_the_best_model_comes_back_whole(tmp_path, kind):
+    """An adapter and a value head too."""
+    first = trainer(tmp_path / "one", kind, max_steps=1)
+    first.train()
+    made = trainer(tmp_path / "two", kind, max_steps=2)
+    made.train()
+    expected, before = state_of(first), state_of(made)
+    made.state.best_model_checkpoint = str(tmp_path / "two/checkpoint-1")
+    made.state.best_metric = 0.5
+    made._load_best_model()
+    found = state_of(made)
+    assert found.keys() == expected.keys() and (kind != "ppo" or any("value_head" in name for name in found))
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert any(not torch.equal(found[name], before[name]) for name in found)
+
+
+def test_in_python_an_eval_dataset_is_evaluated_by_trl(tmp_path):
+    made = trainer(tmp_path, "plain", max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="no")
+    made.train()
+    logs = [log for log in made.state.log_history if "eval_loss" in log]
+    assert [log["step"] for log in logs] == [1, 2] and all("eval_reward" in log for log in logs)

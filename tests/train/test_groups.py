@@ -205,11 +205,12 @@ def recipe(folder, **values):
     return folder / "rl.yaml"
 
 
-def test_two_processes_draw_the_same_problems(tmp_path):
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_processes_draw_the_same_problems(tmp_path, stage):
     """Six completions on each of two processes: the second of three groups has two on either."""
     pipeline.run(load_recipe(recipe(tmp_path / "one", per_device_train_batch_size=12)))
     path = recipe(tmp_path / "two", per_device_train_batch_size=6)
-    error = launch(tmp_path / "two", 0, "-m", "rl_soft", path).communicate(timeout=240)[1]
+    error = launch(tmp_path / "two", stage, "-m", "rl_soft", path).communicate(timeout=240)[1]
     assert (tmp_path / "two/rl/model/config.json").exists(), error[-3000:]
     one, two = (metrics(tmp_path / name / "rl") for name in ("one", "two"))
     assert len(one) == len(two) and sum(log.get("groups/resampled", 0) for log in one) > 0
@@ -233,7 +234,7 @@ def test_two_processes_draw_the_same_problems(tmp_path):
         ({"resample": "yes"}, "resample must be true or false, got 'yes'"),
         ({"max_resamples": 0}, "max_resamples must be a whole number, at least 1, got 0|must be at least 1, got 0"),
         ({"filter_groups": None}, "resample true needs filter_groups"),
-        ({"resample": False, "max_resamples": 5}, "max_resamples 5 has no effect without resample true"),
+        ({"max_resamples": 2.5}, "max_resamples must be a whole number, at least 1, got 2.5"),
         ({"method": "ppo"}, "filter_groups is not available: PPO has no groups"),
     ],
 )
