@@ -321,7 +321,7 @@ def test_a_checkpoint_of_another_stage_or_size_is_refused(tmp_path, caplog):
 
     check(0)
     check(2, zero=2)
-    with pytest.raises(ValueError, match="written under ZeRO stage 2 and cannot be read under 0"):
+    with pytest.raises(ValueError, match="written under ZeRO stage 2 and cannot be read under ZeRO stage 0"):
         check(0, zero=2)
     with pytest.raises(ValueError, match="written by 4 processes and cannot be read by 1"):
         check(3, zero=3, processes=4)
