@@ -17,7 +17,7 @@ from rl_soft.analyses import traces
 from rl_soft.analyses.findings import Claim, number
 from rl_soft.analyses.rouge import rouge_l
 from rl_soft.analyses.run import ANALYSES, Finding
-from rl_soft.config.arguments import AnalysisArguments
+from rl_soft.config.commands import AnalysisArguments
 from rl_soft.data.sources import Row
 from rl_soft.evaluation import html, render, report
 from rl_soft.evaluation.provenance import versions

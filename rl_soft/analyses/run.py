@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from rl_soft.analyses import branching, lens, plane, traces
 from rl_soft.analyses import figures as analysis_figures
 from rl_soft.analyses.findings import Claim
-from rl_soft.config.arguments import AnalysisArguments
+from rl_soft.config.commands import AnalysisArguments
 from rl_soft.data.sources import Row, question_hash
 from rl_soft.files import JsonLines, write_atomic
 from rl_soft.rollouts.engine import rollout

@@ -16,7 +16,7 @@ from rl_soft.analyses import run as analysis_run
 from rl_soft.cli.opening import choose_roll, load_policy, with_dtype
 from rl_soft.cli.opening import place as put
 from rl_soft.cli.plans import check_folder, load_rows, thinking_of
-from rl_soft.config.arguments import AnalysisArguments
+from rl_soft.config.commands import AnalysisArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.generation import layout_for

@@ -103,14 +103,16 @@ def lines_of(error: Exception) -> list[str]:
 
 
 def _recipe(context: typer.Context, name: str) -> Any:
-    from rl_soft.config.recipe import load_recipe, parse_overrides
+    from rl_soft.config.reading import parse_overrides
+    from rl_soft.config.recipe import load_recipe
 
     return load_recipe(name, parse_overrides(context.args))
 
 
 def _overrides(context: typer.Context, command: str, model: str, texts: tuple[str, ...] = ()) -> dict[str, Any]:
     """The keys of a command on a model; a mistake is told here, before torch is imported."""
-    from rl_soft.config.recipe import load_command, parse_overrides
+    from rl_soft.config.reading import parse_overrides
+    from rl_soft.config.recipe import load_command
     from rl_soft.keys import Gathered
     from rl_soft.model.folder import model_folder
 
@@ -198,7 +200,7 @@ def convert(
 ) -> None:
     """Print a recipe of TRL's scripts as a recipe here, key by key, with what was left out and why."""
     from rl_soft.config.convert import convert as converted
-    from rl_soft.config.recipe import parse_overrides
+    from rl_soft.config.reading import parse_overrides
     from rl_soft.files import write_atomic
 
     if out is not None and out.exists():
@@ -214,8 +216,9 @@ def convert(
 @app.command("estimate", **KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")
 def estimated(context: typer.Context, recipe: RecipeName) -> None:
     """Tell memory and seconds of a training step before anything is loaded; exit code 1 if --memory is not enough."""
-    from rl_soft.config.arguments import EstimateArguments
-    from rl_soft.config.recipe import load_recipe, parse_overrides
+    from rl_soft.config.commands import EstimateArguments
+    from rl_soft.config.reading import parse_overrides
+    from rl_soft.config.recipe import load_recipe
     from rl_soft.keys import fields
 
     overrides = parse_overrides(context.args)
@@ -277,7 +280,7 @@ def analyze(
     branching, lens, traces, plane: how soft thoughts work in any model, into --output_dir; all: the four, and one HTML
     report. These five have defaults of their own for a model that this package did not train (docs/analyses.md).
     """
-    from rl_soft.config.arguments import ANALYSES
+    from rl_soft.config.commands import ANALYSES
     from rl_soft.keys import nearest
 
     if kind not in ANALYSES:
@@ -291,7 +294,7 @@ def analyze(
 @app.command()
 def recipes() -> None:
     """List the bundled recipes, each with what it is."""
-    from rl_soft.config.recipe import bundled_recipes, first_sentence
+    from rl_soft.config.reading import bundled_recipes, first_sentence
 
     for name, path in bundled_recipes().items():
         print(f"{name:<32}{first_sentence(path)}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rl_soft.config.arguments import EstimateArguments
+from rl_soft.config.commands import EstimateArguments
 from rl_soft.config.recipe import RL_METHODS, Recipe, batch_plan, warm_start_of
 from rl_soft.model.policy import character_tokenizer
 from rl_soft.rollouts.engine import PREFILL_TOKENS

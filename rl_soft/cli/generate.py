@@ -15,7 +15,7 @@ from typing import Any
 from rl_soft.cli.opening import choose_roll, load_policy, place, with_dtype
 from rl_soft.cli.plans import load_rows, thinking_of
 from rl_soft.cli.terminal import Terminal, decoder
-from rl_soft.config.arguments import GenerateArguments
+from rl_soft.config.commands import GenerateArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data.row import encodable
 from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for

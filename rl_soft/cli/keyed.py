@@ -38,8 +38,9 @@ class KeyedCommand(TyperCommand):
 
     def _with_keys(self, first: str) -> KeyedCommand:
         """This command with its keys as options, of a recipe that `first` names those of its method alone."""
-        from rl_soft.config.arguments import EstimateArguments
-        from rl_soft.config.recipe import COMMANDS, GROUPS, find_recipe, read_yaml
+        from rl_soft.config.commands import EstimateArguments
+        from rl_soft.config.reading import find_recipe, read_yaml
+        from rl_soft.config.recipe import COMMANDS, GROUPS
 
         if self.name in COMMANDS:
             groups, note = COMMANDS[self.name], ON_MODELS

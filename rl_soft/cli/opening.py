@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments, GenerateArguments
+from rl_soft.config.commands import AnalysisArguments, EvaluationArguments, GenerateArguments
 from rl_soft.model import devices, policy
 from rl_soft.model.adapters import merged
 from rl_soft.rollouts.engines import Roll, check_engine, roll_of

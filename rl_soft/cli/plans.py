@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments, GenerateArguments
+from rl_soft.config.commands import AnalysisArguments, EvaluationArguments, GenerateArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data import sources as data
 from rl_soft.evaluation.judging import check_golds

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from rl_soft.config.elsewhere import ABSENT, BECOMES, CALLED, IGNORED, READ
-from rl_soft.config.recipe import RL_METHODS, find_recipe, known_keys, make_recipe, read_yaml
+from rl_soft.config.reading import find_recipe, read_yaml
+from rl_soft.config.recipe import RL_METHODS, known_keys, make_recipe
 from rl_soft.config.refusals import MUST_BE_TRUE, SECRET, unavailable
 from rl_soft.config.their_rewards import NONE, PARAMETERS, plain_name
 from rl_soft.config.theirs import BATCHES, Note, over, read_theirs

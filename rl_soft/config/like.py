@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rl_soft.config.arguments import EvaluationArguments
+from rl_soft.config.commands import EvaluationArguments
 from rl_soft.keys import fields
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.thinking import Thinking

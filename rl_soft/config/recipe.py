@@ -1,4 +1,4 @@
-"""Recipes: found, read, validated as a whole, stored. A recipe is flat YAML; its keys are the fields of `arguments`.
+"""Recipes: validated as a whole, stored. A recipe is flat YAML (`reading`); its keys are the fields of `arguments`.
 
 An unknown key is an error that names the nearest valid one. The command line beats the file. Keys of the trainers'
 own configurations (`trainers`) are valid too, and names of TRL's scripts are read as ours (`theirs`). Nothing here
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,22 @@ from typing import Any
 import yaml
 
 from rl_soft.config.arguments import (
-    AnalysisArguments,
     CoconutArguments,
     CodiArguments,
     DataArguments,
     EvalArguments,
-    EvaluationArguments,
-    GenerateArguments,
     GRPOArguments,
-    HarnessArguments,
     ICoTArguments,
     ModelArguments,
     PPOArguments,
     SFTArguments,
     TrackerArguments,
 )
+from rl_soft.config.commands import AnalysisArguments, EvaluationArguments, GenerateArguments, HarnessArguments
 from rl_soft.config.elsewhere import hint_for
 from rl_soft.config.evaluations import SAVE_STEPS
 from rl_soft.config.like import settings_like
+from rl_soft.config.reading import Loader, find_recipe, read_yaml
 from rl_soft.config.refusals import GROUP_ONLY, check_keys, check_together, unread_keys
 from rl_soft.config.theirs import is_theirs, method_of, over, read_theirs, renamed, told
 from rl_soft.config.trainers import check_type, trainer_fields
@@ -73,113 +69,6 @@ TRAINER_DEFAULTS = {  # where ours differ from TRL's and transformers'; for the 
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
 }
-BUNDLED = (Path(__file__).parents[1] / "recipes").resolve()  # of the installed package; recipes/ of a clone
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-4 read as a number (YAML 1.1 asks for a dot) and duplicate keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise ValueError(f"key {key_node.value!r} appears twice (line {key_node.start_mark.line + 1})")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def bundled_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package: `grpo_gumbel`, `smollm2/grpo_gumbel`, ..."""
-    paths = sorted(BUNDLED.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
-    names = {path.relative_to(BUNDLED).with_suffix("").as_posix(): path for path in paths}
-    return {name: path for name, path in names.items() if not name.startswith("accelerate/")}
-
-
-def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
-    """The file of a recipe.
-
-    Args:
-        name: a path; or the name of a bundled recipe, with or without `recipes/` and `.yaml`. A path that exists wins.
-        beside: another recipe, whose folder `name` may be relative to.
-
-    Raises:
-        ValueError: there is no such file; with the nearest name.
-    """
-    path = Path(name)
-    bundled = bundled_recipes()
-    for place in (path, *([beside.parent / path] if beside else [])):
-        if place.is_file():
-            return place
-    known = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
-    if known in bundled:
-        return bundled[known]
-    neighbours = [str(p) for p in path.parent.glob("*.yaml")]
-    raise ValueError(f"recipe {path} does not exist{nearest(path, neighbours) or nearest(known, bundled)}")
-
-
-def first_sentence(path: Path) -> str:
-    """What the first comment of a recipe says the recipe is."""
-    comment = re.search(r"(?:^#.*\n)+", path.read_text(), re.MULTILINE)
-    text = " ".join(line.strip("# ") for line in comment[0].splitlines()) if comment else ""
-    return re.split(r"(?<=\.) ", text, maxsplit=1)[0]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's keys. Raises ValueError naming the file when it is no YAML, or not a mapping."""
-    try:
-        values = yaml.load(path.read_text(), Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"recipe {path} must hold `key: value` lines")
-    values.pop("_", None)  # the line that makes a recipe a Python program too
-    return values
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-
-
-def parse_overrides(arguments: list[str], texts: Collection[str] = ()) -> dict[str, Any]:
-    """`--key value` or `--key=value` pairs; values are read as YAML, those of the keys in `texts` as they stand."""
-    values: dict[str, Any] = {}
-    i = 0
-    while i < len(arguments):
-        word = arguments[i]
-        if not word.startswith("--"):
-            raise ValueError(f"expected --key value, got {word!r}")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if i + 1 == len(arguments) or (arguments[i + 1].startswith("--") and len(arguments[i + 1]) > 2):
-                text = "true"  # a bare flag
-            else:
-                i += 1
-                text = arguments[i]
-        key = key.replace("-", "_")
-        values[key] = text if key in texts else _read_value(text)
-        i += 1
-    return values
-
-
-def _read_value(text: str) -> Any:
-    """A value as YAML; what YAML cannot read, or takes for a comment (`=`, `####`) or a key (`Answer: `), is the text
-    that it is."""
-    try:
-        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, dict) and not text.startswith("{"):
-        return text
-    return text if value is None and text.startswith("#") else value
 
 
 @dataclass
@@ -401,7 +290,7 @@ def check_output_dir(recipe: Recipe) -> bool:
         return False
     # A field that did not exist when the run was made had, in effect, its default.
     defaults = {k: v for group in GROUPS[recipe.method] for k, v in dataclasses.asdict(group()).items()}
-    before = defaults | trainer_defaults(recipe.method) | yaml.load(stored.read_text(), Loader=_Loader)
+    before = defaults | trainer_defaults(recipe.method) | yaml.load(stored.read_text(), Loader=Loader)
     now = recipe.resolved
     free = {"output_dir"} | unread_keys(recipe.method)  # a run may be moved
     for key in sorted((before.keys() | now.keys()) - free):

@@ -24,9 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.config.arguments import CoconutArguments
-from rl_soft.config.recipe import (
-    Recipe,
-)
+from rl_soft.config.recipe import Recipe
 from rl_soft.config.refusals import refuse_checkpointing
 from rl_soft.data import sources as data
 from rl_soft.data.sources import Row

@@ -33,10 +33,7 @@ from transformers import Trainer
 from transformers.cache_utils import DynamicCache
 
 from rl_soft.config.arguments import CodiArguments
-from rl_soft.config.recipe import (
-    Recipe,
-    load_recipe,
-)
+from rl_soft.config.recipe import Recipe, load_recipe
 from rl_soft.config.refusals import refuse_checkpointing
 from rl_soft.data import sources as data
 from rl_soft.data.sources import Row

@@ -23,9 +23,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from rl_soft.config.arguments import ICoTArguments
-from rl_soft.config.recipe import (
-    Recipe,
-)
+from rl_soft.config.recipe import Recipe
 from rl_soft.data import sources as data
 from rl_soft.data.sources import Row
 from rl_soft.model import policy

@@ -13,7 +13,7 @@ from conftest import rows, tiny_policy
 
 from rl_soft.analyses import cost, probe
 from rl_soft.cli import main
-from rl_soft.config.arguments import AnalysisArguments, EvaluationArguments
+from rl_soft.config.commands import AnalysisArguments, EvaluationArguments
 from rl_soft.config.recipe import load_command
 from rl_soft.data.sources import Row
 from rl_soft.evaluation.records import GREEDY

@@ -16,8 +16,9 @@ from rl_soft.analyses.run import DEFAULTS
 from rl_soft.cli import app, main
 from rl_soft.cli.generate import CAPS
 from rl_soft.config import trainers
-from rl_soft.config.arguments import EstimateArguments
-from rl_soft.config.recipe import COMMANDS, GROUPS, METHODS, bundled_recipes, load_command, trainer_defaults
+from rl_soft.config.commands import EstimateArguments
+from rl_soft.config.reading import bundled_recipes
+from rl_soft.config.recipe import COMMANDS, GROUPS, METHODS, load_command, trainer_defaults
 from rl_soft.keys import fields, takes
 
 NAMES = [command.name or command.callback.__name__ for command in app.app.registered_commands]

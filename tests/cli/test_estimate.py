@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from rl_soft import cli
 from rl_soft.cli.estimate import estimate
-from rl_soft.config.arguments import EstimateArguments
+from rl_soft.config.commands import EstimateArguments
 from rl_soft.config.recipe import load_recipe, warm_start_of
 from rl_soft.model.policy import add_thought_tokens, make
 from rl_soft.model.scored_forward import SoftInputs, add_soft_forward

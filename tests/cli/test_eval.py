@@ -20,7 +20,8 @@ from conftest import ROOT, TINY, VOCABULARY, tiny_policy
 
 from rl_soft import cli
 from rl_soft.cli import eval as eval_command
-from rl_soft.config.recipe import load_command, load_recipe, parse_overrides
+from rl_soft.config.reading import parse_overrides
+from rl_soft.config.recipe import load_command, load_recipe
 from rl_soft.data.sources import Row
 from rl_soft.data.sources import load_rows as load
 from rl_soft.evaluation import judging, records

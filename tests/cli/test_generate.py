@@ -19,7 +19,7 @@ import rl_soft
 from rl_soft import cli
 from rl_soft.cli import generate as generate_command
 from rl_soft.cli import terminal
-from rl_soft.config.recipe import parse_overrides
+from rl_soft.config.reading import parse_overrides
 from rl_soft.evaluation import generation, records
 from rl_soft.evaluation import samples as evaluate
 from rl_soft.evaluation.generation import Completion, Mixture, Task, complete, layout_for

@@ -15,7 +15,8 @@ import yaml
 from conftest import ROOT, TINY
 
 from rl_soft.cli import main
-from rl_soft.config.recipe import batch_plan, load_recipe, parse_overrides
+from rl_soft.config.reading import parse_overrides
+from rl_soft.config.recipe import batch_plan, load_recipe
 from rl_soft.train.ready import describe
 
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")

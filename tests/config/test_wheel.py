@@ -37,7 +37,8 @@ def test_a_wheel_is_whole_and_lists_its_recipes(tmp_path):
 
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r})\n"
-        "from rl_soft.config.recipe import find_recipe, load_recipe\n"
+        "from rl_soft.config.reading import find_recipe\n"
+        "from rl_soft.config.recipe import load_recipe\n"
         "recipe = load_recipe('grpo_gumbel')\n"
         "print(recipe.path); print(find_recipe(recipe.model.warm_start, recipe.path))"
     )

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from rl_soft.cli import main
-from rl_soft.config.recipe import load_recipe, parse_overrides
+from rl_soft.config.reading import parse_overrides
+from rl_soft.config.recipe import load_recipe
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\./launch\.sh|rl-soft|-m rl_soft) +([^\n`|]+)")

@@ -15,7 +15,7 @@ from conftest import tiny_policy
 from test_kl import soft_trainer, train
 
 from rl_soft.cli.opening import load_policy as open_policy
-from rl_soft.config.arguments import EvaluationArguments
+from rl_soft.config.commands import EvaluationArguments
 from rl_soft.model import policy
 from rl_soft.model.folder import base_of
 

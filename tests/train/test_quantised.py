@@ -21,7 +21,7 @@ from test_start import grpo, trained_by_codi
 from transformers import AutoModelForCausalLM
 
 from rl_soft.cli.opening import load_policy as open_policy
-from rl_soft.config.arguments import EvaluationArguments
+from rl_soft.config.commands import EvaluationArguments
 from rl_soft.model import policy
 from rl_soft.model.export import export
 from rl_soft.model.quantised import check_divided, four_bits, in_4bit, settle_loaded
