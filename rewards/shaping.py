@@ -7,6 +7,7 @@ All take TRL's keyword call and return one value per completion, or None where t
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -106,6 +107,32 @@ class CosineScaled:
             (self.max_value_correct, self.min_value_correct) if right else (self.min_value_wrong, self.max_value_wrong)
         )
         return end + (start - end) * (1 + math.cos(min(share, 1.0) * math.pi)) / 2
+
+
+def relative_length(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    answer: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    **columns: Any,
+) -> list[float | None]:
+    """1/2 for the shortest completion of a problem down to -1/2 for the longest; at most 0 for a wrong answer
+    (Kimi k1.5, arXiv 2501.12599). 0 where all have one length, None where there is no gold answer.
+
+    Args:
+        prompts: completions of equal ones are compared.
+    """
+    read = {name: columns[name] for name in ("answer_type", "answer_text") if name in columns}
+    accuracy = math_accuracy(prompts, completions, answer, **read)
+    lengths = defaultdict(list)
+    for prompt, ids in zip(prompts, completion_ids, strict=True):
+        lengths[repr(prompt)].append(len(ids))
+    found: list[float | None] = []
+    for prompt, ids, right in zip(prompts, completion_ids, accuracy, strict=True):
+        shortest, longest = min(lengths[repr(prompt)]), max(lengths[repr(prompt)])
+        score = 0.5 - (len(ids) - shortest) / (longest - shortest) if longest > shortest else 0.0
+        found.append(None if right is None else score if right else min(0.0, score))
+    return found
 
 
 @dataclass(frozen=True)

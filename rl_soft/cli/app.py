@@ -189,6 +189,28 @@ def serve(
     run(model, context.args, **{k: v for k, v in (("slots", slots), ("thoughts", thoughts)) if v is not None})
 
 
+@app.command(**KEYED, epilog="Example: rl-soft convert TRL.yaml -o OUT.yaml")
+def convert(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="TRL.yaml", help="A recipe of trl grpo, or of open-r1's grpo.py.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A file for it; else it is printed.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes that its batch sizes were made for.")] = None,
+) -> None:
+    """Print a recipe of TRL's scripts as a recipe here, key by key, with what was left out and why."""
+    from rl_soft.config.convert import convert as converted
+    from rl_soft.config.recipe import parse_overrides
+    from rl_soft.files import write_atomic
+
+    if out is not None and out.exists():
+        raise ValueError(f"{out} exists; choose another, or remove it")
+    text = converted(recipe, parse_overrides(context.args), nproc)
+    if out is None:
+        print(text, end="")
+    else:
+        write_atomic(out, text)
+        print(out)
+
+
 @app.command("estimate", **KEYED, epilog="Example: rl-soft estimate grpo_gumbel --memory 8")
 def estimated(context: typer.Context, recipe: RecipeName) -> None:
     """Tell memory and seconds of a training step before anything is loaded; exit code 1 if --memory is not enough."""
@@ -198,7 +220,7 @@ def estimated(context: typer.Context, recipe: RecipeName) -> None:
 
     overrides = parse_overrides(context.args)
     own = EstimateArguments(**{name: overrides.pop(name) for name in fields(EstimateArguments) if name in overrides})
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, own.processes)
     from rl_soft.cli.estimate import describe, estimate
 
     made = estimate(loaded, own)

@@ -143,7 +143,7 @@ def meta_model(recipe: Recipe) -> Any:
         tokens = len(character_tokenizer(source.vocabulary or ""))
         config = AutoConfig.for_model(values.pop("model_type"), vocab_size=tokens, **values)
     else:
-        config = AutoConfig.from_pretrained(str(source.model_name_or_path))
+        config = AutoConfig.from_pretrained(str(source.model_name_or_path), revision=source.model_revision)
     if attention and "flash" not in attention:  # which is not there for a device without data
         config._attn_implementation = attention
     with torch.device("meta"):

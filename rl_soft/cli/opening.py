@@ -37,7 +37,7 @@ def load_policy(model: str, arguments: EvaluationArguments | GenerateArguments |
             check_engine(arguments.engine, arguments.server, model, str(arguments.dtype))
             return policy.describe_policy(model, str(arguments.dtype))
         dtype = arguments.dtype or devices.default_dtype()
-        loaded = policy.load_policy(model, dtype, arguments.attn_implementation)
+        loaded = policy.load_policy(model, dtype, arguments.attn_implementation, revision=arguments.model_revision)
     except OSError as error:  # transformers' for a name that is neither a folder nor on the hub
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model {model!r} is neither a folder here nor to be had from the hub: {first}") from None

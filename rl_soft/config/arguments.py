@@ -29,6 +29,7 @@ class WeightArguments:
         "dtype of the weights; if absent bfloat16 on a GPU that has it, and else float32 (docs/gpu.md).", default=None
     )
     attn_implementation: str | None = key("sdpa, eager, flash_attention_2, or float64 (small models).", default=None)
+    model_revision: str | None = key("Branch, tag or commit of a hub id; its main one if absent.", default=None)
 
 
 @keys()
@@ -97,6 +98,15 @@ class EvalArguments:
         self.eval_k = possible_k(self.eval_k, self.eval_samples)
 
 
+@keys()
+class TrackerArguments:
+    """Where a tracker files a run; see docs/trackers.md."""
+
+    wandb_project: str | None = key("The project; the environment variable WANDB_PROJECT if absent.", default=None)
+    wandb_entity: str | None = key("The account or team; WANDB_ENTITY if absent.", default=None)
+    wandb_run_group: str | None = key("The group of runs; WANDB_RUN_GROUP if absent.", default=None)
+
+
 def possible_k(eval_k: list[int], eval_samples: int) -> list[int]:
     """The k of Pass@k; those above the number of samples become that number, and a line says so.
 
@@ -129,6 +139,11 @@ def settle_engine(arguments: Any, control: str = "none") -> None:
     """With a server the engine is vLLM. Raises ValueError for what the engine cannot do."""
     if arguments.server is not None:
         arguments.engine = "vllm"
+    if arguments.engine != "ours" and arguments.model_revision not in (None, "main"):
+        raise ValueError(
+            f"model_revision {arguments.model_revision!r} is not available with engine {arguments.engine}; fetch it "
+            "(hf download ID --revision REVISION --local-dir DIR) and name the folder"
+        )
     if control != "none" and not ENGINES[arguments.engine].controls:
         able = either([name for name, engine in ENGINES.items() if engine.controls])
         raise ValueError(f"control {control} is not available with engine {arguments.engine}; use engine {able}")

@@ -1,12 +1,14 @@
 """Recipes: found, read, validated as a whole, stored. A recipe is flat YAML; its keys are the fields of `arguments`.
 
 An unknown key is an error that names the nearest valid one. The command line beats the file. Keys of the trainers'
-own configurations (`trainers`) are valid too. Nothing here imports torch, so that a mistake is told at once.
+own configurations (`trainers`) are valid too, and names of TRL's scripts are read as ours (`theirs`). Nothing here
+imports torch, so that a mistake is told at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -29,11 +31,13 @@ from rl_soft.config.arguments import (
     ModelArguments,
     PPOArguments,
     SFTArguments,
+    TrackerArguments,
 )
 from rl_soft.config.elsewhere import hint_for
 from rl_soft.config.evaluations import SAVE_STEPS
 from rl_soft.config.like import settings_like
 from rl_soft.config.refusals import GROUP_ONLY, check_keys, check_together, unread_keys
+from rl_soft.config.theirs import is_theirs, method_of, over, read_theirs, renamed, told
 from rl_soft.config.trainers import check_type, trainer_fields
 from rl_soft.config.trainers import trainer_class as trainer_class
 from rl_soft.files import write_atomic
@@ -42,7 +46,9 @@ from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.kinds import RL as RL_METHODS
 from rl_soft.thoughts.thinking import Thinking
 
-SHARED = (Thinking, ModelArguments, DataArguments, EvalArguments)
+logger = logging.getLogger("rl_soft")
+
+SHARED = (Thinking, ModelArguments, DataArguments, EvalArguments, TrackerArguments)
 GROUPS: dict[str, tuple[type, ...]] = {  # method -> whose fields are its keys
     "codi": (*SHARED, CodiArguments),
     "sft": (*SHARED, SFTArguments),
@@ -186,6 +192,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     eval: EvalArguments
+    trackers: TrackerArguments
     extra: Any  # the last class of the method's GROUPS
     training: dict[str, Any]
     values: dict[str, Any]  # flat: every key of ours, and those of the trainer's that the recipe names
@@ -204,12 +211,13 @@ class Recipe:
         return int(self.values.get("seed", 42))
 
 
-def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None, processes: int | None = None) -> Recipe:
     """Find, read and validate a recipe.
 
     Args:
         path: a file, or the name of a bundled recipe (`rl-soft recipes` lists them).
         overrides: values that beat the file's, by key.
+        processes: on which TRL's batch sizes per device depend; those of the launcher if absent.
 
     Returns:
         What `rl_soft.run` takes.
@@ -220,18 +228,37 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             key that we derive from others, feature that soft rollouts cannot have, and pair of values that do not fit.
     """
     path = find_recipe(path)
-    values = {**read_yaml(path), **(overrides or {})}
-    method = str(values.get("method"))
+    given, overrides = read_yaml(path), overrides or {}
+    return make_recipe(path, over(given, overrides), processes, is_theirs({**given, **overrides}))
+
+
+def make_recipe(
+    path: Path, values: dict[str, Any], processes: int | None = None, theirs: bool | None = None
+) -> Recipe:
+    """A recipe of the values that stand in a file; see `load_recipe`.
+
+    Args:
+        theirs: whether the file is one of TRL's scripts; None: if its values look so.
+    """
+    theirs = is_theirs(values) if theirs is None else theirs
+    method = method_of(values, theirs)
     if method not in METHODS:
         if values.get("method") is None:
-            raise ValueError(f"method is missing in {path}; it is one of {', '.join(METHODS)}")
+            own = "add thought: gumbel to TRL's keys, or " if theirs else ""
+            raise ValueError(f"method is missing in {path}; {own}it is one of {', '.join(METHODS)}")
         hint = nearest(method, METHODS)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {values.get('method')!r} ({path}){hint}")
     if values.get("eval_strategy") is False:  # YAML's reading of a bare no
         values["eval_strategy"] = "no"
     groups, of_trainer, mistakes = GROUPS[method], trainer_fields(method), Gathered()
-    known = {"method", *of_trainer, *(name for group in groups for name in fields(group))}
-    known |= GROUP_ONLY.keys() if method == "ppo" else set()  # `check_keys` has told why it has none
+    known = known_keys(method) | (
+        GROUP_ONLY.keys() if method == "ppo" else set()
+    )  # `check_keys` tells why PPO has none
+    values = {**values, "method": method}
+    values, notes, wrong = read_theirs(values, known, method, processes, theirs)
+    mistakes.lines += wrong
+    for line in told(notes):
+        logger.info("%s", line)
     with mistakes:
         check_keys(values, method, path)
     for key in values:
@@ -248,15 +275,20 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         mistakes.lines.append(f"output_dir is missing in {path}")
     values.setdefault("seed", 42)  # resolved, so that a warm start is found whether or not its recipe names the seed
     values["output_dir"] = str(values.get("output_dir")).replace("{seed}", str(values["seed"]))
-    training = {k: v for k, v in values.items() if k in of_trainer and k != "temperature"}
+    training = {k: v for k, v in values.items() if k in of_trainer and k not in fields(Thinking)}
     made = [dataclasses.asdict(part) for part in parts if part is not None]
     resolved = values | {key: value for part in made for key, value in part.items()}
-    thinking, model, data, evaluation, extra = parts
-    recipe = Recipe(path, method, thinking, model, data, evaluation, extra, training, resolved)
+    thinking, model, data, evaluation, trackers, extra = parts
+    recipe = Recipe(path, method, thinking, model, data, evaluation, trackers, extra, training, resolved)
     with mistakes:
         check_together(recipe)
     mistakes.tell()
     return recipe
+
+
+def known_keys(method: str) -> set[str]:
+    """The keys of a method: ours, and those of its trainer's configuration."""
+    return {"method", *trainer_fields(method), *(name for group in GROUPS[method] for name in fields(group))}
 
 
 def warm_start_of(recipe: Recipe) -> Recipe | None:
@@ -289,6 +321,8 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     group, *others = groups
     known = sorted({name for part in groups for name in fields(part)})
     mistakes = Gathered()
+    with mistakes:
+        overrides = renamed(overrides, known)
     for key in overrides:
         if key not in known:
             hint = hint_for(key, known, "--") or "; known: " + ", ".join(known)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,26 +9,21 @@ from typing import TYPE_CHECKING, Any
 from rl_soft.config.arguments import EvalArguments
 from rl_soft.config.evaluations import check_evaluations
 from rl_soft.config.quantised import check_quantised
+from rl_soft.config.trackers import check_trackers
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import Gathered, Mistakes, either, nearest
 from rl_soft.thoughts.decoding import Decoding
 from rl_soft.thoughts.kinds import KINDS, RATIOS, check_trainable
 from rl_soft.thoughts.kinds import RL as RL_METHODS
+from rl_soft.thoughts.thinking import refuse_template_keys
 
 if TYPE_CHECKING:
     from rl_soft.config.recipe import Recipe
     from rl_soft.thoughts.thinking import Thinking
 
 PHASES = {"codi": "latent", "coconut": "latent", "sft": "explicit", "icot": "explicit"}  # RL trains both
-TRACKERS = ("tensorboard", "trackio", "wandb")
 
 # Set by us from other fields; a recipe that names one of these would contradict itself.
-DERIVED = {
-    "generation_batch_size": "prompts_per_step",
-    "steps_per_generation": "prompts_per_step and updates_per_rollout",
-    "gradient_accumulation_steps": "prompts_per_step and updates_per_rollout",
-    "max_completion_length": "num_thoughts and max_answer_tokens",
-}
 DERIVED_SFT = {
     "max_length": "max_row_tokens",
     "packing": "nothing: a row is a sequence",
@@ -37,6 +31,8 @@ DERIVED_SFT = {
     "completion_only_loss": "the rows: the loss is on what follows the question",
     "dataset_kwargs": "the rows, which the layout makes",
 }
+HUB_STRATEGIES = ("every_save", "checkpoint", "all_checkpoints", "end")
+SECRET = "config.yaml and the model's page would show it; use hf auth login, or the environment variable HF_TOKEN"
 WHOLE = "training draws from the whole distribution, whose density it scores"
 ENGINE = "soft thoughts are decoded by this package's own engine"
 VLLM_KEYS = (  # of TRL's, that a run with use_vllm reads
@@ -52,8 +48,7 @@ REFUSED = {
     "repetition_penalty": WHOLE,
     "generation_kwargs": f"{ENGINE}; temperature and max_answer_tokens are keys of the recipe",
     "cache_implementation": ENGINE,
-    "chat_template_kwargs": "the layout makes the prompts; use system_prompt and question_template",
-    "model_init_kwargs": "the model is loaded before the trainer; use dtype and attn_implementation",
+    "model_init_kwargs": "the model is loaded before the trainer; use dtype, attn_implementation and model_revision",
     "use_liger_kernel": "the exact density runs through this package's own chunked head",
     "use_transformers_continuous_batching": "continuous batching takes token ids only",
     "use_transformers_paged": "continuous batching takes token ids only",
@@ -90,11 +85,12 @@ def check_features(given: Mapping[str, Any], method: str = "grpo") -> None:
     Raises:
         Mistakes: keys have other values than those that they have when they are not named.
     """
-    if lines := list(_unavailable(given, method)):
+    if lines := list(unavailable(given, method)):
         raise Mistakes(lines)
 
 
-def _unavailable(given: Mapping[str, Any], method: str) -> Iterator[str]:
+def unavailable(given: Mapping[str, Any], method: str) -> Iterator[str]:
+    """A line for each such key, which begins with it."""
     defaults = trainer_fields(method)
     for key, value in given.items():
         why = REFUSED.get(key)
@@ -111,12 +107,14 @@ def unread_keys(method: str) -> set[str]:
 
 def check_keys(values: Mapping[str, Any], method: str, path: Path) -> None:
     """Raises Mistakes for keys that the method derives from others, cannot have, or would never read."""
-    lines = list(_unavailable(values, method))
-    derived = DERIVED if method in RL_METHODS else DERIVED_SFT if method == "sft" else {}
+    lines = list(unavailable(values, method))
+    derived = DERIVED_SFT if method == "sft" else {}
     unread = {key: getattr(EvalArguments(), key) for key in EVALUATION} if method not in RL_METHODS else {}
     for key, value in values.items():
         if key in MUST_BE_TRUE and method in RL_METHODS and not value:
             lines.append(f"{key} must be true: {MUST_BE_TRUE[key]}")
+        elif key == "hub_token" and value:
+            lines.append(f"{key} is not available: {SECRET}")
         elif method == "ppo" and key in GROUP_ONLY:
             lines.append(f"{key} is not available: {GROUP_ONLY[key]}")
         elif key in derived:
@@ -155,6 +153,8 @@ def check_together(recipe: Recipe) -> None:
             check_evaluations(recipe)
     with gathered:
         check_trackers(recipe.values.get("report_to"))
+    with gathered:
+        check_hub(recipe.training)
     gathered.tell()
 
 
@@ -173,6 +173,8 @@ def check_sources(recipe: Recipe) -> None:
 def check_start(recipe: Recipe) -> None:
     """Raises ValueError for a recipe that names no model to start from, or two."""
     path, model = recipe.path, recipe.model
+    if model.model_revision not in (None, "main") and not model.model_name_or_path:
+        raise ValueError(f"model_revision {model.model_revision!r} is of a hub id in model_name_or_path; leave it out")
     sources = [k for k in ("warm_start", "model_name_or_path", "model_config") if getattr(model, k)]
     if len(sources) != 1:
         remedy = f"; take one of them out with --{sources[0]} null" if sources else ""
@@ -186,7 +188,9 @@ def check_start(recipe: Recipe) -> None:
 
 def check_adapter_keys(recipe: Recipe) -> None:
     """Raises ValueError for an adapter that the run could not save, or not train."""
-    model = recipe.model
+    model, beta = recipe.model, recipe.training.get("beta")
+    if recipe.method in RL_METHODS:
+        check_reference_revision(model.model_revision, beta, model.use_peft)
     if model.model_config and model.use_peft:
         raise ValueError(f"use_peft: {IN_MEMORY}")
     if model.lora_dropout and recipe.method in RL_METHODS:
@@ -197,6 +201,25 @@ def check_adapter_keys(recipe: Recipe) -> None:
     targets = model.lora_target_modules if isinstance(model.lora_target_modules, list) else []
     if both := sorted({*targets} & {*(model.lora_modules_to_save or [])}):
         raise ValueError(f"lora_modules_to_save: {both[0]} is in lora_target_modules too; leave it out of one of them")
+
+
+def check_reference_revision(revision: str | None, beta: float | None, adapter: bool) -> None:
+    """Raises ValueError for a KL whose reference, loaded again by its name, would be another revision."""
+    if revision not in (None, "main") and beta and not adapter:
+        raise ValueError(
+            f"model_revision {revision!r} with beta {beta}: the reference is loaded again by its name, without a "
+            "revision; fetch it (hf download ID --revision REVISION --local-dir DIR) and name the folder"
+        )
+
+
+def check_hub(training: Mapping[str, Any]) -> None:
+    """Raises ValueError for a time to send the model that there is not."""
+    strategy = training.get("hub_strategy")
+    if strategy not in (None, *HUB_STRATEGIES):
+        raise ValueError(
+            f"hub_strategy must be one of {', '.join(HUB_STRATEGIES)}, got {strategy!r}"
+            f"{nearest(strategy, HUB_STRATEGIES)}"
+        )
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -223,12 +246,9 @@ def check_thought(recipe: Recipe) -> None:
     method, thinking, extra = recipe.method, recipe.thinking, recipe.extra
     thought, kind, rl = thinking.thought, KINDS[thinking.thought], method in RL_METHODS
     trained = [name for name, other in KINDS.items() if method in other.trained_by]
-    if thinking.system_prompt and not (rl and thinking.phase == "explicit"):
+    if not (rl and thinking.phase == "explicit"):
         why = "phase latent takes none" if rl else f"method {method} trains questions as they are"
-        raise ValueError(
-            f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
-            "write it into question_template"
-        )
+        refuse_template_keys(thinking, why)
     if rl:
         check_trainable(thought, extra.ratio)
         values = recipe.values
@@ -273,19 +293,6 @@ def training_cuts(
     if use_vllm:
         raise ValueError(f"{cut} with use_vllm: vLLM does not return the ids that a cut kept; use use_vllm false")
     return decoding
-
-
-def check_trackers(report_to: str | list[str] | None) -> None:
-    """Raises ValueError for a tracker that is unknown or not installed, before anything is trained."""
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name in ("none", "all"):
-            continue
-        if name not in TRACKERS:
-            raise ValueError(
-                f"report_to must be none or of {', '.join(TRACKERS)}, got {name!r}{nearest(name, TRACKERS)}"
-            )
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"report_to: {name} is not installed; pip install {name}")
 
 
 def refuse_checkpointing(args: Any, lead: str, instead: str) -> None:

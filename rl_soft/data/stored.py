@@ -162,6 +162,9 @@ def read(source: str, split: str, options: dict[str, Any], columns: Mapping[str,
         spec = replace(spec, split_steps=_gsm8k_equations)
     if path or holdout:
         check("split", split, SPLITS)
+    if not path:
+        sides = {side: options.pop(f"{side}_split") for side in SPLITS if f"{side}_split" in options}
+        spec = replace(spec, **sides)
     hub_options = {} if path else {key: options.pop(key) for key in ("config", "revision") if key in options}
     if options:
         raise ValueError(f"{source} has no option {min(options)!r}")

@@ -61,6 +61,12 @@ def model_folder(name: str) -> str:
     return str(path)
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raises ValueError for a revision of a folder, which has one version of its model."""
+    if revision not in (None, "main") and Path(name).exists():
+        raise ValueError(f"model_revision {revision!r} is for a hub id, and {name} is a folder; leave it out")
+
+
 def has_model(folder: Path) -> bool:
     return (folder / "config.json").exists() or is_adapter(folder)
 

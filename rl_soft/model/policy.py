@@ -30,7 +30,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from rl_soft.model.adapters import load_adapter
 from rl_soft.model.float64_attention import float64_attention
-from rl_soft.model.folder import is_adapter, model_folder, read_thinking, write_thinking
+from rl_soft.model.folder import check_revision, is_adapter, model_folder, read_thinking, write_thinking
 from rl_soft.model.gate import GATE, load_gate
 from rl_soft.model.projector import PROJECTOR, Projector, load_projector
 from rl_soft.model.quantised import loading, settle_loaded, stored_with
@@ -113,6 +113,7 @@ def load_policy(
     trainable: bool = False,
     quantization: BitsAndBytesConfig | None = None,
     whole: bool = False,
+    revision: str | None = None,
 ) -> Policy:
     """A policy from a folder of ours, a run, a plain transformers folder, a PEFT adapter folder, or a hub id.
 
@@ -124,6 +125,7 @@ def load_policy(
         quantization: loads the weights (under an adapter: its base's) in 4 bits, see `quantised.four_bits`; None: as
             the folder of an adapter says that it was trained.
         whole: makes the weights of 4 bits under an adapter whole again, the same numbers in `dtype`.
+        revision: branch, tag or commit of a hub id; None: its main one.
 
     Returns:
         The policy on the CPU (one of 4 bits on the GPU, if there is one), its projector loaded where the folder has
@@ -131,21 +133,22 @@ def load_policy(
         for it.
 
     Raises:
-        ValueError: what `model_folder` refuses; a tokenizer that is missing or does not fit; an
+        ValueError: what `model_folder` and `check_revision` refuse; a tokenizer that is missing or does not fit; an
             adapter whose base is missing, or of a kind that soft tokens cannot have.
         OSError: transformers', for a name that is neither a folder nor to be had from the hub.
     """
     name_or_path = model_folder(name_or_path)
+    check_revision(name_or_path, revision)
     path = Path(name_or_path)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attn_implementation:
         kwargs["attn_implementation"] = attn_implementation
     kwargs |= loading(quantization or stored_with(path))
-    tokenizer = load_tokenizer(name_or_path)
+    tokenizer = load_tokenizer(name_or_path, revision)
     if is_adapter(path):
         model = load_adapter(path, tokenizer, trainable, whole, **kwargs)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision or "main", **kwargs)
     check_tokenizer(tokenizer, model, name_or_path)
     settle_loaded(model)
     align(model)

@@ -12,7 +12,7 @@ from rl_soft.model.adapters import base_missing
 from rl_soft.model.folder import base_of, has_tokenizer, is_adapter
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a hub id, which pads on the left, with <eos> where it has no pad token.
 
     An adapter's folder without a tokenizer has that of its base.
@@ -31,7 +31,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
                 raise base_missing(folder, base, error) from None
         raise ValueError(f"{name_or_path} has no tokenizer: tokenizer.json, or another vocabulary, is missing there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, padding_side="left", trust_remote_code=False, revision=revision or "main"
+        )
     except Exception as error:  # the readers of vocabularies, with and without their packages, raise what they like
         if isinstance(error, OSError) and not folder.is_dir():
             raise

@@ -11,7 +11,9 @@ search (CODI's released code finds the distilled position by matching strings; s
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from rl_soft.data.row import Row
 from rl_soft.thoughts.end_of_thinking import EndOfThinking
-from rl_soft.thoughts.thinking import Thinking
+from rl_soft.thoughts.thinking import Thinking, refuse_template_keys
 
 logger = logging.getLogger("rl_soft")
 
@@ -36,7 +38,8 @@ class Layout:
 
     Args:
         thinking: what a thought is, and the texts around the thoughts.
-        tokenizer: the model's. In phase latent it has the tokens <bot> and <eot>.
+        tokenizer: the model's. In phase latent it has the tokens <bot> and <eot>. It takes the chat template of
+            `thinking`, if that has one, and is saved with it.
 
     Attributes:
         bot_id, eot_id: ids of <bot> and <eot>; phase latent alone has them.
@@ -52,6 +55,8 @@ class Layout:
 
     def __init__(self, thinking: Thinking, tokenizer: PreTrainedTokenizerBase):
         self.thinking, self.tokenizer = thinking, tokenizer
+        if thinking.chat_template is not None:
+            tokenizer.chat_template = thinking.chat_template
         self.answer_prompt_ids = self.encode(thinking.answer_prompt)
         if thinking.phase == "latent":
             vocabulary = tokenizer.get_vocab()
@@ -102,7 +107,8 @@ class Layout:
             messages = [{"role": "user", "content": text}]
         if system is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        template = functools.partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True)
+        told = {"add_generation_prompt": True, "tokenize": True, **(self.thinking.chat_template_kwargs or {})}
+        template: Any = functools.partial(self.tokenizer.apply_chat_template, **told)
         try:
             ids: Any = template(messages)
         except TemplateError:
@@ -154,15 +160,10 @@ def check_texts(layout: Layout) -> None:
 
     Raises:
         ValueError: an end of thinking that does not come back from its ids; a system prompt and no chat template that
-            takes one.
+            takes one; a chat template that cannot be read, or does not know a name of chat_template_kwargs.
     """
     thinking, tokenizer = layout.thinking, layout.tokenizer
-    if thinking.system_prompt and not (thinking.phase == "explicit" and tokenizer.chat_template):
-        why = "the tokenizer has none" if thinking.phase == "explicit" else "phase latent takes none"
-        raise ValueError(
-            f"system_prompt {thinking.system_prompt!r:.60} needs a chat template, and {why}; "
-            "write it into question_template"
-        )
+    _check_template(layout)
     if thinking.system_prompt:
         try:
             layout.question_ids("?")
@@ -185,6 +186,25 @@ def check_texts(layout: Layout) -> None:
             f"end_of_thinking {thinking.end_of_thinking!r} holds {tokenizer.eos_token!r}, which ends the completion: "
             "nothing could be answered after it"
         )
+
+
+def _check_template(layout: Layout) -> None:
+    """Raises ValueError for what asks for a chat template where none is used, or for one that does not do it."""
+    thinking, tokenizer = layout.thinking, layout.tokenizer
+    if not (thinking.phase == "explicit" and tokenizer.chat_template):
+        why = "the tokenizer has none" if thinking.phase == "explicit" else "phase latent takes none"
+        refuse_template_keys(thinking, why)
+        return
+    if thinking.chat_template is not None:
+        try:
+            layout.question_ids("?")
+        except TemplateError as error:
+            raise ValueError(f"chat_template {thinking.chat_template!r:.60} cannot be used: {error}") from None
+    known = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name, value in (thinking.chat_template_kwargs or {}).items():
+        if name in known or re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)) is None:
+            why = "is not for a recipe to say" if name in known else "is no name in the tokenizer's chat template"
+            raise ValueError(f"chat_template_kwargs: {name} ({value!r:.40}) {why}; leave it out")
 
 
 def tell_template(layout: Layout) -> None:

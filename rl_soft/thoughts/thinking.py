@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -49,6 +50,10 @@ class Thinking:
         default=None,
     )
     question_template: str = key("Text of the question; must contain {question}.", default="{question}")
+    chat_template: str | None = key("A Jinja text in the place of the tokenizer's chat template.", default=None)
+    chat_template_kwargs: dict[str, Any] | None = key(
+        "What the chat template is told, {enable_thinking: false} for example.", default=None
+    )
 
     def __post_init__(self) -> None:
         def refuse(name: str, allowed: str) -> None:
@@ -72,6 +77,9 @@ class Thinking:
             refuse("switch", "none when thought_k is 1 (every thought is a token)")
         if "{question}" not in self.question_template:
             refuse("question_template", "a text that contains {question}")
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True, default=str))
 
     @property
     def kind(self) -> Kind:
@@ -110,3 +118,11 @@ class Thinking:
             ValueError: a value that is not allowed.
         """
         return cls(**{k: v for k, v in values.items() if k in fields(cls)})
+
+
+def refuse_template_keys(thinking: Thinking, why: str) -> None:
+    """Raises ValueError for keys that ask something of a chat template where none is used, because of `why`."""
+    for name in ("system_prompt", "chat_template", "chat_template_kwargs"):
+        if getattr(thinking, name):
+            instead = "write it into question_template" if name == "system_prompt" else "leave it out"
+            raise ValueError(f"{name} {getattr(thinking, name)!r:.60} needs a chat template, and {why}; {instead}")

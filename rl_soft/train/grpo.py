@@ -54,7 +54,7 @@ from rl_soft.train.runtime.guards import Guarded, check_density_gap
 from rl_soft.train.runtime.sharded import prepare_fsdp, whole_model
 from rl_soft.train.sampler import EpochSampler
 from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_second_factor
-from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle
+from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle, with_template
 
 
 class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups, Guarded, GRPOTrainer):
@@ -128,7 +128,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         args = args or self._config_class(output_dir=f"{folder_name(model)}-RL")
         quantization = kwargs.pop("quantization_config", None)
         policy = policy_of(model, args, processing_class, peft_config is not None, quantization)
-        thinking = fitting(thinking, policy)
+        thinking = with_template(fitting(thinking, policy), args)
         ratio = ratio or next(iter(KINDS[thinking.thought].ratios), "joint")
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, **kwargs}
         check_config(args, thinking, ratio, thought_epsilon, given)  # before TRL makes anything

@@ -12,6 +12,7 @@ same command resumes a run that was stopped anywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -64,6 +65,7 @@ from rl_soft.train.runtime.checkpoints import (
     last_checkpoint,
     set_aside_unfinished,
 )
+from rl_soft.train.runtime.hub import Hub
 from rl_soft.train.runtime.processes import (
     as_trained,
     check_processes,
@@ -108,10 +110,14 @@ def run(recipe: Recipe) -> Path:
     if warm_start is not None:
         finish(warm_start)
     begin(recipe)
+    hub = Hub(recipe.training, recipe.output_dir) if recipe.training.get("push_to_hub") and is_first() else None
+    callbacks = [] if hub is None else [hub]
     if recipe.method in RL_METHODS:
-        train_rl(recipe, warm_start, rows, rewards)
+        train_rl(recipe, warm_start, rows, rewards, callbacks)
     else:
-        train_supervised(recipe, warm_start, rows)
+        train_supervised(recipe, warm_start, rows, callbacks)
+    if hub is not None:
+        hub.finish()
     logger.info("model: %s", recipe.output_dir / "model")
     return recipe.output_dir
 
@@ -128,14 +134,22 @@ def finish(warm_start: Recipe) -> None:
     AcceleratorState._reset_state()  # the next trainer reads its DeepSpeed settings afresh
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes, before there is a trainer to ask."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def begin(recipe: Recipe) -> None:
     """Make or check the run directory, and prepare the devices."""
     resuming = check_output_dir(recipe)
     prepare_devices()
     prepare_fsdp()
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first():
         logger.info("%s %s in %s", "resuming" if resuming else "starting", recipe.path, recipe.output_dir)
         write_config(recipe)
+    for name, value in dataclasses.asdict(recipe.trackers).items():
+        if value is not None:
+            os.environ[name.upper()] = value  # where wandb reads it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +167,9 @@ class Start:
     test: list[data.Row]
 
 
-def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: list[Callable]) -> None:
+def train_rl(
+    recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: list[Callable], callbacks: list[Any]
+) -> None:
     start = start_rl(recipe, warm_start, rows)
     model_folder = recipe.output_dir / "model"
     if not model_folder.exists():
@@ -162,7 +178,7 @@ def train_rl(recipe: Recipe, warm_start: Recipe | None, rows: Rows, rewards: lis
         trainer = rl_trainer(start, rows.train, rewards)
         boundary = recipe.extra.updates_per_rollout * start.args.num_iterations
         shown = {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip", "eval_pass@1": "pass@1"}
-        fit(trainer, recipe, shown, boundary)
+        fit(trainer, recipe, shown, boundary, callbacks)
         take_over_records(trainer, recipe.output_dir)
         save(trainer, recipe, start.policy.tokenizer)
         with whole_model(trainer) as model:
@@ -281,7 +297,7 @@ def report(recipe: Recipe) -> None:
 # Supervised methods: start, fit
 
 
-def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> None:
+def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows, callbacks: list[Any]) -> None:
     """CODI and what it is compared with: they learn from worked solutions, without rollouts of their own."""
     if (recipe.output_dir / "model").exists():
         return
@@ -308,7 +324,7 @@ def train_supervised(recipe: Recipe, warm_start: Recipe | None, rows: Rows) -> N
     trainer = make_trainer(recipe, start, args, layout, train)
     if validation:
         validate_every(trainer, recipe, layout, validation)
-    fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, boundary=1)
+    fit(trainer, recipe, {"loss": "loss", "validation_accuracy": "val"}, 1, callbacks)
     save(trainer, recipe, start.tokenizer)
     trainer.accelerator.free_memory()  # DeepSpeed's hooks would hold the model for good
 
@@ -335,12 +351,13 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
     # DeepSpeed or the second process off without a word.
     defaults = trainer_defaults(recipe.method) | {"use_cpu": device() == "cpu", "bf16": False}
     values = {**defaults, **recipe.training, "output_dir": str(recipe.output_dir)}
+    values.pop("push_to_hub", None)  # `runtime.hub` sends the model
     if recipe.values.get("eval_strategy", "no") != "no":
         values["metric_for_best_model"] = values.get("metric_for_best_model") or "pass@1"
     return values
 
 
-def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> None:
+def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int, callbacks: list[Any]) -> None:
     """Train, from the last checkpoint if there is one; Ctrl-C leaves a checkpoint."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -352,7 +369,7 @@ def fit(trainer: Any, recipe: Recipe, shown: dict[str, str], boundary: int) -> N
         logger.info("save_steps %g: a checkpoint waits for its rollout's last step (%d each)", save_steps, boundary)
     interrupt = Interrupt(boundary)
     known = [KnownFailures()] if recipe.method in RL_METHODS else []  # a supervised loss is to bring the entropy down
-    for added in (*known, interrupt, Checkpoints(trainer.args)):
+    for added in (*known, interrupt, Checkpoints(trainer.args), *callbacks):
         trainer.add_callback(added)
     if trainer.is_world_process_zero():
         set_aside_unfinished(recipe.output_dir)

@@ -5,17 +5,17 @@ Nothing here imports torch: `rl-soft check`, which `launch.sh` runs before its p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import yaml
 
 from rl_soft.config.recipe import RL_METHODS, Recipe, batch_plan, check_output_dir, warm_start_of
+from rl_soft.config.theirs import world_size as world_size
 from rl_soft.data import sources as data
 from rl_soft.evaluation.judging import check_golds
 from rl_soft.keys import Gathered
-from rl_soft.model.folder import model_folder
+from rl_soft.model.folder import check_revision, model_folder
 from rl_soft.train.reward_functions import filtered_reward, logged_names, reward_functions
 
 
@@ -55,11 +55,6 @@ def load_rows(recipe: Recipe) -> Rows:
     return Rows(train, test)
 
 
-def world_size() -> int:
-    """Processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def check_rl(recipe: Recipe) -> list[Callable]:
     """The reward functions of a recipe, whose batches divide over the processes."""
     batch_plan(recipe, world_size())
@@ -87,7 +82,7 @@ def check_ready(recipe: Recipe) -> None:
         warm_start_of(recipe)
     with gathered:
         if recipe.model.model_name_or_path:
-            model_folder(recipe.model.model_name_or_path)
+            check_revision(model_folder(recipe.model.model_name_or_path), recipe.model.model_revision)
     if recipe.method in RL_METHODS:
         with gathered:
             batch_plan(recipe, world_size())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_soft.config.recipe import RL_METHODS, Recipe
-from rl_soft.config.refusals import IN_MEMORY
+from rl_soft.config.refusals import IN_MEMORY, check_reference_revision
 from rl_soft.data.row import question_hash
 from rl_soft.model import policy
 from rl_soft.model.adapters import check_whole
@@ -62,7 +63,9 @@ def starting_policy(recipe: Recipe, warm_start: Recipe | None) -> policy.Policy:
     wanted = None
     if m.load_in_4bit:
         wanted = four_bits(m.bnb_4bit_quant_type, m.bnb_4bit_compute_dtype or dtype, m.use_bnb_nested_quant)
-    start = policy.load_policy(source, dtype, m.attn_implementation, trainable=True, quantization=wanted)
+    start = policy.load_policy(
+        source, dtype, m.attn_implementation, trainable=True, quantization=wanted, revision=m.model_revision
+    )
     if in_4bit(start.model) and not m.load_in_4bit:
         raise ValueError(f"model {source} has weights of 4 bits: set load_in_4bit true")
     if hasattr(start.model, "peft_config"):
@@ -78,7 +81,8 @@ def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False, quan
     """What a trainer is given to start from, in Python: a hub id or a folder, which is loaded, or a model.
 
     Args:
-        args: the trainer's; `model_init_kwargs` may hold dtype and attn_implementation for a model that is loaded.
+        args: the trainer's; `model_init_kwargs` may hold dtype, attn_implementation and revision for a model that is
+            loaded.
         tokenizer: None loads the one beside the model.
         adapter: whether the trainer puts an adapter on it.
         quantization: a BitsAndBytesConfig of 4 bits for a model that is loaded.
@@ -91,13 +95,16 @@ def policy_of(model: Any, args: Any, tokenizer: Any, adapter: bool = False, quan
         args.model_init_kwargs = None  # TRL is given the model
         own = default_dtype(adapter or is_adapter(Path(model)), args.deepspeed_plugin is not None, args.bf16)
         dtype = str(asked.pop("dtype", own)).removeprefix("torch.")
-        attention = asked.pop("attn_implementation", None)
+        attention, revision = asked.pop("attn_implementation", None), asked.pop("revision", None)
+        check_reference_revision(revision, args.beta, adapter)
         if asked:
             raise ValueError(
-                f"model_init_kwargs may hold dtype and attn_implementation here, not {', '.join(asked)}; load the "
-                "model yourself and give it as `model`"
+                f"model_init_kwargs may hold dtype, attn_implementation and revision here, not {', '.join(asked)}; "
+                "load the model yourself and give it as `model`"
             )
-        loaded = policy.load_policy(str(model), dtype, attention, trainable=True, quantization=quantization)
+        loaded = policy.load_policy(
+            str(model), dtype, attention, trainable=True, quantization=quantization, revision=revision
+        )
         if tokenizer is not None:
             check_tokenizer(tokenizer, loaded.model, "processing_class")
         return policy.Policy(loaded.model, tokenizer or loaded.tokenizer, loaded.thinking)
@@ -127,6 +134,18 @@ def fitting(thinking: Thinking | None, start: policy.Policy) -> Thinking:
     if start.thinking is not None:
         check_thinking(thinking, start.thinking, "thinking")
     return thinking
+
+
+def with_template(thinking: Thinking, args: Any) -> Thinking:
+    """`thinking` with the chat_template_kwargs of a `trl.GRPOConfig`. Raises ValueError where it has others."""
+    given = args.chat_template_kwargs
+    if not given:
+        return thinking
+    if thinking.chat_template_kwargs not in (None, given):
+        raise ValueError(
+            f"chat_template_kwargs is {given!r} in args and {thinking.chat_template_kwargs!r} in thinking; set it once"
+        )
+    return dataclasses.replace(thinking, chat_template_kwargs=given)
 
 
 def settle(args: Any, layout: Layout) -> None:
@@ -220,4 +239,5 @@ def lora_config(recipe: Recipe) -> Any:
         use_dora=m.use_dora,
         use_rslora=m.use_rslora,
         task_type="CAUSAL_LM",
+        revision=m.model_revision,  # of the base that the adapter is for
     )

@@ -10,14 +10,15 @@ import trl
 from conftest import ROOT
 from trl.scripts.grpo import GRPOScriptArguments
 
-from rl_soft.config.elsewhere import ABSENT, BECOMES, CALLED, hint_for
+from rl_soft.config.elsewhere import ABSENT, BECOMES, CALLED, IGNORED, READ, hint_for
 from rl_soft.config.recipe import GROUPS, METHODS
 from rl_soft.config.trainers import trainer_fields
 from rl_soft.keys import fields
 
 KEYS = {method: {*trainer_fields(method), *(n for g in GROUPS[method] for n in fields(g))} for method in METHODS}
 ALL = set().union(*KEYS.values())
-NAMES = {**CALLED, **BECOMES, **ABSENT}
+TABLES = (CALLED, READ, IGNORED, BECOMES, ABSENT)
+NAMES = {name: told for table in TABLES for name, told in table.items()}
 OF_TRL = (trl.ModelConfig, GRPOScriptArguments, trl.DatasetMixtureConfig, trl.GRPOConfig)
 
 
@@ -28,7 +29,7 @@ def test_each_field_of_trl_s_is_a_key_or_has_a_hint(made):
 
 def test_no_name_of_the_table_is_a_key_and_what_it_leads_to_is_one():
     assert NAMES.keys() & ALL == set() and set(CALLED.values()) <= ALL
-    assert len(NAMES) == len(CALLED) + len(BECOMES) + len(ABSENT), "each name is in one table"
+    assert len(NAMES) == sum(map(len, TABLES)), "each name is in one table"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_no_name_of_the_table_is_a_key_and_what_it_leads_to_is_one():
     [
         ("torch_dtype", "it is called dtype here"),
         ("dataset_config", "write dataset_options: {config: NAME}"),
-        ("max_prompt_length", "prompts are never cut"),
+        ("max_new_tokens", "write max_completion_length"),
         ("load_in_8bit", "8-bit products round the states"),
         ("reward_funcs", "it is called rewards here"),
         ("lerning_rate", "did you mean learning_rate?"),

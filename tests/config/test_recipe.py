@@ -53,7 +53,6 @@ def write(tmp_path, **values):
         ({"lora_dropout": 0.1}, "lora_dropout must be 0, got 0.1: with dropout on"),
         ({"thought": "gumble"}, "thought must be one of token, soft, gumbel, dirichlet, hidden, hybrid, got 'gumble'"),
         ({"ds3_gather_for_generation": False}, "ds3_gather_for_generation must be true"),
-        ({"max_completion_length": 64}, "max_completion_length is derived from"),
         ({"output_dir": None}, "output_dir is missing"),
         ({"dataset": None}, "dataset is missing"),
         ({"model_name_or_path": None}, "must name one of warm_start, model_name_or_path and model_config"),
@@ -73,12 +72,14 @@ def write(tmp_path, **values):
         ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs is not available"),
         (
             {"chat_template_kwargs": {"enable_thinking": False}},
-            "chat_template_kwargs is not .*system_prompt",
+            "chat_template_kwargs .*enable_thinking.* needs a chat template, and phase latent takes none; leave it",
         ),
+        ({"chat_template_kwargs": "no"}, "chat_template_kwargs must be a mapping, or null, got 'no'"),
+        ({"method": "codi", "chat_template": "{{ x }}"}, "chat_template .* method codi trains questions as they are"),
         ({"cache_implementation": "static"}, "cache_implementation is not available"),
         ({"use_transformers_paged": True}, "use_transformers_paged is not available"),
         ({"vllm_mode": "server"}, "vllm_mode is not available: it is read with use_vllm true"),
-        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "model_init_kwargs is not available: .*use dtype"),
+        ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs is not available: .*use dtype"),
         ({"disable_dropout": False}, "disable_dropout must be true: with dropout on"),
         ({"eval_dataset_options": {"path": "x"}}, "eval_dataset_options: .* names no eval_dataset"),
         ({"system_prompt": "Hi"}, "system_prompt 'Hi' needs a chat template, and phase latent takes none"),
@@ -89,6 +90,9 @@ def write(tmp_path, **values):
         ({"method": "codi", "eval_samples": 8}, "eval_samples is not available: .*use rl-soft eval MODEL"),
         ({"method": "codi", "eval_k": [1, 2]}, "eval_k is not available: .*use rl-soft eval MODEL"),
         ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, or null, got 'bf16'; did you mean bfl"),
+        ({"hub_strategy": "every_sav"}, "hub_strategy must be one of .*, got 'every_sav'; did you mean every_save?"),
+        ({"hub_token": "hf_x"}, "hub_token is not available: config.yaml .*HF_TOKEN"),
+        ({"push_to_hub": "yes"}, "push_to_hub must be true or false, got 'yes'"),
         ({"dtype": "half"}, "dtype must be one of float32, bfloat16, float16, or null, got 'half'$"),
     ],
 )
@@ -98,7 +102,7 @@ def test_a_mistake_names_the_field_and_the_way_out(tmp_path, values, message):
 
 
 def test_all_mistakes_of_a_recipe_are_told_at_once(tmp_path, capsys):
-    wrong = {"thought_kay": 1, "torch_dtype": "float16", "learning_rate": "abc", "thought_tau": 0,
+    wrong = {"thought_kay": 1, "load_in_8bit": True, "learning_rate": "abc", "thought_tau": 0,
              "repetition_penalty": 0.9, "lora_r": 0, "dataset": None,
              "output_dir": None, "reward_weights": [1, 2]}  # fmt: skip
     with pytest.raises(SystemExit):

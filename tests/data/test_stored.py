@@ -401,3 +401,17 @@ def test_an_answer_of_several_lines_is_free_and_code_has_tabs(tmp_path: Path) ->
     assert loaded(tmp_path, {"answer": "1 2\n3 4\n"}).answer == "1 2\n3 4"
     tests = "def check(f):\n\tassert f(1)\n\tassert f(2)"
     assert loaded(tmp_path, {"answer": tests, "answer_type": "code"}).answer == tests
+
+
+def test_splits_of_a_hub_set_have_the_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: Any, split: str, **kwargs: Any) -> list[dict[str, str]]:
+        asked.append(split)
+        return [{"question": f"{split}?", "answer": "4"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    options = {"train_split": "train[:5%]", "evaluation_split": "validation"}
+    for split in ("train", "evaluation", "test"):
+        load_rows("someone/sums", split, options=options)
+    assert asked == ["train[:5%]", "validation", "test"]

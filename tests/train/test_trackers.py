@@ -3,7 +3,9 @@
 pytest tests/train/test_trackers.py
 """
 
+import importlib.util
 import json
+import os
 import time
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from test_resume import RL, warm_start  # noqa: F401 (a fixture)
 
 from rl_soft.config.recipe import load_recipe
+from rl_soft.config.trackers import trackers
 from rl_soft.train import pipeline as train
 from rl_soft.train.runtime.clock import SECTIONS, StepClock
 
@@ -70,12 +73,41 @@ def test_tensorboard_mirrors_the_metrics_file(tmp_path, warm_start):  # noqa: F8
     assert sum(line[f"seconds/{name}"] for line in lines for name in SECTIONS) < took
 
 
+def test_every_tracker_of_transformers_is_known():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(trackers()) == set(INTEGRATION_TO_CALLBACK)
+
+
 @pytest.mark.parametrize(
-    "value,word", [("tensorbord", "did you mean tensorboard"), ("wandb", "pip install wandb"), (["none", "x"], "'x'")]
+    "value,word",
+    [
+        ("tensorbord", "did you mean tensorboard"),
+        ("wandb", "wandb is not installed; pip install wandb"),
+        ("azure_ml", "pip install azureml-core"),
+        ("dagshub", "pip install dagshub"),
+        ("tensorboard", "pip install tensorboard"),
+        ("kubeflow", "KUBEFLOW_TRAINER_SERVER_URL"),
+        (["none", "x"], "'x'"),
+        (3, "report_to must be a text or a list of texts, got 3"),
+    ],
 )
 def test_a_tracker_that_is_not_there_is_refused_early(tmp_path, monkeypatch, value, word):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: real(name) if name in ("transformers", "trl") else None
+    )
     path = tmp_path / "rl.yaml"
     path.write_text(yaml.safe_dump({**RL, "output_dir": "x", "warm_start": "recipes/codi.yaml", "report_to": value}))
     with pytest.raises(ValueError, match=word):
         load_recipe(path)
+
+
+def test_wandb_s_keys_of_a_recipe_are_where_wandb_reads_them(tmp_path, monkeypatch):
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP"):
+        monkeypatch.setenv(name, "of the shell")
+    path = tmp_path / "rl.yaml"
+    given = {**RL, "output_dir": str(tmp_path / "run"), "warm_start": "recipes/codi.yaml", "wandb_project": "mine"}
+    path.write_text(yaml.safe_dump(given))
+    train.begin(load_recipe(path))
+    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_ENTITY"]) == ("mine", "of the shell")
