@@ -4,6 +4,7 @@ pytest tests/invariants/test_fsdp.py            an adapter
 pytest tests/invariants/test_fsdp.py -m slow    the other kinds; test_parallel.py has weights, resume and failures
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 from conftest import tiny_policy
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from test_parallel import RL, launch, metrics
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +74,20 @@ def test_two_sharded_processes_are_one(tmp_path, kind):
     a, b = (logits(kind.from_pretrained(tmp_path / name / "rl/model")) for name in ("one", "two"))
     assert (a - b).abs().max() < 1e-3
     assert torch.equal(b, logits(policy.load_policy(str(tmp_path / "two/rl/model")).model))
+
+
+@pytest.mark.slow
+def test_a_sharded_adapter_resumes_exactly(tmp_path):
+    path = recipe(tmp_path, **LORA, tied=False, per_device_train_batch_size=8, max_steps=4, save_steps=2)
+    weights = []
+    for _ in range(2):
+        error = launch(tmp_path, "fsdp2", "-m", "rl_soft", path).communicate(timeout=400)[1]
+        assert (tmp_path / "rl/model/adapter_config.json").exists(), error[-3000:]
+        weights.append(load_file(tmp_path / "rl/model/adapter_model.safetensors"))
+        for name in ("model", "checkpoint-4"):  # as if it had ended after two steps
+            shutil.rmtree(tmp_path / "rl" / name)
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 3, 4]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}

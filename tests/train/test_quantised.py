@@ -128,7 +128,7 @@ def test_training_all_weights_of_a_quantised_model_is_refused(tmp_path):
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is read with load_in_4bit true"),
         ({"use_bnb_nested_quant": True}, "use_bnb_nested_quant is read with load_in_4bit true"),
         ({"load_in_8bit": True}, "unknown key 'load_in_8bit' .*: 8-bit products round the states, too"),
-        ({"bnb_4bit_use_double_quant": True}, "it is called use_bnb_nested_quant here"),
+        ({"bnb_4bit_use_double_quant": True}, "use_bnb_nested_quant is read with load_in_4bit true"),  # its other name
         ({"quantization_config": {}}, "write load_in_4bit: true"),
     ],
 )
