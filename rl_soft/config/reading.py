@@ -111,6 +111,6 @@ def _read_value(text: str) -> Any:
         value = yaml.load(text, Loader=Loader)  # a SafeLoader
     except yaml.YAMLError:
         return text
-    if isinstance(value, dict) and not text.startswith("{"):
-        return text
+    if isinstance(value, dict) and (not text.startswith("{") or (value and all(x is None for x in value.values()))):
+        return text  # {question} is a place in a text
     return text if value is None and text.startswith("#") else value

@@ -351,3 +351,18 @@ def test_a_large_model_s_recipe_runs_on_a_tiny_one(folder, tmp_path):
     weights = "adapter_model.safetensors" if recipe.model.use_peft else "model.safetensors"
     for name in (f"model/{weights}", "eval_before/records.jsonl", "eval_after/records.jsonl", "report.md"):
         assert (run / name).stat().st_size > 0, name
+
+
+@pytest.mark.parametrize(
+    "word,value",
+    [
+        ("{question}", "{question}"),
+        ("{a: 1}", {"a": 1}),
+        ("{compact: false}", {"compact": False}),
+        ("{}", {}),
+        ("Answer: ", "Answer: "),
+        ("####", "####"),
+    ],
+)
+def test_a_place_in_a_text_is_a_text_on_the_command_line(word, value):
+    assert parse_overrides(["--key", word]) == {"key": value}
