@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +17,10 @@ from rl_soft.data.readers import READERS, Records, read_records
 from rl_soft.data.row import ANSWER_TYPES, SPLITS, STEP_FORMS, Row, check, question_hash, side_of
 from rl_soft.data.values import EXPRESSION, gold_of, question_of, steps_of, text_of
 
+logger = logging.getLogger("rl_soft")
+
 COLUMNS = ("question", "answer", "steps", "id", "family", "answer_type")
+OTHER_NAMES = {"question": ("prompt", "problem"), "answer": ("solution",)}  # of TRL's and open-r1's data sets
 
 
 def _sentences(text: str) -> tuple[str, ...]:
@@ -175,6 +179,8 @@ def read(source: str, split: str, options: dict[str, Any], columns: Mapping[str,
         records = _prepared(records, spec.prepare, place)
     if not records:
         raise ValueError(f"{place} has no rows")
+    if not known:
+        spec = _as_others_call_it(spec, records[0], columns, place)
     for column in (spec.question, spec.answer, *columns.values()):
         if column not in records[0]:
             raise ValueError(f"{place} has no column {column!r}; it has {', '.join(map(str, records[0]))}")
@@ -220,6 +226,16 @@ def _renamed(spec: Stored, columns: Mapping[str, str]) -> Stored:
     if "steps" in names:
         names["steps"] = (names["steps"],)
     return replace(spec, **names)
+
+
+def _as_others_call_it(spec: Stored, record: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Stored:
+    """With the columns of TRL's and open-r1's sets in the place of those that a file does not have."""
+    for name, others in OTHER_NAMES.items():
+        column = next((other for other in others if other in record), None)
+        if name not in record and name not in columns and column is not None:
+            logger.info("%s: the %s is read from the column %s", place, name, column)
+            spec = _renamed(replace(spec, steps=tuple(x for x in spec.steps if x != column)), {name: column})
+    return spec
 
 
 def _prepared(records: Records, prepare: Callable[[dict[str, Any]], dict[str, Any]], place: str) -> Records:

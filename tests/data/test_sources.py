@@ -499,3 +499,18 @@ def test_hub_holdout(hub: Callable[..., list[tuple]]) -> None:
     sides = [load_rows("deepscaler", split, options={"holdout": True}) for split in ("train", "evaluation")]
     assert_disjoint(*sides)
     assert len(sides[0]) + len(sides[1]) == 100
+
+
+def test_columns_may_have_the_names_of_trl_and_open_r1(tmp_path, caplog):
+    """`prompt` (a text or one message of the user) or `problem`; `solution` where there is no answer."""
+    message = [{"role": "user", "content": "1+1="}]
+    for record in ({"prompt": message, "answer": "2"}, {"problem": "1+1=", "solution": "2"}):
+        path = tmp_path / f"{len(record.get('prompt', ''))}.jsonl"
+        path.write_text(json.dumps(record) + "\n")
+        with caplog.at_level("INFO", logger="rl_soft"):
+            (row,) = load_rows(str(path), "train")
+        assert (row.question, row.answer, row.steps) == ("1+1=", "2", ())
+    assert "the question is read from the column prompt" in caplog.text
+    assert "the answer is read from the column solution" in caplog.text
+    path.write_text(json.dumps({"prompt": "a", "question": "b", "answer": "2"}) + "\n")
+    assert load_rows(str(path), "train")[0].question == "b"
