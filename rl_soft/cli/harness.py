@@ -127,7 +127,7 @@ class Harness:
         return str(
             self.tokenizer.apply_chat_template(
                 made,
-                **(self.thinking.to_dict().get("chat_template_kwargs") or {}),
+                **(self.thinking.chat_template_kwargs or {}),
                 tokenize=False,
                 add_generation_prompt=answers,
                 continue_final_message=not answers,
