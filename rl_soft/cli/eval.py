@@ -12,7 +12,7 @@ from typing import Any
 
 from rl_soft.cli.opening import choose_roll, load_policy, place, with_dtype
 from rl_soft.cli.plans import Plan, check_control, check_folder, load_rows, plans_of
-from rl_soft.config.recipe import load_command
+from rl_soft.config.recipe import key_defaults, load_command
 from rl_soft.evaluation.generation import layout_for
 from rl_soft.evaluation.judging import check_golds
 from rl_soft.evaluation.records import check_header
@@ -91,10 +91,9 @@ def run(model: str, overrides: dict[str, Any]) -> Path:
 
 def check_folders(out: Path, plans: list[Plan], problems: int, decoding: Decoding) -> None:
     """Raises ValueError for folders that hold something else than these evaluations, or a part of them."""
-    resuming = [
-        check_header(plan.folder, header_of(plan.thinking, problems, decoding=decoding, **plan.described), FREE_KEYS)
-        for plan in plans
-    ]
+    headers = [header_of(plan.thinking, problems, decoding=decoding, **plan.described) for plan in plans]
+    defaults = key_defaults()
+    resuming = [check_header(p.folder, h, FREE_KEYS, defaults) for p, h in zip(plans, headers, strict=True)]
     if [plan.folder for plan in plans] != [out] and (out / "eval.json").exists():
         raise ValueError(f"output_dir {out} holds an evaluation of one kind of thought; choose another for several")
     for taken in {out, *(plan.folder for plan in plans)}:

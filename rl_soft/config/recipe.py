@@ -231,6 +231,13 @@ def load_command(command: str, model: str, overrides: dict[str, Any]) -> tuple[A
     return arguments, changes, decoding
 
 
+def key_defaults(method: str | None = None) -> dict[str, Any]:
+    """The default of each key of a method, or of `rl-soft eval`, that has one."""
+    groups = COMMANDS["eval"] if method is None else GROUPS[method]
+    known = {name: field for group in groups for name, field in fields(group).items()}
+    return {name: field.get_default(call_default_factory=True) for name, field in known.items()}
+
+
 def trainer_defaults(method: str) -> dict[str, Any]:
     """Our defaults of the trainer's keys, on any device."""
     # with dropout on, the recomputed density is not the rollout's
@@ -289,8 +296,9 @@ def check_output_dir(recipe: Recipe) -> bool:
             raise ValueError(f"output_dir {recipe.output_dir} is not empty and holds no run; choose another")
         return False
     # A field that did not exist when the run was made had, in effect, its default.
-    defaults = {k: v for group in GROUPS[recipe.method] for k, v in dataclasses.asdict(group()).items()}
-    before = defaults | trainer_defaults(recipe.method) | yaml.load(stored.read_text(), Loader=Loader)
+    before = (
+        key_defaults(recipe.method) | trainer_defaults(recipe.method) | yaml.load(stored.read_text(), Loader=Loader)
+    )
     now = recipe.resolved
     free = {"output_dir"} | unread_keys(recipe.method)  # a run may be moved
     for key in sorted((before.keys() | now.keys()) - free):

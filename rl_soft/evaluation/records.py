@@ -148,12 +148,15 @@ def write_header(eval_dir: str | Path, header: dict[str, Any]) -> None:
     write_atomic(path, json.dumps({"schema": SCHEMA, **header}, indent=2) + "\n")
 
 
-def check_header(eval_dir: str | Path, header: dict[str, Any], free: Collection[str] = ()) -> bool:
+def check_header(
+    eval_dir: str | Path, header: dict[str, Any], free: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> bool:
     """Whether the directory holds this evaluation already, to be gone on with.
 
     Args:
         header: of the evaluation that is about to start.
         free: keys of its `config` that may differ.
+        defaults: what a key had, in effect, that did not exist when the evaluation in the directory was made.
 
     Raises:
         ValueError: it holds another one; names the first key that differs, of `config` or else of the header.
@@ -164,6 +167,7 @@ def check_header(eval_dir: str | Path, header: dict[str, Any], free: Collection[
     ours = json.loads(json.dumps(header))  # as it would be read back
     for part in ("config", "decoder", None):
         old, new = (h.get(part, {}) if part else {k: h[k] for k in _IDENTITY} for h in (before, ours))
+        old = {key: value for key, value in (defaults or {}).items() if part and key in new} | old
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and key not in free:
                 raise ValueError(

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from rl_soft.config.recipe import key_defaults
 from rl_soft.data.sources import Row, question_hash
 from rl_soft.evaluation.judging import judge_rows
 from rl_soft.evaluation.provenance import git_commit, versions
@@ -203,7 +204,7 @@ def evaluate(
             "processes; choose another eval_batch_size"
         )
     header = header_of(layout.thinking, len(rows), name, model_name, dataset, split, samples, seed, config, decoding)
-    check_header(out_dir, header, FREE_KEYS)
+    check_header(out_dir, header, FREE_KEYS, key_defaults(header["config"].get("method")))
     path = out_dir / "records.jsonl"
     writer: Writer | None = None
     if state.is_main_process:
