@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from test_recipe import CHATML, tiny_pretrained
+from transformers.utils import logging
 
 from rl_soft.cli import main
 from rl_soft.config.convert import convert
@@ -97,8 +98,16 @@ def test_a_recipe_of_another_method_is_none_of_grpo(tmp_path):
 RUNS = [pytest.param(name, marks=() if name == DEFAULT else pytest.mark.slow) for name in RECIPES]
 
 
+@pytest.fixture
+def same_verbosity():
+    """A recipe may set transformers' log level, which is that of the process."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_what_is_written_runs(tmp_path, name):
+def test_what_is_written_runs(tmp_path, name, same_verbosity):
     """Two steps on a tiny model: the recipe as it is, but for model, data, sizes, lengths, and what is sent."""
     from rl_soft.train import pipeline as train
 

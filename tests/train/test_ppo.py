@@ -394,7 +394,7 @@ def test_a_recipe_without_groups_ends_in_a_policy_folder(one_process):
         ({"scale_rewards": "batch"}, "scale_rewards is not available: PPO has no groups"),
         ({"thought": "soft"}, "thought soft has no density"),
         ({"value_learning_rat": 1}, "unknown key 'value_learning_rat'.*did you mean value_learning_rate"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is derived"),
+        ({"generation_batch_size": 7}, "generation_batch_size"),
         ({"method": "grpo", "lam": 0.9}, "unknown key 'lam'"),
     ],
 )
