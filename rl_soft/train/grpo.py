@@ -146,16 +146,8 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         settle(args, self.layout)
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL would make an engine for tokens
         exact = trained_values(policy.model)
-        super().__init__(
-            policy.model,
-            reward_funcs,  # type: ignore[arg-type]
-            args,
-            train_dataset,
-            eval_dataset,
-            policy.tokenizer,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        of_trl: Any = policy.model, reward_funcs, args, train_dataset, eval_dataset, policy.tokenizer
+        super().__init__(*of_trl, peft_config=peft_config, **kwargs)
         wrapped = self.accelerator.unwrap_model(self.model)
         in_float32(wrapped, exact)
         add_soft_forward(wrapped.get_base_model() if is_peft_model(wrapped) else wrapped, chunk_size)
