@@ -151,7 +151,10 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 def provenance(summary: dict[str, Any]) -> str:
     """One line: what was evaluated, how, and with which code."""
     header = summary["header"]
-    decoder = ", ".join(f"{key} {value!r}" for key, value in header["decoder"].items() if value not in (None, ""))
+    values = {key: value for key, value in header["decoder"].items() if value not in (None, "")}
+    if values.get("switch") == "none":
+        values = {key: value for key, value in values.items() if not key.startswith("switch")}
+    decoder = ", ".join(f"{key} {value!r}" for key, value in values.items())
     versions = ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items())
     parts = [
         f"{summary['name']}: {header['model']}",
