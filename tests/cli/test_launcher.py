@@ -92,8 +92,8 @@ def test_launch_sh_tells_mistakes_before_it_starts_anything(tmp_path):
         "recipes/codi.yaml",
         "--learning_rate",
         "abc",
-        "--torch_dtype",
-        "float16",
+        "--thought_kay",
+        "5",
         "--output_dir",
         tmp_path / "run",
     ]
@@ -101,7 +101,7 @@ def test_launch_sh_tells_mistakes_before_it_starts_anything(tmp_path):
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.splitlines() == [
         "rl_soft: error: learning_rate must be a number, got 'abc' (default 5e-05)",
-        "rl_soft: error: unknown key 'torch_dtype' in recipes/codi.yaml: it is called dtype here",
+        "rl_soft: error: unknown key 'thought_kay' in recipes/codi.yaml; did you mean thought_k?",
     ]
     assert not (tmp_path / "run").exists()
 
