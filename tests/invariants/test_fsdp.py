@@ -55,9 +55,7 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "lora, untied" else pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_two_sharded_processes_are_one(tmp_path, kind):
     values = KINDS[kind]
     train.run(load_recipe(recipe(tmp_path / "one", **values, per_device_train_batch_size=8)))

@@ -279,7 +279,8 @@ def test_a_supervised_method_on_two_processes_is_that_on_one(tmp_path, warm_star
     assert moved.max() < 1e-4 and moved.mean() < 1e-6
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
 def test_coconut_may_have_other_stages_on_each_process(tmp_path, stage):
     """So processes make different numbers of forward passes in a step."""
     if stage in (1, 2, 3):

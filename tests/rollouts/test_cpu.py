@@ -368,6 +368,7 @@ def test_loaded_weights_begin_at_cache_lines(tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.skipif(ours.LANES == 8, reason="this is what has just run")
 def test_the_other_instruction_set():

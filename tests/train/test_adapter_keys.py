@@ -89,7 +89,7 @@ def test_a_dora_adapter_is_merged_for_a_rollout_and_taken_out_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
 def test_codi_trains_ends_of_the_model_whole_and_rl_goes_on(tmp_path, whole, tied):
     """In place of the rows of <bot> and <eot> alone."""

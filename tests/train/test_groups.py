@@ -205,7 +205,8 @@ def recipe(folder, **values):
     return folder / "rl.yaml"
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_two_processes_draw_the_same_problems(tmp_path, stage):
     """Six completions on each of two processes: the second of three groups has two on either."""
     pipeline.run(load_recipe(recipe(tmp_path / "one", per_device_train_batch_size=12)))

@@ -295,7 +295,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(finished, tmp_p
         assert torch.equal(p, q), "an interrupted run is the run"
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_two_processes_are_one(finished, tmp_path, stage):
     """The same rollouts, losses and gradient norms, under DDP and under ZeRO-2; micro-batches differ too."""
     if stage:
