@@ -168,6 +168,7 @@ def by_step(curve: dict[str, Any]) -> bytes:
     axes.axvline(curve["best_step"], color=COLOURS[0], linewidth=0.8, label=f"best {curve['metric']}")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.set_xlabel("training step", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8.5)
     share = "" if curve["share"] is None else f", {percent(curve['share'])} of the time"
     caption = f"n = {curve['n']} samples × P = {curve['num_problems']:,} problems, the same at each step. Bands: 95 %."
@@ -186,6 +187,7 @@ def _reward_panel(axes: Any, reward: dict[str, Any]) -> None:
     else:
         axes.plot(step, value, color=COLOURS[1], linewidth=2, marker="o", markersize=3)
     axes.set_xlabel("training step", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     note = f" (bold: mean of {width} steps)" if width > 1 else ""
     axes.set_title(f"Reward{note}", loc="left", fontsize=10)
 
