@@ -53,7 +53,7 @@ from rl_soft.train.runtime.completions import show_completions
 from rl_soft.train.runtime.guards import Guarded, check_density_gap
 from rl_soft.train.runtime.sharded import prepare_fsdp, whole_model
 from rl_soft.train.sampler import EpochSampler
-from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, with_second_factor
+from rl_soft.train.soft_batch import Generated, Pass, SoftBatch, parts, rows_in_loss, with_second_factor
 from rl_soft.train.start import fitting, folder_name, policy_of, row_id, settle, with_template
 
 
@@ -169,6 +169,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         # found. A pass of the reference comes later and is not kept.
         self._soft: SoftBatch
         self._pass: Pass | None = None
+        self._rows_in_loss: Tensor | None = None  # None: all, or no loss is being computed
         self.use_vllm = args.use_vllm = use_vllm
         self._pushed_step = -1  # whose weights vLLM has
         if use_vllm:
@@ -276,7 +277,12 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         the entropies, of the same shape; and the load-balancing loss (), the mean over the passes as TRL takes it.
         """
         prompts = input_ids[:, : input_ids.shape[1] - logits_to_keep]  # (B, P)
-        found = self._passed(model, self._soft, prompts, attention_mask, batch_size, compute_aux_loss)
+        soft, rows = self._soft, self._rows_in_loss
+        if rows is None or compute_aux_loss:  # experts are balanced over all rows
+            found = self._passed(model, soft, prompts, attention_mask, batch_size, compute_aux_loss)
+        else:
+            found = self._passed(model, soft.rows(rows), prompts[rows], attention_mask[rows], batch_size)
+            found = found.spread(rows, self._known_log_probs)
         self._pass = self._pass or found
         aux_loss = None if found.aux_loss is None else found.aux_loss.mean()
         return found.log_probs, found.entropy if compute_entropy else None, aux_loss
@@ -316,6 +322,9 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
         self._soft, self._pass = SoftBatch.from_dict(inputs), None
         two, thoughts = RATIOS[self.ratio].second_factor, self._soft.thought_mask
         given = inputs
+        if self._filter:
+            self._rows_in_loss = rows_in_loss(inputs)
+            self._known_log_probs = inputs.get("old_per_token_logps", self._soft.sampled_log_probs)
         if two:
             given = with_second_factor(inputs, thoughts, self.rest_weight, self._tokenizer.pad_token_id)
         clip_range = self.epsilon_low, self.epsilon_high
@@ -330,6 +339,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
             self._log_ratios(self._pass, inputs)
         finally:
             self.epsilon_low, self.epsilon_high = clip_range
+            self._rows_in_loss = None
         return loss
 
     # -- metrics ------------------------------------------------------------------------------------------------------
@@ -344,7 +354,7 @@ class SoftGRPOTrainer(EvaluatesPassAtK, KeepsGate, KeepsProjector, FiltersGroups
 
         now, old = whole(found.log_probs), inputs.get("old_per_token_logps")
         old = None if old is None else whole(old)
-        mask = soft.action_mask & inputs["completion_mask"].bool()
+        mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
         first = now if old is None else old
         gap = density_gap(soft, first, mask, self.accelerator)
         as_pushed = self.use_vllm and (old is not None or self._pushed_step == self.state.global_step)

@@ -75,7 +75,7 @@ class SoftBatch:
     def take(self, rows: slice) -> SoftBatch:
         return SoftBatch(**{name: x[rows] for name, x in self.to_dict().items()})
 
-    def rows(self, numbers: list[int]) -> SoftBatch:
+    def rows(self, numbers: list[int] | Tensor) -> SoftBatch:
         return SoftBatch(**{name: x[numbers] for name, x in self.to_dict().items()})
 
     def replaced(self, places: list[int], other: SoftBatch, pad_id: int, pad_to_multiple_of: int | None) -> SoftBatch:
@@ -139,6 +139,24 @@ class Pass(NamedTuple):
     def joined(cls, passes: list[Pass]) -> Pass:
         joined: list[Any] = [None if c[0] is None else torch.cat(c) for c in zip(*passes, strict=True)]
         return cls(*joined)
+
+    def spread(self, rows: Tensor, known: Tensor) -> Pass:
+        """This pass over `rows` as one over the whole batch: elsewhere log-densities are `known`, the rest is 0."""
+        B, width = len(known), self.log_probs.shape[1]
+
+        def placed(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.new_zeros(B, *x.shape[1:]).index_copy(0, rows, x)
+
+        log_probs = F.pad(known, (0, width - known.shape[1])).index_copy(0, rows, self.log_probs)
+        entropy = placed(self.entropy)
+        assert entropy is not None
+        return Pass(log_probs, entropy, placed(self.kl), placed(self.values))
+
+
+def rows_in_loss(inputs: dict[str, Any]) -> Tensor:
+    """Which rows of TRL's micro-batch have a position in the loss; the first if none has: a pass needs one."""
+    rows = (inputs["completion_mask"] * inputs["tool_mask"]).any(dim=1).nonzero().flatten()
+    return rows if len(rows) else rows.new_zeros(1)
 
 
 def parts(rows: int, batch_size: int | None) -> Iterator[slice]:

@@ -115,6 +115,38 @@ def test_equal_groups_are_out_of_the_loss(tmp_path, loss_type, ratio):
     assert len(made._logs["advantages"]) == 16
 
 
+@pytest.mark.parametrize(
+    "more", [{"ratio": "joint"}, {"ratio": "factored", "num_iterations": 2}, {"entropy_coef": 0.01}]
+)
+def test_what_is_left_out_costs_no_pass(tmp_path, monkeypatch, more):
+    """Training passes hold the rows in the loss alone, and every figure is that of passes over all rows."""
+
+    def count(passed):
+        def hook(model, args, given):
+            if torch.is_grad_enabled():
+                passed.append(len(given["soft"].support))
+
+        return hook
+
+    def run(name):
+        made, passed = trainer(tmp_path / name, filter_groups="accuracy", **{"beta": 0.0, **more}), []
+        made.model.register_forward_pre_hook(count(passed), with_kwargs=True)
+        return train(made), passed, torch.cat([p.detach().flatten() for p in made.model.parameters()])
+
+    logs, passed, weights = run("some")
+    monkeypatch.setattr("rl_soft.train.grpo.rows_in_loss", lambda inputs: torch.arange(len(inputs["tool_mask"])))
+    logs_of_all, passed_of_all, weights_of_all = run("all")
+    assert set(passed_of_all) == {16}
+    iterations = more.get("num_iterations", 1)
+    left = [round(16 * (1 - log["groups/left_out"])) for log in logs[::iterations] for _ in range(iterations)]
+    assert passed == [max(n, 1) for n in left]
+    assert any(n < 16 for n in passed)
+    torch.testing.assert_close(weights, weights_of_all, atol=1e-6, rtol=0)
+    for one, other in zip(logs, logs_of_all, strict=True):
+        names = [k for k in one if k.split("/")[0] not in ("seconds", "tokens_per_second", "memory", "step_time")]
+        assert {k: one[k] for k in names} == pytest.approx({k: other[k] for k in names}, abs=2e-5)
+
+
 def test_form_without_a_right_answer_moves_nothing(tmp_path):
     """The phantom gradient: nobody is right, and the form differs."""
     values = {"rewards": (never_accuracy, form), "max_steps": 1}
