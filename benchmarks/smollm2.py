@@ -3,10 +3,10 @@
     rl-soft fetch smollm2
     nice python benchmarks/smollm2.py [--seeds 1 2 3] [--arms NAME ...] [--out runs/smollm2_study]
 
-Problems are gsm_symbolic's with small numbers, their equations as worked steps; those of a third of the templates are
-never trained on. One warm start, supervised, is shared by all arms. An arm is trained for two halves of equally many
-steps, on problems that no half before it has met, with a fresh optimizer; each half has a kind of thought (`ARMS`).
-Then it is evaluated on problems of templates that it has seen, and of those that it has not.
+Problems are MAWPS's and ASDiv's, with their equations as worked steps; asked are SVAMP's, which nothing is trained on, and
+held-out ones (smollm2_problems.py). One warm start, supervised, is shared by all arms. An arm is trained for two halves
+of equally many steps, on problems that nothing before it has met, with a fresh optimizer; each half has a kind of thought
+(`ARMS`). Then it is evaluated.
 
 The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
 CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
@@ -24,8 +24,6 @@ import fcntl
 import gc
 import json
 import logging
-import random
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -34,11 +32,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smollm2_problems import download, to_be_asked, to_learn_from
 from smollm2_report import ARMS, COUNTS, METRICS, SPLITS, entry_of, report
 
 from rl_soft.config.recipe import load_recipe
-from rl_soft.data.row import Row, question_hash
-from rl_soft.data.sources import load_rows
 from rl_soft.evaluation.records import GREEDY, read
 from rl_soft.files import write_atomic
 
@@ -50,31 +47,25 @@ RECIPES = ROOT / "recipes" / "smollm2"
 class Sizes:
     """What `--size NAME=VALUE` sets."""
 
-    drawn: int = 60000  # problems that are drawn from the generator
-    question_tokens: int = 80  # longer questions are left out, which keeps a step short
-    step_tokens: int = 48  # longer solutions too
-    largest: int = 200  # so are solutions with larger numbers, or with numbers that are no integers
-    template_rows: int = 50  # a template with fewer problems is left out
-    unseen: int = 160  # problems of an evaluation
-    seen: int = 60
+    largest: int = 200  # problems with larger numbers, or with numbers that are no integers, are left out
+    unseen: int = 200  # problems of an evaluation
+    seen: int = 80
     validation: int = 32  # of each
-    rl_rows: int = 1280
-    warm_rows: int = 3200  # and as many rows of bare equations
     warm_batch: int = 16
-    warm_steps: int = 200
-    cool_steps: int = 100  # of the warm start, behind these, while its learning rate falls to zero
+    warm_steps: int = 120
+    cool_steps: int = 60  # of the warm start, behind these, while its learning rate falls to zero
     codi_steps: int = 300
     prompts: int = 8
     completions: int = 8
     steps: int = 30  # of one half
-    learning_rate: float = 1e-4  # of RL
+    learning_rate: float = 5e-4  # of RL
     samples: int = 16
-    thoughts: int = 56  # the most; solutions are shorter
+    thoughts: int = 32  # the most; solutions are shorter
     lora_r: int = 16
     gradient_batches: int = 24
 
 
-SOFT = {"thought": "gumbel", "thought_k": 4, "thought_tau": 0.3, "ratio": "top1"}
+SOFT = {"thought": "gumbel", "thought_k": 4, "thought_tau": 0.5, "ratio": "top1"}
 KINDS: dict[str, dict[str, Any]] = {"token": {"thought": "token", "ratio": "top1"}, "soft": SOFT}
 
 
@@ -85,10 +76,11 @@ class Study:
         out: run folders and problems.
         results: small files, one for each entry that is done.
         model: the folder of SmolLM2-135M-Instruct.
+        svamp: the folder of its two files; what is missing in it is downloaded.
     """
 
-    def __init__(self, out: Path, results: Path, model: Path, sizes: Sizes) -> None:
-        self.out, self.results, self.model, self.sizes = out, results, model, sizes
+    def __init__(self, out: Path, results: Path, model: Path, svamp: Path, sizes: Sizes) -> None:
+        self.out, self.results, self.model, self.svamp, self.sizes = out, results, model, svamp, sizes
         self.text = {
             "end_of_thinking": "####",
             "num_thoughts": sizes.thoughts,
@@ -114,8 +106,8 @@ class Study:
         self.problems()
         sizes, first, run = self.sizes, self.out / "warm_first", self.out / "warm"
         values = self.text | {
-            "use_peft": False, "validation_problems": 2 * sizes.validation, "validation_every": 50,
-            "stop_at_accuracy": None, "learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "use_peft": False, "validation_problems": 2 * sizes.validation, "validation_every": 30,
+            "stop_at_accuracy": None, "learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "warmup_steps": 10, "bf16": True, "attn_implementation": "eager",
         }  # fmt: skip
         constant = {"lr_scheduler_type": "constant_with_warmup", "max_steps": sizes.warm_steps}
@@ -179,41 +171,24 @@ class Study:
     # -- what they are made of ----------------------------------------------------------------------------------------
 
     def problems(self) -> None:
-        """The problem files, made once. Templates and then problems are taken in turn, so no file shares a problem."""
+        """The problem files, made once; no two share a problem."""
         folder, sizes = self.out / "problems", self.sizes
         if (self.results / "problems.json").exists() and folder.exists():
             return
-        from transformers import AutoTokenizer
-
-        tokenizer, by_template = AutoTokenizer.from_pretrained(str(self.model)), defaultdict(list)
-        options = {"compact": True, "steps": "equations"}
-        for row in load_rows("gsm_symbolic", "train", sizes.drawn, 1, options):
-            steps = "".join(step + "\n" for step in row.steps)
-            lengths = [len(tokenizer.encode(text)) for text in (row.question, steps)]
-            numbers = re.findall(r"[\d.]+", steps)
-            small = all(number.isdigit() and int(number) <= sizes.largest for number in numbers)
-            if small and lengths[0] <= sizes.question_tokens and lengths[1] <= sizes.step_tokens:
-                by_template[row.family].append(row)
-        enough = [template for template, rows in by_template.items() if len(rows) >= sizes.template_rows]
-        templates = sorted(enough, key=question_hash)
-        unseen = templates[::3]
-        seen = [t for t in templates if t not in unseen]
-        of_unseen, of_seen = Turns(by_template, unseen), Turns(by_template, seen)
-        files = {"unseen": of_unseen.take(sizes.unseen), "seen": of_seen.take(sizes.seen)}
-        validation = zip(of_seen.take(sizes.validation), of_unseen.take(sizes.validation), strict=True)
-        half, all_rl = sizes.prompts * sizes.steps, of_seen.take(sizes.rl_rows)
-        files |= {name: all_rl[i * half : (i + 1) * half] for i, name in enumerate(("rl1", "rl2"))}
-        warm = of_seen.take(sizes.warm_rows)
-        bare = bare_equations([row for template in seen for row in by_template[template]], sizes.warm_rows)
-        files["warm"] = [row for pair in (*validation, *zip(warm, bare, strict=True)) for row in pair]
+        download(self.svamp)
+        learnt, asked = to_learn_from(self.svamp, sizes.largest), to_be_asked(self.svamp, sizes.largest)
+        half, v = sizes.prompts * sizes.steps, sizes.validation
+        counts = {"seen": sizes.seen, "validation": v, "rl1": half, "rl2": half}
+        files = {"unseen": asked[: sizes.unseen]}
+        for name, count in counts.items():
+            files[name], learnt = learnt[:count], learnt[count:]
+        mixed = zip(files.pop("validation"), asked[sizes.unseen : sizes.unseen + v], strict=True)
+        files["warm"] = [row for pair in mixed for row in pair] + learnt
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
-            lines = [{**dataclasses.asdict(row), "steps": list(row.steps)} for row in rows]
-            keys = ("id", "question", "answer", "steps", "family", "answer_type")
-            text = "".join(json.dumps({key: line[key] for key in keys}) + "\n" for line in lines)
-            write_atomic(folder / f"{name}.jsonl", text)
-        held_out = {split: [[row.id, row.family] for row in files[split]] for split in SPLITS}
-        self.store("problems", {"templates": {"unseen": len(unseen), "seen": len(seen)}, **held_out})
+            write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        held_out = {split: [row["id"] for row in files[split]] for split in SPLITS}
+        self.store("problems", {"rows": {name: len(rows) for name, rows in files.items()}, **held_out})
 
     def supervised(self, recipe: str, run: Path, values: dict[str, Any]) -> None:
         batch = {
@@ -239,8 +214,8 @@ class Study:
             "thought_temperature": 1.0, "temperature": 1.0, "rewards": ["math_accuracy"], "reward_weights": None,
             "prompts_per_step": sizes.prompts, "num_generations": sizes.completions, "max_steps": sizes.steps,
             "per_device_train_batch_size": sizes.prompts * sizes.completions // 2, "save_steps": 5,
-            "learning_rate": sizes.learning_rate, "save_total_limit": 1, "log_completions": False,
-            "disable_tqdm": True,
+            "learning_rate": sizes.learning_rate, "filter_groups": "accuracy", "save_total_limit": 1,
+            "log_completions": False, "disable_tqdm": True,
         }  # fmt: skip
         trained("grpo_gumbel", common | values | {"output_dir": str(run)})
 
@@ -301,34 +276,6 @@ class Study:
         self.store("sizes", sizes)
 
 
-class Turns:
-    """Problems of some templates, one of each in turn; none is taken twice."""
-
-    def __init__(self, by_template: dict[str, list[Row]], templates: list[str]) -> None:
-        self.rows, self.at = [by_template[template] for template in templates], 0
-
-    def take(self, count: int) -> list[Row]:
-        """`count` problems, from each template's next one on."""
-        taken: list[Row] = []
-        while len(taken) < count:
-            turn = [rows[self.at] for rows in self.rows if self.at < len(rows)]
-            if not turn:
-                raise SystemExit(f"{count} more problems are wanted than were drawn; set --size drawn=... higher")
-            taken, self.at = taken + turn, self.at + 1
-        return taken[:count]
-
-
-def bare_equations(rows: list[Row], count: int) -> list[Row]:
-    """Rows of eight equations each, drawn from all that stand in `rows`: arithmetic at little cost."""
-    every, draw = sorted({step for row in rows for step in row.steps}), random.Random(0)
-    made = []
-    for i in range(count):
-        steps = tuple(draw.choices(every, k=8))
-        answer = steps[-1].rpartition("=")[2]
-        made.append(Row(f"equations/{i}", "Work these out:", steps, answer, "number", "equations", "equations"))
-    return made
-
-
 def trained(recipe: str, values: dict[str, Any]) -> None:
     """Run a recipe, or what is left of it; a run before it in this process leaves nothing behind."""
     from accelerate.state import AcceleratorState
@@ -376,11 +323,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "smollm2_study", help="run folders")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "smollm2", help="result files")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
+    parser.add_argument("--svamp", type=Path, default=ROOT / "models" / "svamp", help="its two files; else downloaded")
     parser.add_argument("--size", nargs="*", default=[], metavar="NAME=VALUE", help="; ".join(map(str, vars(Sizes()))))
     parser.add_argument("--entry", help="this one alone, in this process")
     args = parser.parse_args()
     sizes = Sizes(**{name: json.loads(value) for name, value in (word.split("=") for word in args.size)})
-    study = Study(args.out.resolve(), args.results.resolve(), args.model.resolve(), sizes)
+    study = Study(args.out.resolve(), args.results.resolve(), args.model.resolve(), args.svamp.resolve(), sizes)
     entries = study.entries(args.seeds, args.arms, not args.no_codi)
     if args.entry:
         logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)

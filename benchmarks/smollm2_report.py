@@ -3,8 +3,8 @@
     python benchmarks/smollm2_report.py [--results docs/results/smollm2]
 
 Writes RESULTS.json and RESULTS.png beside the folder, and prints Markdown. What is missing is named: a table counts
-the seeds that it has. Intervals are 95 %, by bootstrap over problems, each with all its seeds; in brackets those over
-templates, whose problems resemble each other. Differences are paired by problem and by the noise of the samples.
+the seeds that it has. Intervals are 95 %, by bootstrap over problems, each with all its seeds. Differences are paired
+by problem and by the noise of the samples.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KS = (1, 4, 16)
 # arm -> how it thinks in each half of its steps; the warm start that it is compared with thinks as it does in the end
 ARMS = {"token": ("token", "token"), "soft": ("soft", "soft"), "soft then token": ("soft", "token")}
 CODI = ("codi", "cot", "codi_rl")
-SPLITS = {"unseen": "templates never trained on", "seen": "templates trained on"}
+SPLITS = {"unseen": "SVAMP, never trained on", "seen": "MAWPS and ASDiv, problems held out"}
 COLOUR = dict(zip(ARMS, COLOURS, strict=False))
 
 
@@ -75,7 +75,7 @@ class Results:
         names = [entry_of(kinds[:half], s) for s in seeds for half in (1, 2) for kinds in ARMS.values()]
         names += [f"{entry_of(kinds, s)}-eval" for s in seeds for kinds in ARMS.values()]
         self.missing = [n for n in dict.fromkeys(["warm", "warm-eval", *names, "gradients", *CODI]) if n not in files]
-        self.templates = {s: [family for _, family in files.get("problems", {}).get(s, [])] for s in SPLITS}
+        self.problems = {s: files.get("problems", {}).get(s, []) for s in SPLITS}
 
     def before(self, kind: str, split: str, k: int) -> np.ndarray:
         return solved(self.files["warm-eval"]["evaluations"][kind], split, k)
@@ -85,16 +85,11 @@ class Results:
         return np.concatenate([solved(self.evaluated[arm][s][how], split, k) for s in seeds])
 
     def interval(self, split: str, values: np.ndarray, against: np.ndarray | None = None) -> dict[str, Any]:
-        """Of the mean of some seeds' values, or of their mean difference from others; over problems and templates."""
-        templates = self.templates[split] * (len(values) // len(self.templates[split]))
-        problems = list(range(len(self.templates[split]))) * (len(values) // len(self.templates[split]))
-        found = []
-        for families in (problems, templates):
-            if against is None:
-                found.append(vars(passk.bootstrap(values, families)))
-            else:
-                found.append(vars(passk.paired_bootstrap(against, values, families)))
-        return found[0] | {"by template": {end: found[1][end] for end in ("low", "high")}}
+        """Of the mean of some seeds' values, or of their mean difference from others."""
+        problems = self.problems[split] * (len(values) // len(self.problems[split]))
+        if against is None:
+            return vars(passk.bootstrap(values, problems))
+        return vars(passk.paired_bootstrap(against, values, problems))
 
 
 def solved(evaluation: dict[str, Any], split: str, k: int) -> np.ndarray:
@@ -169,9 +164,7 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
     """Markdown."""
 
     def value(row: dict[str, Any], sign: str = "") -> str:
-        low, high = (100 * row["by template"][end] for end in ("low", "high"))
-        middle = f"{100 * row['mean']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
-        return f"{middle} [{low:{sign}.1f} to {high:{sign}.1f}]"
+        return f"{100 * row['mean']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
 
     lines = [f"Not there yet: {', '.join(missing)}."] if missing else []
     for split, title in SPLITS.items():
@@ -218,7 +211,7 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
 
 
 def draw(results: Results, found: dict[str, Any]) -> bytes:
-    """Reward by step, and what each arm gained on templates never trained on."""
+    """Reward by step, and what each arm gained on SVAMP."""
     figure = canvas(10.5, 4.3)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     for axes in (left, right):
@@ -241,7 +234,7 @@ def draw(results: Results, found: dict[str, Any]) -> bytes:
             right.plot(100 * gain["mean"], y, "o", color=COLOUR[arm], markersize=5)
     right.axvline(0, color="#8c959f", linewidth=1)
     right.set_yticks([-j - 0.2 for j in range(len(ks))], ks)
-    right.set(xlabel="gained on templates never trained on, points, 95 %")
+    right.set(xlabel="gained on SVAMP, never trained on, points, 95 %")
     if any(results.curves.values()):
         left.legend(frameon=False, fontsize=9)
     seeds = ", ".join(f"{arm}: {len(by_seed)}" for arm, by_seed in results.evaluated.items())

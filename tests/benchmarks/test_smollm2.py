@@ -13,24 +13,58 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-from rl_soft.data.sources import load_rows
 from rl_soft.model import policy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+from smollm2_problems import to_be_asked, to_learn_from
 from smollm2_report import METRICS, SPLITS, report
 
 SIZES = {
-    "drawn": 400, "question_tokens": 400, "step_tokens": 90, "template_rows": 2, "largest": 10000, "unseen": 3,
-    "seen": 3, "validation": 2, "rl_rows": 8, "warm_rows": 20, "warm_batch": 4, "warm_steps": 2, "cool_steps": 2,
-    "prompts": 2, "completions": 2, "steps": 2, "samples": 4, "thoughts": 8, "lora_r": 2,
+    "unseen": 3, "seen": 3, "validation": 2, "warm_batch": 4, "warm_steps": 2, "cool_steps": 2, "prompts": 2,
+    "completions": 2, "steps": 2, "samples": 4, "thoughts": 8, "lora_r": 2,
 }  # fmt: skip
+CSV = [
+    ("Ann has number0 red , and number1 blue pens . How many ?", "{a}.0 4.0", "+ number0 number1"),
+    ("A box holds number0 bags of number1 nuts ; number2 are eaten .", "3.0 {a}.0 2.0", "- * number0 number1 number2"),
+]
+
+
+def problems(folder: Path) -> Path:
+    """Two files in the form of the study's: 40 and 10 problems, and some that the study leaves out."""
+    folder.mkdir(parents=True)
+    lines = ["Question,Numbers,Equation,Answer"]
+    for a in range(5, 25):
+        lines += [f'"{question}",{numbers.format(a=a)},{equation},0' for question, numbers, equation in CSV]
+    lines += [
+        lines[1],
+        '"half of number0 pies",3.0 2.0,/ number0 number1,1.5',
+        '"number0 less number1",3.0 9.0,- number0 number1,0',
+    ]
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    asked = [
+        {"ID": f"chal-{n}", "Body": f"Bo had {n} pens. He lost 2", "Question": "How many are left?",
+         "Equation": f"( {n}.0 - 2.0 )", "Answer": n - 2.0}
+        for n in [*range(5, 15), 900]
+    ]  # fmt: skip
+    (folder / "SVAMP.json").write_text(json.dumps(asked))
+    return folder
+
+
+def test_problems_are_read_with_their_steps(tmp_path):
+    learnt = to_learn_from(problems(tmp_path / "svamp"), 200)
+    asked = to_be_asked(tmp_path / "svamp", 200)
+    by_question = {row["question"]: row for row in learnt}
+    assert by_question["Ann has 7 red, and 4 blue pens. How many?"]["steps"] == ["7+4=11"]
+    nuts = by_question["A box holds 3 bags of 7 nuts; 2 are eaten."]
+    assert (nuts["steps"], nuts["answer"]) == (["3*7=21", "21-2=19"], "19")
+    assert len(learnt) == 40, "no problem twice, none with a fraction or a number below 0"
+    assert len(asked) == 10 and all(row["question"].endswith("He lost 2. How many are left?") for row in asked)
 
 
 def tiny_model(folder: Path) -> Path:
     """A random model that spells the problems in characters."""
-    drawn = load_rows("gsm_symbolic", "train", SIZES["drawn"], 1, {"compact": True, "steps": "equations"})
-    characters = sorted({c for row in drawn for c in "".join((row.question, *row.steps, row.answer))} | {"\n", "#"})
-    made = policy.make({**TINY, "model_type": "llama", "max_position_embeddings": 1024}, "".join(characters), 0)
+    characters = "".join(map(chr, range(32, 127))) + "\n"
+    made = policy.make({**TINY, "model_type": "llama", "max_position_embeddings": 1024}, characters, 0)
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder
@@ -46,7 +80,17 @@ def study(folder: Path, model: Path, **kwargs) -> subprocess.Popen:
         "token",
         "soft then token",
     ]
-    command += ["--no-codi", "--model", str(model), "--out", str(folder / "out"), "--results", str(folder / "results")]
+    command += [
+        "--svamp",
+        str(model.parent / "svamp"),
+        "--no-codi",
+        "--model",
+        str(model),
+        "--out",
+        str(folder / "out"),
+        "--results",
+        str(folder / "results"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, "--size", *(f"{name}={value}" for name, value in SIZES.items())],
@@ -64,6 +108,7 @@ def table(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
+    problems(tmp_path / "svamp")
     model, whole, killed = tiny_model(tmp_path / "model"), tmp_path / "whole", tmp_path / "killed"
     done = study(whole, model)
     printed, _ = done.communicate(timeout=1800)
@@ -88,7 +133,7 @@ def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
 def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
     """Files as of a finished study: `token` and `soft` solve half of the problems, `soft` one problem more."""
     folder.mkdir(parents=True)
-    rows = [[f"p{i}", f"t{i % 3}"] for i in range(12)]
+    rows = [f"p{i}" for i in range(12)]
     counts = {"token": [16, 0] * 6, "soft": [16, 0] * 5 + [16, 16], "before": [8, 0] * 6}
 
     def evaluation(name):
