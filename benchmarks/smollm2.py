@@ -3,10 +3,10 @@
     rl-soft fetch smollm2
     nice python benchmarks/smollm2.py [--seeds 1 2 3] [--arms NAME ...] [--out runs/smollm2_study]
 
-Problems are MAWPS's and ASDiv's, with their equations as worked steps; asked are SVAMP's, which nothing is trained on, and
-held-out ones (smollm2_problems.py). One warm start, supervised, is shared by all arms. An arm is trained for two halves
-of equally many steps, on problems that nothing before it has met, with a fresh optimizer; each half has a kind of thought
-(`ARMS`). Then it is evaluated.
+Problems are MAWPS's and ASDiv's, with their equations as worked steps; asked are SVAMP's, which nothing is trained on,
+and held-out ones (smollm2_problems.py). One warm start, supervised, is shared by all arms. An arm is trained for two
+halves of equally many steps, on problems that nothing before it has met, with a fresh optimizer; each half has a kind
+of thought (`ARMS`). Then it is evaluated.
 
 The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
 CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
