@@ -286,6 +286,8 @@ def trained(recipe: str, values: dict[str, Any]) -> None:
         run(load_recipe(RECIPES / f"{recipe}.yaml", {"eval_problems": 0, **values}))
         gc.collect()
         AcceleratorState._reset_state()
+        if not (Path(values["output_dir"]) / "model").exists():
+            raise SystemExit("stopped with a checkpoint; the same command goes on")  # half a run is no result
 
 
 def by_step(run: Path) -> dict[str, list[float]]:
