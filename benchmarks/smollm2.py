@@ -3,10 +3,10 @@
     rl-soft fetch smollm2
     nice python benchmarks/smollm2.py [--seeds 1 2 3] [--arms NAME ...] [--out runs/smollm2_study]
 
-Problems are MAWPS's and ASDiv's, with their equations as worked steps; asked are SVAMP's, which nothing is trained on,
-and held-out ones (smollm2_problems.py). One warm start, supervised, is shared by all arms. An arm is trained for two
-halves of equally many steps, on problems that nothing before it has met, with a fresh optimizer; each half has a kind
-of thought (`ARMS`). Then it is evaluated.
+One warm start is shared by all arms: supervised on problems of MAWPS and ASDiv, with their equations as worked steps.
+RL is on SVAMP, of which only answers are used; a quarter of its families of problems is held out
+(smollm2_problems.py). An arm is trained for two halves of equally many steps, on problems that nothing before it has
+met, with a fresh optimizer; each half has a kind of thought (`ARMS`). Then it is evaluated.
 
 The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
 CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
@@ -24,6 +24,7 @@ import fcntl
 import gc
 import json
 import logging
+import random
 import subprocess
 import sys
 from collections import defaultdict
@@ -49,16 +50,17 @@ class Sizes:
 
     largest: int = 200  # problems with larger numbers, or with numbers that are no integers, are left out
     unseen: int = 200  # problems of an evaluation
-    seen: int = 80
+    seen: int = 64
     validation: int = 32  # of each
+    copies: int = 2  # of a problem of MAWPS or ASDiv, with other numbers
     warm_batch: int = 16
-    warm_steps: int = 120
-    cool_steps: int = 60  # of the warm start, behind these, while its learning rate falls to zero
+    warm_steps: int = 200
+    cool_steps: int = 80  # of the warm start, behind these, while its learning rate falls to zero
     codi_steps: int = 300
     prompts: int = 8
     completions: int = 8
     steps: int = 30  # of one half
-    learning_rate: float = 5e-4  # of RL
+    learning_rate: float = 2e-4  # of RL
     samples: int = 16
     thoughts: int = 32  # the most; solutions are shorter
     lora_r: int = 16
@@ -107,7 +109,7 @@ class Study:
         sizes, first, run = self.sizes, self.out / "warm_first", self.out / "warm"
         values = self.text | {
             "use_peft": False, "validation_problems": 2 * sizes.validation, "validation_every": 30,
-            "stop_at_accuracy": None, "learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
+            "stop_at_accuracy": None, "learning_rate": 3e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
             "warmup_steps": 10, "bf16": True, "attn_implementation": "eager",
         }  # fmt: skip
         constant = {"lr_scheduler_type": "constant_with_warmup", "max_steps": sizes.warm_steps}
@@ -176,14 +178,18 @@ class Study:
         if (self.results / "problems.json").exists() and folder.exists():
             return
         download(self.svamp)
-        learnt, asked = to_learn_from(self.svamp, sizes.largest), to_be_asked(self.svamp, sizes.largest)
-        half, v = sizes.prompts * sizes.steps, sizes.validation
-        counts = {"seen": sizes.seen, "validation": v, "rl1": half, "rl2": half}
-        files = {"unseen": asked[: sizes.unseen]}
-        for name, count in counts.items():
-            files[name], learnt = learnt[:count], learnt[count:]
-        mixed = zip(files.pop("validation"), asked[sizes.unseen : sizes.unseen + v], strict=True)
-        files["warm"] = [row for pair in mixed for row in pair] + learnt
+        families, half, v = to_be_asked(self.svamp, sizes.largest), sizes.prompts * sizes.steps, sizes.validation
+        files: dict[str, list[dict[str, Any]]] = {"unseen": []}
+        while len(files["unseen"]) < sizes.unseen:
+            files["unseen"] += families.pop()
+        files["unseen"] = files["unseen"][: sizes.unseen]
+        others = [row for family in families for row in family]
+        random.Random(0).shuffle(others)
+        for name, count in {"seen": sizes.seen, "validation": v, "rl1": half, "rl2": half}.items():
+            files[name], others = others[:count], others[count:]
+        learnt = to_learn_from(self.svamp, sizes.largest, sizes.copies)
+        mixed = zip(files.pop("validation"), learnt[:v], strict=True)
+        files["warm"] = [row for pair in mixed for row in pair] + learnt[v:]
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
             write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -42,7 +42,7 @@ KS = (1, 4, 16)
 # arm -> how it thinks in each half of its steps; the warm start that it is compared with thinks as it does in the end
 ARMS = {"token": ("token", "token"), "soft": ("soft", "soft"), "soft then token": ("soft", "token")}
 CODI = ("codi", "cot", "codi_rl")
-SPLITS = {"unseen": "SVAMP, never trained on", "seen": "MAWPS and ASDiv, problems held out"}
+SPLITS = {"unseen": "families that RL did not meet", "seen": "other problems of families in RL"}
 COLOUR = dict(zip(ARMS, COLOURS, strict=False))
 
 
@@ -211,7 +211,7 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
 
 
 def draw(results: Results, found: dict[str, Any]) -> bytes:
-    """Reward by step, and what each arm gained on SVAMP."""
+    """Reward by step, and what each arm gained on families that RL did not meet."""
     figure = canvas(10.5, 4.3)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     for axes in (left, right):
@@ -234,7 +234,7 @@ def draw(results: Results, found: dict[str, Any]) -> bytes:
             right.plot(100 * gain["mean"], y, "o", color=COLOUR[arm], markersize=5)
     right.axvline(0, color="#8c959f", linewidth=1)
     right.set_yticks([-j - 0.2 for j in range(len(ks))], ks)
-    right.set(xlabel="gained on SVAMP, never trained on, points, 95 %")
+    right.set(xlabel="gained on families that RL did not meet, points, 95 %")
     if any(results.curves.values()):
         left.legend(frameon=False, fontsize=9)
     seeds = ", ".join(f"{arm}: {len(by_seed)}" for arm, by_seed in results.evaluated.items())

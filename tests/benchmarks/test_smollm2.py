@@ -41,24 +41,41 @@ def problems(folder: Path) -> Path:
         '"number0 less number1",3.0 9.0,- number0 number1,0',
     ]
     (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    bodies = "Bo had {n} pens. He lost 2", "At noon {n} birds sat there. Then 2 flew off", "Of {n} eggs we ate 2"
     asked = [
-        {"ID": f"chal-{n}", "Body": f"Bo had {n} pens. He lost 2", "Question": "How many are left?",
+        {"ID": f"chal-{i}-{n}", "Body": body.format(n=n), "Question": "How many are left?",
          "Equation": f"( {n}.0 - 2.0 )", "Answer": n - 2.0}
-        for n in [*range(5, 15), 900]
+        for i, body in enumerate(bodies) for n in [*range(5, 15), 900]
     ]  # fmt: skip
     (folder / "SVAMP.json").write_text(json.dumps(asked))
     return folder
 
 
 def test_problems_are_read_with_their_steps(tmp_path):
-    learnt = to_learn_from(problems(tmp_path / "svamp"), 200)
-    asked = to_be_asked(tmp_path / "svamp", 200)
+    learnt = to_learn_from(problems(tmp_path / "svamp"), 200, 0)
     by_question = {row["question"]: row for row in learnt}
     assert by_question["Ann has 7 red, and 4 blue pens. How many?"]["steps"] == ["7+4=11"]
     nuts = by_question["A box holds 3 bags of 7 nuts; 2 are eaten."]
     assert (nuts["steps"], nuts["answer"]) == (["3*7=21", "21-2=19"], "19")
     assert len(learnt) == 40, "no problem twice, none with a fraction or a number below 0"
-    assert len(asked) == 10 and all(row["question"].endswith("He lost 2. How many are left?") for row in asked)
+
+
+def test_copies_have_other_numbers_and_are_right(tmp_path):
+    rows = to_learn_from(problems(tmp_path / "svamp"), 40, 3)
+    assert len({row["question"] for row in rows}) == len(rows) > 100
+    for row in rows:
+        for step in row["steps"]:
+            equation, _, value = step.partition("=")
+            assert eval(equation) == int(value) <= 40
+        assert row["answer"] == row["steps"][-1].rpartition("=")[2]
+    assert any("half of" in row["question"] for row in rows), "3 pies cannot be halved; other numbers can"
+
+
+def test_a_family_is_a_problem_and_its_variations(tmp_path):
+    families = to_be_asked(problems(tmp_path / "svamp"), 200)
+    assert sorted(len(rows) for rows in families) == [10, 10, 10], "900 is larger than 200"
+    for rows in families:
+        assert len({row["id"].rpartition("-")[0] for row in rows}) == 1
 
 
 def tiny_model(folder: Path) -> Path:
