@@ -24,8 +24,9 @@ from rl_soft.files import write_atomic
 ROOT = Path(__file__).parents[1]
 COUNTS = ("correct", "greedy")  # of each problem: right answers among the samples, and of the greedy one
 METRICS = {  # ours -> the trainer's
-    "reward": "reward",
-    "groups alike": "frac_reward_zero_std",
+    "accuracy": "groups/accuracy",  # before others take the places of groups that are alike
+    "groups alike": "groups/equal",
+    "groups tried": "groups/resampled",
     "length": "completions/mean_length",
     "thoughts": "thoughts/count",
     "entropy": "thoughts/entropy",
@@ -143,7 +144,7 @@ def summarise(results: Results) -> dict[str, Any]:
 
 def training(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
     """Means over the steps of all seeds, and over the first and last fifth of the steps that all of them have."""
-    steps = min(len(run["reward"]) for run in runs)
+    steps = min(len(run["accuracy"]) for run in runs)
     curves = {name: np.array([run[name][:steps] for run in runs]) for name in METRICS}  # (seeds, steps)
     fifth = max(1, steps // 5)
     ends = {name: [float(c[:, :fifth].mean()), float(c[:, -fifth:].mean())] for name, c in curves.items()}
@@ -152,7 +153,8 @@ def training(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
         "steps": steps,
         "mixed groups": float(1 - curves["groups alike"].mean()),
         "positions of an answer": ends["length"],
-        "reward": ends["reward"],
+        "groups tried in their places": float(curves["groups tried"].mean()),
+        "accuracy": ends["accuracy"],
         "entropy": ends["entropy"],
         "softness": ends["softness"],
         "largest density gap": float(curves["density gap"].max()),
@@ -184,17 +186,16 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
                 table.append((name, "1", [value(x) for x in found[name][split].values()]))
         lines += [f"| {name} | {seeds} | {' | '.join(values)} |" for name, seeds, values in table]
     if found["training"]:
-        lines += [
-            "",
-            "| | seeds | steps | mixed groups | reward | positions | entropy | softness | density gap | seconds |",
-        ]
-        lines += ["|---|---:|---:|---:|---|---|---|---|---|---|"]
+        names = "", "seeds", "steps", "mixed groups", "others tried per step", "accuracy", "positions", "entropy"
+        names += "softness", "density gap", "seconds"
+        lines += ["", f"| {' | '.join(names)} |", "|---|---:|---:|---:|---:|---|---|---|---|---|---|"]
     for arm, row in found["training"].items():
         ends = [f"{a:.3g} to {b:.3g}" for a, b in (row[name] for name in
-                ("reward", "positions of an answer", "entropy", "softness"))]  # fmt: skip
+                ("accuracy", "positions of an answer", "entropy", "softness"))]  # fmt: skip
         seconds = ", ".join(f"{name} {s:.1f}" for name, s in row["seconds"].items())
+        tried = f"{row['groups tried in their places']:.1f}"
         mixed, gap = f"{row['mixed groups']:.0%}", f"{row['largest density gap']:.1e}"
-        figures = [arm, row["seeds"], row["steps"], mixed, *ends, gap, seconds]
+        figures = [arm, row["seeds"], row["steps"], mixed, tried, *ends, gap, seconds]
         lines.append(f"| {' | '.join(map(str, figures))} |")
     if found["agreement"]:
         lines += ["", f"Tokens and soft thoughts drawn with one noise, before RL: {found['agreement']}"]
@@ -217,7 +218,7 @@ def draw(results: Results, found: dict[str, Any]) -> bytes:
     for axes in (left, right):
         clean(axes)
     for arm, by_seed in results.curves.items():
-        curves = [np.array(curve["reward"]) for curve in by_seed.values()]
+        curves = [np.array(curve["accuracy"]) for curve in by_seed.values()]
         width = max(1, min(10, len(curves[0]) // 4)) if curves else 1
         smooth = [np.convolve(curve, np.ones(width) / width, "valid") for curve in curves]
         for curve in smooth:
