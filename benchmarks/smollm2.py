@@ -179,6 +179,7 @@ class Study:
             return
         download(self.svamp)
         families, half, v = to_be_asked(self.svamp, sizes.largest), sizes.prompts * sizes.steps, sizes.validation
+        family_of = {row["id"]: number for number, family in enumerate(families) for row in family}
         files: dict[str, list[dict[str, Any]]] = {"unseen": []}
         while len(files["unseen"]) < sizes.unseen:
             files["unseen"] += families.pop()
@@ -194,7 +195,8 @@ class Study:
         for name, rows in files.items():
             write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         held_out = {split: [row["id"] for row in files[split]] for split in SPLITS}
-        self.store("problems", {"rows": {name: len(rows) for name, rows in files.items()}, **held_out})
+        related = {f"families of {split}": [family_of[name] for name in held_out[split]] for split in SPLITS}
+        self.store("problems", {"rows": {name: len(rows) for name, rows in files.items()}, **held_out, **related})
 
     def supervised(self, recipe: str, run: Path, values: dict[str, Any]) -> None:
         batch = {

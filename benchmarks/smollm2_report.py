@@ -77,6 +77,7 @@ class Results:
         names += [f"{entry_of(kinds, s)}-eval" for s in seeds for kinds in ARMS.values()]
         self.missing = [n for n in dict.fromkeys(["warm", "warm-eval", *names, "gradients", *CODI]) if n not in files]
         self.problems = {s: files.get("problems", {}).get(s, []) for s in SPLITS}
+        self.families = {s: files.get("problems", {}).get(f"families of {s}", []) for s in SPLITS}
 
     def before(self, kind: str, split: str, k: int) -> np.ndarray:
         return solved(self.files["warm-eval"]["evaluations"][kind], split, k)
@@ -86,11 +87,18 @@ class Results:
         return np.concatenate([solved(self.evaluated[arm][s][how], split, k) for s in seeds])
 
     def interval(self, split: str, values: np.ndarray, against: np.ndarray | None = None) -> dict[str, Any]:
-        """Of the mean of some seeds' values, or of their mean difference from others."""
-        problems = self.problems[split] * (len(values) // len(self.problems[split]))
-        if against is None:
-            return vars(passk.bootstrap(values, problems))
-        return vars(passk.paired_bootstrap(against, values, problems))
+        """Of the mean of some seeds' values, or of their mean difference from others; problems are resampled.
+
+        `families`: the bounds where whole families of problems are, which holds for problems of other families, too.
+        """
+        found = {}
+        for name, labels in (("problems", self.problems[split]), ("families", self.families[split])):
+            every = labels * (len(values) // len(labels))
+            if against is None:
+                found[name] = vars(passk.bootstrap(values, every))
+            else:
+                found[name] = vars(passk.paired_bootstrap(against, values, every))
+        return found["problems"] | {"families": [found["families"]["low"], found["families"]["high"]]}
 
 
 def solved(evaluation: dict[str, Any], split: str, k: int) -> np.ndarray:
@@ -163,10 +171,12 @@ def training(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], missing: list[str]) -> str:
-    """Markdown."""
+    """Markdown; behind the semicolon, the interval over families."""
 
     def value(row: dict[str, Any], sign: str = "") -> str:
-        return f"{100 * row['mean']:{sign}.1f} ({100 * row['low']:{sign}.1f} to {100 * row['high']:{sign}.1f})"
+        low, high = (f"{100 * x:{sign}.1f}" for x in (row["low"], row["high"]))
+        by_family = f"; {' to '.join(f'{100 * x:{sign}.1f}' for x in row['families'])}" if sign else ""
+        return f"{100 * row['mean']:{sign}.1f} ({low} to {high}{by_family})"
 
     lines = [f"Not there yet: {', '.join(missing)}."] if missing else []
     for split, title in SPLITS.items():

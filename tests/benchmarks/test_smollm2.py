@@ -156,7 +156,9 @@ def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
     def evaluation(name):
         return {"samples": 16} | {s: {"correct": counts[name], "greedy": [0] * 12} for s in SPLITS}
 
-    files = {"problems": dict.fromkeys(SPLITS, rows)}
+    files = {
+        "problems": dict.fromkeys(SPLITS, rows) | {f"families of {s}": [i // 6 for i in range(12)] for s in SPLITS}
+    }
     before = {kind: evaluation("before") for kind in ("token", "soft")}
     files["warm-eval"] = {"evaluations": before, "agreement": None}
     for arm, some in seeds.items():
@@ -186,6 +188,10 @@ def test_figures_are_paired_by_problem_and_resampled_with_all_their_seeds(tmp_pa
     pair = one["against token"]["soft"]["unseen"]["pass@1"]
     assert pair["mean"] == pytest.approx(1 / 12) and (pair["gained"], pair["lost"]) == (1, 0)
     assert one["arms"]["token"]["unseen"]["pass@1"]["gain"]["mean"] == pytest.approx(0.25)
+    assert pair["families"][0] <= pair["mean"] <= pair["families"][1] and pair["families"] != [
+        pair["low"],
+        pair["high"],
+    ]
     # Seeds that agree on every problem are no further problems: the interval stays as wide.
     ends = [found["against token"]["soft"]["unseen"]["pass@1"] for found in (one, three)]
     assert ends[0]["low"] == pytest.approx(ends[1]["low"]) and ends[0]["high"] == pytest.approx(ends[1]["high"])
