@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm2_problems import download, to_be_asked, to_learn_from
-from smollm2_report import ARMS, COUNTS, METRICS, SPLITS, entry_of, report
+from smollm2_report import ARMS, COUNTS, METRICS, SPLITS, entry_of, last_kinds, report
 
 from rl_soft.config.recipe import load_recipe
 from rl_soft.evaluation.records import GREEDY, read
@@ -96,7 +96,7 @@ class Study:
         for seed in seeds:
             halves = [ARMS[arm][:half] for half in (1, 2) for arm in arms]  # a first half may be that of two arms
             made |= {entry_of(kinds, seed): partial(self.half, kinds, seed) for kinds in halves}
-            made |= {"warm-eval": self.warm_eval}
+            made |= {f"warm-{kind}-eval": partial(self.warm_eval, kind) for kind in last_kinds(arms)}
             made |= {f"{entry_of(ARMS[arm], seed)}-eval": partial(self.arm_eval, ARMS[arm], seed) for arm in arms}
         made |= {"gradients": self.gradients}
         return made | ({"codi": self.codi, "cot": self.cot, "codi_rl": self.codi_rl} if codi else {})
@@ -118,11 +118,10 @@ class Study:
         self.supervised("sft_cot", run, values | falling | {"model_name_or_path": str(first / "model")})
         return {"curve": losses(first), "curve while cooling": losses(run)}
 
-    def warm_eval(self) -> dict[str, Any]:
-        """The warm start in tokens and in soft thoughts."""
-        start = self.out / "warm"
-        found = {kind: self.evaluated(f"warm-{kind}", start, **self.thought(kind)) for kind in KINDS}
-        return {"evaluations": found, "agreement": self.agreement()}
+    def warm_eval(self, kind: str) -> dict[str, Any]:
+        """The warm start with this kind of thoughts, and how far its texts are those of tokens."""
+        found = {"evaluations": {"own": self.evaluated(f"warm-{kind}", self.out / "warm", **self.thought(kind))}}
+        return found if kind == "token" else {"agreement": self.agreement(kind), **found}
 
     def half(self, kinds: tuple[str, ...], seed: int) -> dict[str, Any]:
         """One half of an arm, by the kinds of thoughts of its halves so far."""
@@ -250,14 +249,14 @@ class Study:
             found[split] = dict(zip(COUNTS, map(list, zip(*counts, strict=True)), strict=True))
         return found | {"positions": sum(positions) / len(positions)}
 
-    def agreement(self) -> dict[str, float]:
-        """Of the warm start in tokens and in soft thoughts, drawn with one noise: how much of the text is the same.
+    def agreement(self, kind: str) -> dict[str, float]:
+        """Of the warm start in tokens and in this kind, drawn with one noise: how much of the text is the same.
 
         A thought's strongest id is the token that the same noise draws, until what was fed before makes a difference.
         """
         same, shared, n = 0, 0.0, 0
         for split in SPLITS:
-            token, soft = (texts(self.out / "evals" / f"warm-{kind}" / split) for kind in KINDS)
+            token, soft = (texts(self.out / "evals" / f"warm-{name}" / split) for name in ("token", kind))
             for key, text in token.items():
                 other, n = soft[key], n + 1
                 same += text == other

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def entry_of(kinds: tuple[str, ...], seed: int) -> str:
     return f"{'+'.join(kinds)}-seed{seed}"
 
 
+def last_kinds(arms: Iterable[str]) -> list[str]:
+    """The kinds of thoughts that these arms end with; first tokens, which all are compared with."""
+    return list(dict.fromkeys(["token", *(ARMS[arm][-1] for arm in arms)]))
+
+
 class Results:
     """The result files of a folder.
 
@@ -74,13 +80,14 @@ class Results:
                 if f"{halves[1]}-eval" in files:
                     self.evaluated[arm][seed] = files[f"{halves[1]}-eval"]["evaluations"]
         names = [entry_of(kinds[:half], s) for s in seeds for half in (1, 2) for kinds in ARMS.values()]
+        before = [f"warm-{kind}-eval" for kind in last_kinds(ARMS)]
         names += [f"{entry_of(kinds, s)}-eval" for s in seeds for kinds in ARMS.values()]
-        self.missing = [n for n in dict.fromkeys(["warm", "warm-eval", *names, "gradients", *CODI]) if n not in files]
+        self.missing = [n for n in dict.fromkeys(["warm", *before, *names, "gradients", *CODI]) if n not in files]
         self.problems = {s: files.get("problems", {}).get(s, []) for s in SPLITS}
         self.families = {s: files.get("problems", {}).get(f"families of {s}", []) for s in SPLITS}
 
     def before(self, kind: str, split: str, k: int) -> np.ndarray:
-        return solved(self.files["warm-eval"]["evaluations"][kind], split, k)
+        return solved(self.files[f"warm-{kind}-eval"]["evaluations"]["own"], split, k)
 
     def after(self, arm: str, split: str, k: int, seeds: list[int], how: str = "own") -> np.ndarray:
         """(seeds * problems,)"""
@@ -110,18 +117,21 @@ def solved(evaluation: dict[str, Any], split: str, k: int) -> np.ndarray:
 
 def summarise(results: Results) -> dict[str, Any]:
     """All figures of the tables; `seeds` says what each is made of."""
-    found: dict[str, Any] = {"before": {}, "arms": {}, "against token": {}, "training": {}, "agreement": None}
+    found: dict[str, Any] = {"before": {}, "arms": {}, "against token": {}, "training": {}, "agreement": {}}
     found["training"] = {arm: training(list(by.values())) for arm, by in results.curves.items() if by}
     found["gradients"] = results.files.get("gradients")
-    if "warm-eval" not in results.files:
+    if "warm-token-eval" not in results.files:
         return found
-    ks = [k for k in KS if k <= results.files["warm-eval"]["evaluations"]["token"]["samples"]]
-    for kind in ("token", "soft"):
+    ks = [k for k in KS if k <= results.files["warm-token-eval"]["evaluations"]["own"]["samples"]]
+    for kind in last_kinds(ARMS):
+        if f"warm-{kind}-eval" not in results.files:
+            continue
         rows = {s: {f"pass@{k}": results.interval(s, results.before(kind, s, k)) for k in ks} for s in SPLITS}
         found["before"][kind] = rows
-    found["agreement"] = results.files["warm-eval"]["agreement"]
+        if kind != "token":
+            found["agreement"][kind] = results.files[f"warm-{kind}-eval"]["agreement"]
     for arm, by_seed in results.evaluated.items():
-        if not by_seed:
+        if not by_seed or ARMS[arm][-1] not in found["before"]:
             continue
         seeds, both = sorted(by_seed), sorted(by_seed.keys() & results.evaluated["token"].keys())
         row: dict[str, Any] = {"seeds": seeds}
@@ -207,8 +217,9 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
         mixed, gap = f"{row['mixed groups']:.0%}", f"{row['largest density gap']:.1e}"
         figures = [arm, row["seeds"], row["steps"], mixed, tried, *ends, gap, seconds]
         lines.append(f"| {' | '.join(map(str, figures))} |")
-    if found["agreement"]:
-        lines += ["", f"Tokens and soft thoughts drawn with one noise, before RL: {found['agreement']}"]
+    for kind, row in found["agreement"].items():
+        figures = ", ".join(f"{name} {x:.3g}" for name, x in row.items())
+        lines += ["", f"Before RL, {kind} and token drawn with one noise: {figures}"]
     if found["gradients"]:
         lines += [
             "",

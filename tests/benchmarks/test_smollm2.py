@@ -17,7 +17,7 @@ from rl_soft.model import policy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from smollm2_problems import to_be_asked, to_learn_from
-from smollm2_report import METRICS, SPLITS, report
+from smollm2_report import ARMS, METRICS, SPLITS, last_kinds, report
 
 SIZES = {
     "unseen": 3, "seen": 3, "validation": 2, "warm_batch": 4, "warm_steps": 2, "cool_steps": 2, "prompts": 2,
@@ -159,8 +159,8 @@ def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
     files = {
         "problems": dict.fromkeys(SPLITS, rows) | {f"families of {s}": [i // 6 for i in range(12)] for s in SPLITS}
     }
-    before = {kind: evaluation("before") for kind in ("token", "soft")}
-    files["warm-eval"] = {"evaluations": before, "agreement": None}
+    for kind in last_kinds(ARMS):
+        files[f"warm-{kind}-eval"] = {"evaluations": {"own": evaluation("before")}, "agreement": {"same text": 0.5}}
     for arm, some in seeds.items():
         for seed in some:
             for half in (1, 2):
