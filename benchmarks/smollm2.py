@@ -221,8 +221,8 @@ class Study:
             "thought_temperature": 1.0, "temperature": 1.0, "rewards": ["math_accuracy"], "reward_weights": None,
             "prompts_per_step": sizes.prompts, "num_generations": sizes.completions, "max_steps": sizes.steps,
             "per_device_train_batch_size": sizes.prompts * sizes.completions // 2, "save_steps": 5,
-            "learning_rate": sizes.learning_rate, "filter_groups": "accuracy", "save_total_limit": 1,
-            "log_completions": False, "disable_tqdm": True,
+            "learning_rate": sizes.learning_rate, "filter_groups": "accuracy", "resample": True, "max_resamples": 2,
+            "save_total_limit": 1, "log_completions": False, "disable_tqdm": True,
         }  # fmt: skip
         trained("grpo_gumbel", common | values | {"output_dir": str(run)})
 
