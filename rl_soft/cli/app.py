@@ -75,10 +75,23 @@ def main(argv: list[str] | str | None = None) -> None:
         for line in told:
             print(f"rl_soft: error{where}: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+    except SystemExit as end:
+        if end.code == STOPPED:
+            leave_group()
+        raise
+    leave_group()
     if code == STOPPED:
         print("rl_soft: stopped; the same command goes on with what is missing", file=sys.stderr)
     if code:
         raise SystemExit(code)
+
+
+def leave_group() -> None:
+    """All processes end together here. A thread of gloo that still holds a tensor while Python ends dies of SIGABRT,
+    now and then, and takes the exit code with it (pytorch issue 190489)."""
+    distributed = sys.modules.get("torch.distributed")  # torch is not imported for this
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def share_cores() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -236,6 +237,27 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(pipeline, "run", lambda recipe: {}["missing"])
     with pytest.raises(KeyError):
         main(["train", str(ROOT / "recipes/grpo_gumbel.yaml")])
+
+
+@pytest.mark.parametrize(("end", "left"), [(None, True), (SystemExit(130), True), (SystemExit(1), False)])
+def test_the_processes_leave_their_group_when_all_of_them_end(end, left, monkeypatch):
+    from torch import distributed
+
+    from rl_soft.train import pipeline
+
+    def run(recipe):
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(pipeline, "run", run)
+    try:
+        with pytest.raises(SystemExit) if end is not None else nullcontext():
+            main(["train", str(ROOT / "recipes/grpo_gumbel.yaml")])
+        assert distributed.is_initialized() != left
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("load", "policy"), [(0.1, None), (1000.0, "PASSIVE")])
