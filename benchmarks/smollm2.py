@@ -56,7 +56,7 @@ class Sizes:
     warm_batch: int = 16
     warm_steps: int = 200
     cool_steps: int = 80  # of the warm start, behind these, while its learning rate falls to zero
-    codi_steps: int = 300
+    codi_steps: int = 200
     prompts: int = 8
     completions: int = 8
     steps: int = 30  # of one half
@@ -64,11 +64,15 @@ class Sizes:
     samples: int = 16
     thoughts: int = 32  # the most; solutions are shorter
     lora_r: int = 16
-    gradient_batches: int = 24
+    gradient_batches: int = 16
 
 
 SOFT = {"thought": "gumbel", "thought_k": 4, "thought_tau": 0.5, "ratio": "top1"}
-KINDS: dict[str, dict[str, Any]] = {"token": {"thought": "token", "ratio": "top1"}, "soft": SOFT}
+KINDS: dict[str, dict[str, Any]] = {
+    "token": {"thought": "token", "ratio": "top1"},
+    "soft": SOFT,
+    "softer": SOFT | {"thought_k": 8, "thought_tau": 1.0},
+}
 
 
 class Study:
@@ -151,8 +155,8 @@ class Study:
 
     def codi(self) -> dict[str, Any]:
         """Six Gumbel thoughts in the place of the equations, from the warm start."""
-        run = self.out / "codi"
-        self.supervised("codi", run, self.after_warm() | {"num_thoughts": 6, "thought": "gumbel", "answer_prompt": ""})
+        run, latent = self.out / "codi", self.latent() | self.thought("soft") | {"drop_last_step": False}
+        self.supervised("codi", run, self.after_warm() | latent)
         return {"curve": losses(run), "evaluations": {"own": self.evaluated("codi", run)}}
 
     def cot(self) -> dict[str, Any]:
@@ -163,8 +167,8 @@ class Study:
 
     def codi_rl(self) -> dict[str, Any]:
         """RL of latent thoughts, from `codi`."""
-        latent = {"phase": "latent", "num_thoughts": 6, "answer_prompt": "", "end_of_thinking": ""}
-        values = self.text | SOFT | latent | {"thought_tau": 0.5, "lora_r": 128, "lora_alpha": 32}
+        latent = self.latent() | {"phase": "latent", "end_of_thinking": ""}
+        values = self.text | SOFT | latent | {"lora_r": 128, "lora_alpha": 32}
         run = self.out / "codi_rl"
         self.reinforced(run, self.out / "codi", values, "rl1", 1)
         return {"curve": by_step(run), "evaluations": {"own": self.evaluated("codi_rl", run)}}
@@ -210,8 +214,12 @@ class Study:
         return {
             "model_name_or_path": str(self.out / "warm" / "model"), "max_steps": self.sizes.codi_steps,
             "validation_problems": 2 * self.sizes.validation, "validation_every": 100, "max_answer_tokens": 6,
-            "question_template": "{question}\n", "learning_rate": 5e-4,
+            "question_template": "{question}\n", "learning_rate": 5e-4, "bf16": True, "attn_implementation": "eager",
         }  # fmt: skip
+
+    def latent(self) -> dict[str, Any]:
+        """Of both entries with latent thoughts; answers stand behind the words that the warm start has learnt."""
+        return {"num_thoughts": 6, "answer_prompt": self.text["end_of_thinking"]}
 
     def reinforced(self, run: Path, start: Path, values: dict[str, Any], problems: str, seed: int) -> None:
         sizes = self.sizes

@@ -42,7 +42,12 @@ METRICS = {  # ours -> the trainer's
 SECONDS = ("rollout", "rewards", "scoring", "update")
 KS = (1, 4, 16)
 # arm -> how it thinks in each half of its steps; the warm start that it is compared with thinks as it does in the end
-ARMS = {"token": ("token", "token"), "soft": ("soft", "soft"), "soft then token": ("soft", "token")}
+ARMS = {
+    "token": ("token", "token"),
+    "soft": ("soft", "soft"),
+    "soft then token": ("soft", "token"),
+    "softer": ("softer", "softer"),
+}
 CODI = ("codi", "cot", "codi_rl")
 SPLITS = {"unseen": "families that RL did not meet", "seen": "other problems of families in RL"}
 COLOUR = dict(zip(ARMS, COLOURS, strict=False))
