@@ -41,6 +41,7 @@ METRICS = {  # ours -> the trainer's
 }
 SECONDS = ("rollout", "rewards", "scoring", "update")
 KS = (1, 4, 16)
+KS_NAMES = [f"pass@{k}" for k in KS]
 # arm -> how it thinks in each half of its steps; the warm start that it is compared with thinks as it does in the end
 ARMS = {
     "token": ("token", "token"),
@@ -122,7 +123,8 @@ def solved(evaluation: dict[str, Any], split: str, k: int) -> np.ndarray:
 
 def summarise(results: Results) -> dict[str, Any]:
     """All figures of the tables; `seeds` says what each is made of."""
-    found: dict[str, Any] = {"before": {}, "arms": {}, "against token": {}, "training": {}, "agreement": {}}
+    parts = "before", "arms", "against token", "in tokens", "latent", "training", "agreement"
+    found: dict[str, Any] = {part: {} for part in parts}
     found["training"] = {arm: training(list(by.values())) for arm, by in results.curves.items() if by}
     found["gradients"] = results.files.get("gradients")
     if "warm-token-eval" not in results.files:
@@ -157,11 +159,30 @@ def summarise(results: Results) -> dict[str, Any]:
         found["arms"][arm] = row
         if both and arm != "token":
             found["against token"][arm] = against
-    for name in CODI:
-        if name in results.files:
-            own = results.files[name]["evaluations"]["own"]
-            found[name] = {s: {f"pass@{k}": results.interval(s, solved(own, s, k)) for k in ks} for s in SPLITS}
-            found[name]["positions"] = own["positions"]
+        if all("token" in by_seed[seed] for seed in seeds):
+            pairs = {
+                (s, k): [results.after(arm, s, k, seeds, how) for how in ("token", "own")] for s in SPLITS for k in ks
+            }
+            found["in tokens"][arm] = {"seeds": seeds} | {
+                s: {f"pass@{k}": results.interval(s, *pairs[s, k]) for k in ks} for s in SPLITS
+            }
+    found["latent"] = latent(results, ks)
+    return found
+
+
+def latent(results: Results, ks: list[int]) -> dict[str, Any]:
+    """CODI, its twin and RL from CODI, and their differences."""
+    there = {name: results.files[name]["evaluations"]["own"] for name in CODI if name in results.files}
+    found = {
+        name: {s: {f"pass@{k}": results.interval(s, solved(own, s, k)) for k in ks} for s in SPLITS}
+        for name, own in there.items()
+    }
+    for ours, theirs in (("codi", "cot"), ("codi_rl", "codi")):
+        if ours in there and theirs in there:
+            found[f"**{ours} less {theirs}**"] = {
+                s: {f"pass@{k}": results.interval(s, *(solved(there[n], s, k) for n in (ours, theirs))) for k in ks}
+                for s in SPLITS
+            }
     return found
 
 
@@ -186,55 +207,81 @@ def training(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], missing: list[str]) -> str:
-    """Markdown; behind the semicolon, the interval over families."""
-
-    def value(row: dict[str, Any], sign: str = "") -> str:
-        low, high = (f"{100 * x:{sign}.1f}" for x in (row["low"], row["high"]))
-        by_family = f"; {' to '.join(f'{100 * x:{sign}.1f}' for x in row['families'])}" if sign else ""
-        return f"{100 * row['mean']:{sign}.1f} ({low} to {high}{by_family})"
-
+    """The tables in Markdown, as docs/results.md and docs/smollm2.md have them."""
     lines = [f"Not there yet: {', '.join(missing)}."] if missing else []
     for split, title in SPLITS.items():
-        lines += ["", f"**{title}**, %", "", "| | seeds | pass@1 | pass@4 | pass@16 |", "|---|---|---|---|---|"]
-        table: list[tuple[str, str, list[str]]] = []
-        for kind, row in found["before"].items():
-            table.append((f"before RL, {kind}", "", [value(x) for x in row[split].values()]))
-        for arm, row in found["arms"].items():
-            seeds = ", ".join(map(str, row["seeds"]))
-            table.append((f"{arm}, after RL", seeds, [value(x["after"]) for x in row[split].values()]))
-            table.append((f"{arm}, after less before", seeds, [value(x["gain"], "+") for x in row[split].values()]))
-        for arm, row in found["against token"].items():
-            seeds = ", ".join(map(str, row["seeds"]))
-            table.append((f"{arm} less token", seeds, [value(x, "+") for x in row[split].values()]))
-        for name in CODI:
-            if name in found:
-                table.append((name, "1", [value(x) for x in found[name][split].values()]))
-        lines += [f"| {name} | {seeds} | {' | '.join(values)} |" for name, seeds, values in table]
-    if found["training"]:
-        names = "", "seeds", "steps", "mixed groups", "others tried per step", "accuracy", "positions", "entropy"
-        names += "softness", "density gap", "seconds"
-        lines += ["", f"| {' | '.join(names)} |", "|---|---:|---:|---:|---:|---|---|---|---|---|---|"]
+        lines += table(f"{title}, %", ["seeds", *KS_NAMES], rows_of(found, split))
+    for split, title in SPLITS.items() if found["latent"] else ():
+        rows = [
+            (name, [value(x, "+" * (" less " in name)) for x in row[split].values()])
+            for name, row in found["latent"].items()
+        ]
+        lines += table(f"CODI, {title}, %", KS_NAMES, rows)
+    names = "seeds", "steps", "mixed groups", "others tried per step", "accuracy, first and last fifth", "positions"
+    names += "entropy of thoughts, nats", "softness", "largest density gap", "seconds per step"
+    rows = []
     for arm, row in found["training"].items():
-        ends = [f"{a:.3g} to {b:.3g}" for a, b in (row[name] for name in
+        ends = [f"{a:.3g}, {b:.3g}" for a, b in (row[name] for name in
                 ("accuracy", "positions of an answer", "entropy", "softness"))]  # fmt: skip
-        seconds = ", ".join(f"{name} {s:.1f}" for name, s in row["seconds"].items())
+        seconds = ", ".join(f"{name} {row['seconds'][name]:.0f}" for name in ("rollout", "update"))
         tried = f"{row['groups tried in their places']:.1f}"
         mixed, gap = f"{row['mixed groups']:.0%}", f"{row['largest density gap']:.1e}"
-        figures = [arm, row["seeds"], row["steps"], mixed, tried, *ends, gap, seconds]
-        lines.append(f"| {' | '.join(map(str, figures))} |")
-    for kind, row in found["agreement"].items():
-        figures = ", ".join(f"{name} {x:.3g}" for name, x in row.items())
-        lines += ["", f"Before RL, {kind} and token drawn with one noise: {figures}"]
-    if found["gradients"]:
-        lines += [
-            "",
-            "| gradient at the warm start | mean square, top1 = 1 | alignment with its mean |",
-            "|---|---:|---:|",
-        ]
-    for kind, figures in (found["gradients"] or {}).items():
-        rows = {name: row for name, row in figures.items() if isinstance(row, dict)}
-        lines += [f"| {kind}, {name} | {r['second']:.2f} | {r['alignment']:.2f} |" for name, r in rows.items()]
-    return "\n".join(lines)
+        rows.append((arm, [str(row["seeds"]), str(row["steps"]), mixed, tried, *ends, gap, seconds]))
+    lines += table("training", names, rows)
+    lines += table(
+        "before RL, drawn with one noise",
+        ["texts that are those of tokens", "share of a text before they part"],
+        [
+            (kind, [f"{row['same text']:.0%}", f"{row['share of the text before they part']:.0%}"])
+            for kind, row in found["agreement"].items()
+        ],
+    )
+    rows = [
+        (f"{kind}, {name}", [f"{r['second']:.2f}", f"{r['alignment']:.2f}"])
+        for kind, figures in (found["gradients"] or {}).items()
+        for name, r in figures.items()
+        if isinstance(r, dict)
+    ]
+    return "\n".join(lines + table("gradient at the warm start", ["mean square", "alignment with its mean"], rows))
+
+
+def rows_of(found: dict[str, Any], split: str) -> list[tuple[str, list[str]]]:
+    """Of one split: before, after, and the differences."""
+    rows = []
+    for kind, row in found["before"].items():
+        rows.append((f"before RL, {kind}", ["", *map(value, row[split].values())]))
+    for arm, row in found["arms"].items():
+        rows.append((arm, [seeds_of(row), *(value(x["after"]) for x in row[split].values())]))
+    for arm, row in found["arms"].items():
+        gains = [signed(x["gain"]) for x in row[split].values()]
+        rows.append((f"**{arm}, after less before**", [seeds_of(row), *gains]))
+    for arm, row in found["against token"].items():
+        rows.append((f"**{arm} less token**", [seeds_of(row), *map(signed, row[split].values())]))
+    for arm, row in found["in tokens"].items():
+        name = f"**{arm}, evaluated in tokens, less as trained**"
+        rows.append((name, [seeds_of(row), *map(signed, row[split].values())]))
+    return rows
+
+
+def table(corner: str, names: Iterable[str], rows: list[tuple[str, list[str]]]) -> list[str]:
+    """Lines of a Markdown table behind an empty line; none without rows."""
+    columns = [corner, *names]
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return ["", *head, *(f"| {' | '.join([name, *cells])} |" for name, cells in rows)] if rows else []
+
+
+def seeds_of(row: dict[str, Any]) -> str:
+    return ", ".join(map(str, row["seeds"]))
+
+
+def value(row: dict[str, Any], sign: str = "") -> str:
+    """A share, or with `sign` a difference, in per cent, with its interval over problems."""
+    mean, low, high = (f"{100 * row[name]:{sign}.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def signed(row: dict[str, Any]) -> str:
+    return value(row, "+")
 
 
 def draw(results: Results, found: dict[str, Any]) -> bytes:
