@@ -125,7 +125,7 @@ class Study:
     def warm_eval(self, kind: str) -> dict[str, Any]:
         """The warm start with this kind of thoughts, and how far its texts are those of tokens."""
         found = {"evaluations": {"own": self.evaluated(f"warm-{kind}", self.out / "warm", **self.thought(kind))}}
-        return found if kind == "token" else {"agreement": self.agreement(kind), **found}
+        return found if kind == "token" else {"agreement": self.agreement("warm-token", f"warm-{kind}"), **found}
 
     def half(self, kinds: tuple[str, ...], seed: int) -> dict[str, Any]:
         """One half of an arm, by the kinds of thoughts of its halves so far."""
@@ -140,9 +140,10 @@ class Study:
         """An arm after both halves; one that ends with soft thoughts also in tokens."""
         name = entry_of(kinds, seed)
         found = {"own": self.evaluated(name, self.out / name)}
-        if kinds[-1] != "token":
-            found["token"] = self.evaluated(f"{name}-token", self.out / name, **self.thought("token"))
-        return {"evaluations": found}
+        if kinds[-1] == "token":
+            return {"evaluations": found}
+        found["token"] = self.evaluated(f"{name}-token", self.out / name, **self.thought("token"))
+        return {"agreement": self.agreement(f"{name}-token", name), "evaluations": found}
 
     def gradients(self) -> dict[str, Any]:
         """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""
@@ -257,14 +258,14 @@ class Study:
             found[split] = dict(zip(COUNTS, map(list, zip(*counts, strict=True)), strict=True))
         return found | {"positions": sum(positions) / len(positions)}
 
-    def agreement(self, kind: str) -> dict[str, float]:
-        """Of the warm start in tokens and in this kind, drawn with one noise: how much of the text is the same.
+    def agreement(self, in_tokens: str, in_soft: str) -> dict[str, float]:
+        """Of two evaluations of one model, drawn with one noise: how much of the text is the same.
 
         A thought's strongest id is the token that the same noise draws, until what was fed before makes a difference.
         """
         same, shared, n = 0, 0.0, 0
         for split in SPLITS:
-            token, soft = (texts(self.out / "evals" / f"warm-{name}" / split) for name in ("token", kind))
+            token, soft = (texts(self.out / "evals" / name / split) for name in (in_tokens, in_soft))
             for key, text in token.items():
                 other, n = soft[key], n + 1
                 same += text == other

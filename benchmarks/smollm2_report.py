@@ -136,7 +136,7 @@ def summarise(results: Results) -> dict[str, Any]:
         rows = {s: {f"pass@{k}": results.interval(s, results.before(kind, s, k)) for k in ks} for s in SPLITS}
         found["before"][kind] = rows
         if kind != "token":
-            found["agreement"][kind] = results.files[f"warm-{kind}-eval"]["agreement"]
+            found["agreement"][f"before RL, {kind}"] = results.files[f"warm-{kind}-eval"]["agreement"]
     for arm, by_seed in results.evaluated.items():
         if not by_seed or ARMS[arm][-1] not in found["before"]:
             continue
@@ -160,6 +160,8 @@ def summarise(results: Results) -> dict[str, Any]:
         if both and arm != "token":
             found["against token"][arm] = against
         if all("token" in by_seed[seed] for seed in seeds):
+            texts = [results.files[f"{entry_of(ARMS[arm], seed)}-eval"]["agreement"] for seed in seeds]
+            found["agreement"][arm] = {name: float(np.mean([t[name] for t in texts])) for name in texts[0]}
             pairs = {
                 (s, k): [results.after(arm, s, k, seeds, how) for how in ("token", "own")] for s in SPLITS for k in ks
             }
@@ -229,7 +231,7 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
         rows.append((arm, [str(row["seeds"]), str(row["steps"]), mixed, tried, *ends, gap, seconds]))
     lines += table("training", names, rows)
     lines += table(
-        "before RL, drawn with one noise",
+        "one model, one noise, two kinds of thoughts",
         ["texts that are those of tokens", "share of a text before they part"],
         [
             (kind, [f"{row['same text']:.0%}", f"{row['share of the text before they part']:.0%}"])

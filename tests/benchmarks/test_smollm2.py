@@ -17,7 +17,7 @@ from rl_soft.model import policy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from smollm2_problems import to_be_asked, to_learn_from
-from smollm2_report import ARMS, METRICS, SPLITS, last_kinds, report
+from smollm2_report import ARMS, METRICS, SPLITS, Results, last_kinds, report, show, summarise
 
 SIZES = {
     "unseen": 3, "seen": 3, "validation": 2, "warm_batch": 4, "warm_steps": 2, "cool_steps": 2, "prompts": 2,
@@ -160,7 +160,10 @@ def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
         "problems": dict.fromkeys(SPLITS, rows) | {f"families of {s}": [i // 6 for i in range(12)] for s in SPLITS}
     }
     for kind in last_kinds(ARMS):
-        files[f"warm-{kind}-eval"] = {"evaluations": {"own": evaluation("before")}, "agreement": {"same text": 0.5}}
+        files[f"warm-{kind}-eval"] = {
+            "evaluations": {"own": evaluation("before")},
+            "agreement": dict.fromkeys(("same text", "share of the text before they part"), 0.5),
+        }
     for arm, some in seeds.items():
         for seed in some:
             for half in (1, 2):
@@ -195,3 +198,12 @@ def test_figures_are_paired_by_problem_and_resampled_with_all_their_seeds(tmp_pa
     # Seeds that agree on every problem are no further problems: the interval stays as wide.
     ends = [found["against token"]["soft"]["unseen"]["pass@1"] for found in (one, three)]
     assert ends[0]["low"] == pytest.approx(ends[1]["low"]) and ends[0]["high"] == pytest.approx(ends[1]["high"])
+
+
+def test_the_pages_have_the_tables_of_the_result_files():
+    folder = ROOT / "docs/results/smollm2"
+    stored, found = json.loads(folder.with_suffix(".json").read_text()), summarise(Results(folder, (1, 2, 3)))
+    assert show(found, []) == show(stored, []), "python benchmarks/smollm2_report.py"
+    pages = [(ROOT / f"docs/{name}.md").read_text().splitlines() for name in ("results", "smollm2")]
+    rows = [line for line in show(stored, []).splitlines() if line]
+    assert len(rows) > 20 and set(rows) <= {line for page in pages for line in page}
