@@ -4,16 +4,16 @@
     nice python benchmarks/smollm2.py [--seeds 1 2 3] [--arms NAME ...] [--out runs/smollm2_study]
 
 One warm start is shared by all arms: supervised on problems of MAWPS and ASDiv, with their equations as worked steps.
-RL is on SVAMP, of which only answers are used; a quarter of its families of problems is held out
+RL is on SVAMP, of which only answers are used; a quarter of its problems, in 19 of its 101 families, is held out
 (smollm2_problems.py). An arm is trained for two halves of equally many steps, on problems that nothing before it has
 met, with a fresh optimizer; each half has a kind of thought (`ARMS`). Then it is evaluated.
 
 The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
 CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
-is done once its small result file is there (docs/results/smollm2/ENTRY.json: counts by problem, figures by step).
+is done once its small result file is there (OUT/results/ENTRY.json: counts by problem, figures by step).
 Everything may be killed at any time: training goes on from its last checkpoint, an evaluation from its last record.
-Two commands on one folder share the work, if they name different seeds. `python benchmarks/smollm2_report.py` makes
-tables and picture from the result files alone.
+Two commands on one folder share the work, if they name different seeds. smollm2_report.py makes tables and picture
+from the result files alone; docs/results/smollm2 has those of the published run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smollm2_problems import download, to_be_asked, to_learn_from
+from smollm2_problems import count_alike, download, to_be_asked, to_learn_from
 from smollm2_report import ARMS, COUNTS, METRICS, SPLITS, entry_of, last_kinds, report
 
 from rl_soft.config.recipe import load_recipe
@@ -108,7 +108,7 @@ class Study:
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def warm(self) -> dict[str, Any]:
-        """Supervised on worked equations, all weights; then as many again as `cool_steps` with a falling rate."""
+        """Supervised on worked equations, all weights; then `cool_steps` more, while the rate falls to zero."""
         self.problems()
         sizes, first, run = self.sizes, self.out / "warm_first", self.out / "warm"
         values = self.text | {
@@ -137,13 +137,13 @@ class Study:
         return {"curve": by_step(run)}
 
     def arm_eval(self, kinds: tuple[str, ...], seed: int) -> dict[str, Any]:
-        """An arm after both halves; one that ends with soft thoughts also in tokens."""
-        name = entry_of(kinds, seed)
+        """An arm after both halves; one that knows a single kind of thought also with another kind."""
+        name, other = entry_of(kinds, seed), "soft" if kinds[-1] == "token" else "token"
         found = {"own": self.evaluated(name, self.out / name)}
-        if kinds[-1] == "token":
+        if len(set(kinds)) > 1:
             return {"evaluations": found}
-        found["token"] = self.evaluated(f"{name}-token", self.out / name, **self.thought("token"))
-        return {"agreement": self.agreement(f"{name}-token", name), "evaluations": found}
+        found[other] = self.evaluated(f"{name}-{other}", self.out / name, **self.thought(other))
+        return {"agreement": self.agreement(name, f"{name}-{other}"), "evaluations": found}
 
     def gradients(self) -> dict[str, Any]:
         """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""
@@ -179,7 +179,8 @@ class Study:
     def problems(self) -> None:
         """The problem files, made once; no two share a problem."""
         folder, sizes = self.out / "problems", self.sizes
-        if (self.results / "problems.json").exists() and folder.exists():
+        names = *SPLITS, "warm", "rl1", "rl2"
+        if all((folder / f"{name}.jsonl").exists() for name in names) and (self.results / "problems.json").exists():
             return
         download(self.svamp)
         families, half, v = to_be_asked(self.svamp, sizes.largest), sizes.prompts * sizes.steps, sizes.validation
@@ -200,7 +201,9 @@ class Study:
             write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         held_out = {split: [row["id"] for row in files[split]] for split in SPLITS}
         related = {f"families of {split}": [family_of[name] for name in held_out[split]] for split in SPLITS}
-        self.store("problems", {"rows": {name: len(rows) for name, rows in files.items()}, **held_out, **related})
+        counts = {"rows": {name: len(rows) for name, rows in files.items()}}
+        counts["like a row of the warm start"] = {split: count_alike(files[split], learnt[v:]) for split in SPLITS}
+        self.store("problems", counts | held_out | related)
 
     def supervised(self, recipe: str, run: Path, values: dict[str, Any]) -> None:
         batch = {
@@ -254,24 +257,23 @@ class Study:
                 correct[r["problem_id"]][r["sample"] == GREEDY] += r["outcome"] == "correct"
                 positions += [r["thoughts"] + r["answer_tokens"]] * (r["sample"] != GREEDY)
             rows = [json.loads(line) for line in (self.out / "problems" / f"{split}.jsonl").read_text().splitlines()]
+            assert correct.keys() == {f"{split}/{row['id']}" for row in rows}
             counts = [correct[f"{split}/{row['id']}"] for row in rows]
             found[split] = dict(zip(COUNTS, map(list, zip(*counts, strict=True)), strict=True))
         return found | {"positions": sum(positions) / len(positions)}
 
-    def agreement(self, in_tokens: str, in_soft: str) -> dict[str, float]:
-        """Of two evaluations of one model, drawn with one noise: how much of the text is the same.
+    def agreement(self, one: str, other: str) -> dict[str, float]:
+        """Of two evaluations of one model, drawn with one noise: how much of the sampled text is the same.
 
-        A thought's strongest id is the token that the same noise draws, until what was fed before makes a difference.
+        A soft thought's strongest id is the token that the same noise draws, until what was fed before makes a
+        difference.
         """
         same, shared, n = 0, 0.0, 0
         for split in SPLITS:
-            token, soft = (texts(self.out / "evals" / name / split) for name in (in_tokens, in_soft))
-            for key, text in token.items():
-                other, n = soft[key], n + 1
-                same += text == other
-                longest = max(len(text), len(other), 1)
-                common = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
-                shared += (min(len(text), len(other)) if common is None else common) / longest
+            ours, theirs = (texts(self.out / "evals" / name / split) for name in (one, other))
+            for a, b in ((text, theirs[key]) for key, text in ours.items()):
+                common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                same, shared, n = same + (a == b), shared + common / max(len(a), len(b), 1), n + 1
         return {"same text": same / n, "share of the text before they part": shared / n, "completions": n}
 
     # -- the queue ----------------------------------------------------------------------------------------------------
@@ -281,15 +283,22 @@ class Study:
         write_atomic(self.results / f"{name}.json", json.dumps(rounded(values)) + "\n")
 
     def check_sizes(self) -> None:
-        """Results of other sizes are not mixed with these."""
-        file, sizes = self.results / "sizes.json", dataclasses.asdict(self.sizes)
-        if file.exists() and (stored := json.loads(file.read_text())) != sizes:
-            different = next(key for key in sizes if sizes[key] != stored.get(key))
+        """Results and runs of other sizes are not mixed with these."""
+        sizes = rounded(dataclasses.asdict(self.sizes))
+        for folder, option in ((self.results, "--results"), (self.out, "--out")):
+            file = folder / "sizes.json"
+            stored = json.loads(file.read_text()) if file.exists() else sizes
+            if different := [name for name in {**sizes, **stored} if sizes.get(name) != stored.get(name)]:
+                old, new = (of.get(different[0]) for of in (stored, sizes))
+                raise SystemExit(f"{folder} was made with {different[0]} = {old}, not {new}; choose another {option}")
+        for folder in (self.results, self.out):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "sizes.json", json.dumps(sizes) + "\n")
+        if (self.results / "warm.json").exists() and not (self.out / "warm" / "model").exists():
             raise SystemExit(
-                f"{self.results} holds results of {different} = {stored.get(different)}, not {sizes[different]}; "
-                "choose another --results and --out"
+                f"the runs of {self.results} are not in {self.out}; leave --results out to make them again, "
+                "or see their tables: python benchmarks/smollm2_report.py"
             )
-        self.store("sizes", sizes)
 
 
 def trained(recipe: str, values: dict[str, Any]) -> None:
@@ -321,7 +330,8 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 
 def texts(evaluation: Path) -> dict[tuple[str, int], str]:
-    return {(r["problem_id"], r["sample"]): r["text"] for r in read(evaluation / "records.jsonl")}
+    rows = read(evaluation / "records.jsonl")
+    return {(r["problem_id"], r["sample"]): r["text"] for r in rows if r["sample"] != GREEDY}
 
 
 def rounded(value: Any) -> Any:
@@ -339,21 +349,22 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="NAME")
     parser.add_argument("--no-codi", action="store_true", help="without the three entries of CODI")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "smollm2_study", help="run folders")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "smollm2", help="result files")
+    parser.add_argument("--results", type=Path, help="result files; results in --out, where it is not given")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
     parser.add_argument("--svamp", type=Path, default=ROOT / "models" / "svamp", help="its two files; else downloaded")
     parser.add_argument("--size", nargs="*", default=[], metavar="NAME=VALUE", help="; ".join(map(str, vars(Sizes()))))
     parser.add_argument("--entry", help="this one alone, in this process")
     args = parser.parse_args()
     sizes = Sizes(**{name: json.loads(value) for name, value in (word.split("=") for word in args.size)})
-    study = Study(args.out.resolve(), args.results.resolve(), args.model.resolve(), args.svamp.resolve(), sizes)
+    results = args.results or args.out / "results"
+    study = Study(args.out.resolve(), results.resolve(), args.model.resolve(), args.svamp.resolve(), sizes)
     entries = study.entries(args.seeds, args.arms, not args.no_codi)
+    study.check_sizes()
     if args.entry:
         logging.basicConfig(format="[rl_soft] %(message)s", level=logging.WARNING)
         logging.getLogger("rl_soft").setLevel(logging.INFO)
         study.store(args.entry, entries[args.entry]())
         return
-    study.check_sizes()
     for name in entries:
         if (study.results / f"{name}.json").exists():
             continue

@@ -96,7 +96,7 @@ def to_be_asked(folder: Path, largest: int) -> list[list[dict[str, Any]]]:
         question = tidy(f"{problem['Body'].rstrip('. ')}. {problem['Question']}")
         numbers = [Fraction(x) for x in re.findall(r"\d+\.\d+", problem["Equation"])]
         if all(x.denominator == 1 and 0 <= x <= largest for x in (*numbers, Fraction(problem["Answer"]))):
-            words = frozenset(re.findall(r"[a-z]+", problem["Body"].lower()))
+            words = words_of(problem["Body"])
             made = [words], [row(problem["ID"], question, Fraction(problem["Answer"]), [])]
             related = [f for f in families if any(2 * len(words & w) >= len(words | w) for w in f[0])]
             for family in related:
@@ -105,6 +105,17 @@ def to_be_asked(folder: Path, largest: int) -> list[list[dict[str, Any]]]:
     found = [rows for _, rows in families]
     random.Random(0).shuffle(found)
     return found
+
+
+def count_alike(asked: list[dict[str, Any]], learnt: list[dict[str, Any]]) -> int:
+    """How many questions of `asked` share half of their words with one of `learnt`."""
+    known = {words_of(row["question"]) for row in learnt}
+    questions = [words_of(row["question"]) for row in asked]
+    return sum(any(2 * len(words & other) >= len(words | other) for other in known) for words in questions)
+
+
+def words_of(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z]+", text.lower()))
 
 
 def worked(prefix: list[str], numbers: list[Fraction]) -> tuple[list[str], Fraction]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ METRICS = {  # ours -> the trainer's
     "update": "seconds/update",
 }
 SECONDS = ("rollout", "rewards", "scoring", "update")
-KS = (1, 4, 16)
-KS_NAMES = [f"pass@{k}" for k in KS]
+MEASURES = ("greedy", "pass@1", "pass@4", "pass@16")
 # arm -> how it thinks in each half of its steps; the warm start that it is compared with thinks as it does in the end
 ARMS = {
     "token": ("token", "token"),
@@ -92,12 +92,12 @@ class Results:
         self.problems = {s: files.get("problems", {}).get(s, []) for s in SPLITS}
         self.families = {s: files.get("problems", {}).get(f"families of {s}", []) for s in SPLITS}
 
-    def before(self, kind: str, split: str, k: int) -> np.ndarray:
-        return solved(self.files[f"warm-{kind}-eval"]["evaluations"]["own"], split, k)
+    def before(self, kind: str, split: str, measure: str) -> np.ndarray:
+        return solved(self.files[f"warm-{kind}-eval"]["evaluations"]["own"], split, measure)
 
-    def after(self, arm: str, split: str, k: int, seeds: list[int], how: str = "own") -> np.ndarray:
+    def after(self, arm: str, split: str, measure: str, seeds: list[int], how: str = "own") -> np.ndarray:
         """(seeds * problems,)"""
-        return np.concatenate([solved(self.evaluated[arm][s][how], split, k) for s in seeds])
+        return np.concatenate([solved(self.evaluated[arm][s][how], split, measure) for s in seeds])
 
     def interval(self, split: str, values: np.ndarray, against: np.ndarray | None = None) -> dict[str, Any]:
         """Of the mean of some seeds' values, or of their mean difference from others; problems are resampled.
@@ -108,14 +108,19 @@ class Results:
         for name, labels in (("problems", self.problems[split]), ("families", self.families[split])):
             every = labels * (len(values) // len(labels))
             if against is None:
-                found[name] = vars(passk.bootstrap(values, every))
+                found[name] = passk.bootstrap(values, every)
             else:
-                found[name] = vars(passk.paired_bootstrap(against, values, every))
-        return found["problems"] | {"families": [found["families"]["low"], found["families"]["high"]]}
+                found[name] = passk.paired_bootstrap(against, values, every)
+        problems, families = found["problems"], found["families"]
+        bounds = {"low": problems.low, "high": problems.high, "families": [families.low, families.high]}
+        return {"mean": problems.mean} | bounds
 
 
-def solved(evaluation: dict[str, Any], split: str, k: int) -> np.ndarray:
-    """pass@k of each problem, (P,)."""
+def solved(evaluation: dict[str, Any], split: str, measure: str) -> np.ndarray:
+    """How much of each problem is solved, (P,): pass@k, or whether the greedy answer is right."""
+    if measure == "greedy":
+        return np.array(evaluation[split]["greedy"], dtype=float)
+    k = int(measure.removeprefix("pass@"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # n = k
         return np.asarray(passk.pass_at_k(evaluation["samples"], np.array(evaluation[split]["correct"]), k))
@@ -123,68 +128,64 @@ def solved(evaluation: dict[str, Any], split: str, k: int) -> np.ndarray:
 
 def summarise(results: Results) -> dict[str, Any]:
     """All figures of the tables; `seeds` says what each is made of."""
-    parts = "before", "arms", "against token", "in tokens", "latent", "training", "agreement"
+    parts = "before", "before, minus token", "arms", "minus token", "other thoughts", "latent", "training", "agreement"
     found: dict[str, Any] = {part: {} for part in parts}
     found["training"] = {arm: training(list(by.values())) for arm, by in results.curves.items() if by}
     found["gradients"] = results.files.get("gradients")
     if "warm-token-eval" not in results.files:
         return found
-    ks = [k for k in KS if k <= results.files["warm-token-eval"]["evaluations"]["own"]["samples"]]
-    for kind in last_kinds(ARMS):
-        if f"warm-{kind}-eval" not in results.files:
-            continue
-        rows = {s: {f"pass@{k}": results.interval(s, results.before(kind, s, k)) for k in ks} for s in SPLITS}
-        found["before"][kind] = rows
+    samples = results.files["warm-token-eval"]["evaluations"]["own"]["samples"]
+    measures = [m for m in MEASURES if m == "greedy" or int(m.removeprefix("pass@")) <= samples]
+
+    def intervals(values: Callable[[str, str], np.ndarray], *against: Callable[[str, str], np.ndarray]) -> Any:
+        """By split and measure."""
+        return {
+            s: {m: results.interval(s, values(s, m), *(other(s, m) for other in against)) for m in measures}
+            for s in SPLITS
+        }
+
+    before = {k: partial(results.before, k) for k in last_kinds(ARMS) if f"warm-{k}-eval" in results.files}
+    for kind, values in before.items():
+        found["before"][kind] = intervals(values)
         if kind != "token":
+            found["before, minus token"][kind] = intervals(values, before["token"])
             found["agreement"][f"before RL, {kind}"] = results.files[f"warm-{kind}-eval"]["agreement"]
     for arm, by_seed in results.evaluated.items():
-        if not by_seed or ARMS[arm][-1] not in found["before"]:
+        if not by_seed or ARMS[arm][-1] not in before:
             continue
-        seeds, both = sorted(by_seed), sorted(by_seed.keys() & results.evaluated["token"].keys())
-        row: dict[str, Any] = {"seeds": seeds}
-        against: dict[str, Any] = {"seeds": both}
-        for split in SPLITS:
-            row[split], against[split] = {}, {}
-            for k in ks:
-                after = results.after(arm, split, k, seeds)
-                before = np.tile(results.before(ARMS[arm][-1], split, k), len(seeds))
-                row[split][f"pass@{k}"] = {
-                    "after": results.interval(split, after),
-                    "gain": results.interval(split, after, before),
-                    "gain by seed": [float(d.mean()) for d in (after - before).reshape(len(seeds), -1)],
-                }
-                if both and arm != "token":
-                    ours, tokens = (results.after(a, split, k, both) for a in (arm, "token"))
-                    against[split][f"pass@{k}"] = results.interval(split, ours, tokens)
-        found["arms"][arm] = row
+        seeds = sorted(by_seed)
+
+        def after(split: str, measure: str, arm: str = arm, seeds: Any = seeds, how: str = "own") -> np.ndarray:
+            return results.after(arm, split, measure, seeds, how)
+
+        def start(split: str, measure: str, arm: str = arm, seeds: Any = seeds) -> np.ndarray:
+            return np.tile(before[ARMS[arm][-1]](split, measure), len(seeds))
+
+        gains = {
+            s: {m: (after(s, m) - start(s, m)).reshape(len(seeds), -1).mean(1).tolist() for m in measures}
+            for s in SPLITS
+        }
+        found["arms"][arm] = {
+            "seeds": seeds, "after": intervals(after), "gain": intervals(after, start), "gain by seed": gains
+        }  # fmt: skip
+        both = sorted(by_seed.keys() & results.evaluated["token"].keys())
         if both and arm != "token":
-            found["against token"][arm] = against
-        if all("token" in by_seed[seed] for seed in seeds):
-            texts = [results.files[f"{entry_of(ARMS[arm], seed)}-eval"]["agreement"] for seed in seeds]
+            tokens = partial(after, arm="token", seeds=both)
+            found["minus token"][arm] = {"seeds": both} | intervals(partial(after, seeds=both), tokens)
+        other = sorted({kind for evaluations in by_seed.values() for kind in evaluations} - {"own"})
+        for kind in other:
+            some = [seed for seed in seeds if kind in by_seed[seed]]
+            how = f"{arm}, with {kind} thoughts"
+            pair = partial(after, seeds=some, how=kind), partial(after, seeds=some)
+            found["other thoughts"][how] = {"seeds": some} | intervals(*pair)
+            texts = [results.files[f"{entry_of(ARMS[arm], seed)}-eval"]["agreement"] for seed in some]
             found["agreement"][arm] = {name: float(np.mean([t[name] for t in texts])) for name in texts[0]}
-            pairs = {
-                (s, k): [results.after(arm, s, k, seeds, how) for how in ("token", "own")] for s in SPLITS for k in ks
-            }
-            found["in tokens"][arm] = {"seeds": seeds} | {
-                s: {f"pass@{k}": results.interval(s, *pairs[s, k]) for k in ks} for s in SPLITS
-            }
-    found["latent"] = latent(results, ks)
-    return found
-
-
-def latent(results: Results, ks: list[int]) -> dict[str, Any]:
-    """CODI, its twin and RL from CODI, and their differences."""
-    there = {name: results.files[name]["evaluations"]["own"] for name in CODI if name in results.files}
-    found = {
-        name: {s: {f"pass@{k}": results.interval(s, solved(own, s, k)) for k in ks} for s in SPLITS}
-        for name, own in there.items()
-    }
+    there = {n: results.files[n]["evaluations"]["own"] for n in CODI if n in results.files}
+    found["latent"] = {name: intervals(partial(solved, own)) for name, own in there.items()}
     for ours, theirs in (("codi", "cot"), ("codi_rl", "codi")):
         if ours in there and theirs in there:
-            found[f"**{ours} less {theirs}**"] = {
-                s: {f"pass@{k}": results.interval(s, *(solved(there[n], s, k) for n in (ours, theirs))) for k in ks}
-                for s in SPLITS
-            }
+            pair = partial(solved, there[ours]), partial(solved, there[theirs])
+            found["latent"][f"{ours} minus {theirs}"] = intervals(*pair)
     return found
 
 
@@ -212,15 +213,12 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
     """The tables in Markdown, as docs/results.md and docs/smollm2.md have them."""
     lines = [f"Not there yet: {', '.join(missing)}."] if missing else []
     for split, title in SPLITS.items():
-        lines += table(f"{title}, %", ["seeds", *KS_NAMES], rows_of(found, split))
-    for split, title in SPLITS.items() if found["latent"] else ():
-        rows = [
-            (name, [value(x, "+" * (" less " in name)) for x in row[split].values()])
-            for name, row in found["latent"].items()
-        ]
-        lines += table(f"CODI, {title}, %", KS_NAMES, rows)
-    names = "seeds", "steps", "mixed groups", "others tried per step", "accuracy, first and last fifth", "positions"
-    names += "entropy of thoughts, nats", "softness", "largest density gap", "seconds per step"
+        lines += table(f"{title}, %", ["seeds", *MEASURES], rows_of(found, split))
+    for split, title in SPLITS.items():
+        rows = [(name, cells(row[split], signed=" minus " in name)) for name, row in found["latent"].items()]
+        lines += table(f"CODI, {title}, %", MEASURES, rows)
+    names = ["seeds", "steps", "mixed groups", "others tried per step", "accuracy, first and last fifth", "positions"]
+    names += ["entropy of thoughts, nats", "softness", "largest density gap", "seconds per step"]
     rows = []
     for arm, row in found["training"].items():
         ends = [f"{a:.3g}, {b:.3g}" for a, b in (row[name] for name in
@@ -249,19 +247,17 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
 
 def rows_of(found: dict[str, Any], split: str) -> list[tuple[str, list[str]]]:
     """Of one split: before, after, and the differences."""
-    rows = []
-    for kind, row in found["before"].items():
-        rows.append((f"before RL, {kind}", ["", *map(value, row[split].values())]))
+    rows = [(f"before RL, {kind}", ["", *cells(row[split])]) for kind, row in found["before"].items()]
+    rows += [(arm, [seeds_of(row), *cells(row["after"][split])]) for arm, row in found["arms"].items()]
+    signed = partial(cells, signed=True)
     for arm, row in found["arms"].items():
-        rows.append((arm, [seeds_of(row), *(value(x["after"]) for x in row[split].values())]))
-    for arm, row in found["arms"].items():
-        gains = [signed(x["gain"]) for x in row[split].values()]
-        rows.append((f"**{arm}, after less before**", [seeds_of(row), *gains]))
-    for arm, row in found["against token"].items():
-        rows.append((f"**{arm} less token**", [seeds_of(row), *map(signed, row[split].values())]))
-    for arm, row in found["in tokens"].items():
-        name = f"**{arm}, evaluated in tokens, less as trained**"
-        rows.append((name, [seeds_of(row), *map(signed, row[split].values())]))
+        rows.append((f"**{arm}, after minus before**", [seeds_of(row), *signed(row["gain"][split])]))
+    for kind, row in found["before, minus token"].items():
+        rows.append((f"**before RL, {kind} minus token**", ["", *signed(row[split])]))
+    for arm, row in found["minus token"].items():
+        rows.append((f"**{arm} minus token**", [seeds_of(row), *signed(row[split])]))
+    for how, row in found["other thoughts"].items():
+        rows.append((f"**{how}, minus as trained**", [seeds_of(row), *signed(row[split])]))
     return rows
 
 
@@ -269,21 +265,18 @@ def table(corner: str, names: Iterable[str], rows: list[tuple[str, list[str]]]) 
     """Lines of a Markdown table behind an empty line; none without rows."""
     columns = [corner, *names]
     head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return ["", *head, *(f"| {' | '.join([name, *cells])} |" for name, cells in rows)] if rows else []
+    return ["", *head, *(f"| {' | '.join([name, *values])} |" for name, values in rows)] if rows else []
 
 
 def seeds_of(row: dict[str, Any]) -> str:
     return ", ".join(map(str, row["seeds"]))
 
 
-def value(row: dict[str, Any], sign: str = "") -> str:
-    """A share, or with `sign` a difference, in per cent, with its interval over problems."""
-    mean, low, high = (f"{100 * row[name]:{sign}.1f}" for name in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
-
-
-def signed(row: dict[str, Any]) -> str:
-    return value(row, "+")
+def cells(row: dict[str, Any], signed: bool = False) -> list[str]:
+    """Shares, or `signed` differences, in per cent, with their intervals over problems."""
+    sign = "+" if signed else ""
+    figures = [[f"{100 * x[name]:{sign}.1f}" for name in ("mean", "low", "high")] for x in row.values()]
+    return [f"{mean} ({low} to {high})" for mean, low, high in figures]
 
 
 def draw(results: Results, found: dict[str, Any]) -> bytes:
@@ -294,22 +287,23 @@ def draw(results: Results, found: dict[str, Any]) -> bytes:
         clean(axes)
     for arm, by_seed in results.curves.items():
         curves = [np.array(curve["accuracy"]) for curve in by_seed.values()]
-        width = max(1, min(10, len(curves[0]) // 4)) if curves else 1
+        width = min(10, len(curves[0])) if curves else 1
         smooth = [np.convolve(curve, np.ones(width) / width, "valid") for curve in curves]
         for curve in smooth:
             left.plot(np.arange(len(curve)) + width, 100 * curve, color=COLOUR[arm], alpha=0.25, linewidth=0.9)
         if smooth:
             mean = 100 * np.mean([curve[: min(map(len, smooth))] for curve in smooth], axis=0)
             left.plot(np.arange(len(mean)) + width, mean, color=COLOUR[arm], linewidth=2, label=arm)
-    left.set(xlabel="step", ylabel="right answers in training, %, mean of ten steps")
-    ks = list(next(iter(found["arms"].values()), {}).get("unseen", {}))
+    left.axvline(results.files["sizes"]["steps"], color="#8c959f", linewidth=1, linestyle=":")
+    left.set(xlabel="step; other problems behind the dotted line", ylabel="right answers, %, mean of ten steps")
+    measures = list(next(iter(found["arms"].values()), {"after": {"unseen": {}}})["after"]["unseen"])
     for i, (arm, row) in enumerate(found["arms"].items()):
-        for j, name in enumerate(ks):
-            gain, y = row["unseen"][name]["gain"], -j - 0.2 * i
+        for j, name in enumerate(measures):
+            gain, y = row["gain"]["unseen"][name], -j - 0.17 * i
             right.plot([100 * gain["low"], 100 * gain["high"]], [y, y], color=COLOUR[arm], linewidth=2)
             right.plot(100 * gain["mean"], y, "o", color=COLOUR[arm], markersize=5)
     right.axvline(0, color="#8c959f", linewidth=1)
-    right.set_yticks([-j - 0.2 for j in range(len(ks))], ks)
+    right.set_yticks([-j - 0.25 for j in range(len(measures))], measures)
     right.set(xlabel="gained on families that RL did not meet, points, 95 %")
     if any(results.curves.values()):
         left.legend(frameon=False, fontsize=9)
@@ -319,7 +313,8 @@ def draw(results: Results, found: dict[str, Any]) -> bytes:
 
 def report(folder: Path, wanted: tuple[int, ...] = (1, 2, 3)) -> None:
     """Write the tables' figures and the picture beside `folder`, and print the tables."""
-    results = Results(folder, wanted)
+    there = {int(file.stem.rpartition("-seed")[2]) for file in folder.glob("*-seed*[0-9].json")}
+    results = Results(folder, tuple(sorted({*wanted, *there})))
     found = summarise(results) | {"missing": results.missing, "sizes": results.files.get("sizes")}
     write_atomic(folder.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
     if found["training"]:

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 from rl_soft.model import policy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from smollm2_problems import to_be_asked, to_learn_from
+from smollm2_problems import count_alike, to_be_asked, to_learn_from
 from smollm2_report import ARMS, METRICS, SPLITS, Results, last_kinds, report, show, summarise
 
 SIZES = {
@@ -77,6 +77,12 @@ def test_a_family_is_a_problem_and_its_variations(tmp_path):
     assert sorted(len(rows) for rows in families) == [10, 10, 10], "900 is larger than 200"
     for rows in families:
         assert len({row["id"].rpartition("-")[0] for row in rows}) == 1
+
+
+def test_problems_are_alike_that_share_half_of_their_words():
+    learnt = [{"question": "Ann has 3 red pens and 4 blue pens."}]
+    asked = ["Bo has 7 red pens and 2 blue pens.", "Ann has 3 red hats, Bo 9.", "How many eggs?"]
+    assert count_alike([{"question": text} for text in asked], learnt) == 1
 
 
 def tiny_model(folder: Path) -> Path:
@@ -144,7 +150,7 @@ def test_a_study_that_is_killed_ends_with_the_same_table(tmp_path):
     assert table(killed) == table(whole)
     assert set(table(whole)["arms"]) == {"token", "soft then token"} and "soft+soft-seed1" in table(whole)["missing"]
     assert (whole / "results.png").stat().st_size > 10_000
-    assert "Not there yet" in printed and "soft then token less token" in printed
+    assert "Not there yet" in printed and "soft then token minus token" in printed
 
 
 def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
@@ -157,7 +163,8 @@ def write_results(folder: Path, seeds: dict[str, list[int]]) -> None:
         return {"samples": 16} | {s: {"correct": counts[name], "greedy": [0] * 12} for s in SPLITS}
 
     files = {
-        "problems": dict.fromkeys(SPLITS, rows) | {f"families of {s}": [i // 6 for i in range(12)] for s in SPLITS}
+        "sizes": {"steps": 5},
+        "problems": dict.fromkeys(SPLITS, rows) | {f"families of {s}": [i // 6 for i in range(12)] for s in SPLITS},
     }
     for kind in last_kinds(ARMS):
         files[f"warm-{kind}-eval"] = {
@@ -178,7 +185,7 @@ def test_a_table_names_the_seeds_that_it_has(tmp_path, capsys):
     report(tmp_path / "r")
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["arms"]["token"]["seeds"] == [1, 2] and found["arms"]["soft"]["seeds"] == [1, 3]
-    assert found["against token"]["soft"]["seeds"] == [1], "arms are compared on the seeds that both have"
+    assert found["minus token"]["soft"]["seeds"] == [1], "arms are compared on the seeds that both have"
     assert "soft+soft-seed2-eval" in found["missing"] and "soft+soft-seed2-eval" in capsys.readouterr().out
     assert found["training"]["soft"]["mixed groups"] == 0.75 and found["training"]["soft"]["steps"] == 10
 
@@ -188,15 +195,15 @@ def test_figures_are_paired_by_problem_and_resampled_with_all_their_seeds(tmp_pa
         write_results(tmp_path / name, {"token": seeds, "soft": seeds})
         report(tmp_path / name)
     one, three = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "three"))
-    pair = one["against token"]["soft"]["unseen"]["pass@1"]
-    assert pair["mean"] == pytest.approx(1 / 12) and (pair["gained"], pair["lost"]) == (1, 0)
-    assert one["arms"]["token"]["unseen"]["pass@1"]["gain"]["mean"] == pytest.approx(0.25)
+    pair = one["minus token"]["soft"]["unseen"]["pass@1"]
+    assert pair["mean"] == pytest.approx(1 / 12)
+    assert one["arms"]["token"]["gain"]["unseen"]["pass@1"]["mean"] == pytest.approx(0.25)
     assert pair["families"][0] <= pair["mean"] <= pair["families"][1] and pair["families"] != [
         pair["low"],
         pair["high"],
     ]
     # Seeds that agree on every problem are no further problems: the interval stays as wide.
-    ends = [found["against token"]["soft"]["unseen"]["pass@1"] for found in (one, three)]
+    ends = [found["minus token"]["soft"]["unseen"]["pass@1"] for found in (one, three)]
     assert ends[0]["low"] == pytest.approx(ends[1]["low"]) and ends[0]["high"] == pytest.approx(ends[1]["high"])
 
 
@@ -204,6 +211,19 @@ def test_the_pages_have_the_tables_of_the_result_files():
     folder = ROOT / "docs/results/smollm2"
     stored, found = json.loads(folder.with_suffix(".json").read_text()), summarise(Results(folder, (1, 2, 3)))
     assert show(found, []) == show(stored, []), "python benchmarks/smollm2_report.py"
-    pages = [(ROOT / f"docs/{name}.md").read_text().splitlines() for name in ("results", "smollm2")]
-    rows = [line for line in show(stored, []).splitlines() if line]
-    assert len(rows) > 20 and set(rows) <= {line for page in pages for line in page}
+    pages = "\n\n".join((ROOT / f"docs/{name}.md").read_text() for name in ("results", "smollm2"))
+    tables = show(stored, []).strip().split("\n\n")
+    assert len(tables) > 3 and all(f"\n\n{table}\n\n" in pages for table in tables)
+
+
+def test_results_without_their_runs_and_other_sizes_are_refused(tmp_path):
+    problems(tmp_path / "svamp")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "study/results").mkdir(parents=True)
+    (tmp_path / "study/results/warm.json").write_text("{}")
+    said, _ = study(tmp_path / "study", tmp_path / "model").communicate(timeout=120)
+    assert "leave --results out to make them again" in said
+    (tmp_path / "study/out/sizes.json").write_text(json.dumps({"unseen": 4}))
+    (tmp_path / "study/results/sizes.json").unlink()
+    said, _ = study(tmp_path / "study", tmp_path / "model").communicate(timeout=120)
+    assert f"{tmp_path}/study/out was made with largest = None, not 200; choose another --out" in said
