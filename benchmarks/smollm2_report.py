@@ -285,16 +285,20 @@ def draw(results: Results, found: dict[str, Any]) -> bytes:
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     for axes in (left, right):
         clean(axes)
+    half = results.files["sizes"]["steps"]
     for arm, by_seed in results.curves.items():
         curves = [np.array(curve["accuracy"]) for curve in by_seed.values()]
-        width = min(10, len(curves[0])) if curves else 1
-        smooth = [np.convolve(curve, np.ones(width) / width, "valid") for curve in curves]
+        width = min(10, *map(len, curves)) if curves else 1
+        smooth = [100 * np.convolve(curve, np.ones(width) / width, "valid") for curve in curves]
+        begin = half - width if ARMS[arm][0] != ARMS[arm][1] else 0  # before it, the curve is another arm's
+        shortest = min(map(len, smooth), default=0)
+        steps = np.arange(begin, shortest) + width
         for curve in smooth:
-            left.plot(np.arange(len(curve)) + width, 100 * curve, color=COLOUR[arm], alpha=0.25, linewidth=0.9)
+            left.plot(steps, curve[begin:shortest], color=COLOUR[arm], alpha=0.25, linewidth=0.9)
         if smooth:
-            mean = 100 * np.mean([curve[: min(map(len, smooth))] for curve in smooth], axis=0)
-            left.plot(np.arange(len(mean)) + width, mean, color=COLOUR[arm], linewidth=2, label=arm)
-    left.axvline(results.files["sizes"]["steps"], color="#8c959f", linewidth=1, linestyle=":")
+            mean = np.mean([curve[begin:shortest] for curve in smooth], axis=0)
+            left.plot(steps, mean, color=COLOUR[arm], linewidth=2, label=arm)
+    left.axvline(half, color="#8c959f", linewidth=1, linestyle=":")
     left.set(xlabel="step; other problems behind the dotted line", ylabel="right answers, %, mean of ten steps")
     measures = list(next(iter(found["arms"].values()), {"after": {"unseen": {}}})["after"]["unseen"])
     for i, (arm, row) in enumerate(found["arms"].items()):
