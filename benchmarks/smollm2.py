@@ -8,9 +8,10 @@ RL is on SVAMP, of which only answers are used; a quarter of its problems, in 19
 (smollm2_problems.py). An arm is trained for two halves of equally many steps, on problems that nothing before it has
 met, with a fresh optimizer; each half has a kind of thought (`ARMS`). Then it is evaluated.
 
-The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the noise of the gradient; then
-CODI from the same warm start, its twin that writes its steps, and RL from CODI. An entry is a process of its own, and
-is done once its small result file is there (OUT/results/ENTRY.json: counts by problem, figures by step).
+The queue is a list of entries, seed by seed: warm start, halves, evaluations; then the equations that were written,
+and the noise of the gradient; then CODI from the same warm start, its twin that writes its steps, and RL from CODI. An
+entry is a process of its own, and is done once its small result file is there (OUT/results/ENTRY.json: counts by
+problem, figures by step).
 Everything may be killed at any time: training goes on from its last checkpoint, an evaluation from its last record.
 Two commands on one folder share the work, if they name different seeds. smollm2_report.py makes tables and picture
 from the result files alone; docs/results/smollm2 has those of the published run.
@@ -33,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smollm2_equations import equations_of, written
 from smollm2_problems import count_alike, download, to_be_asked, to_learn_from
 from smollm2_report import ARMS, COUNTS, METRICS, SPLITS, entry_of, last_kinds, report
 
@@ -102,7 +104,9 @@ class Study:
             made |= {entry_of(kinds, seed): partial(self.half, kinds, seed) for kinds in halves}
             made |= {f"warm-{kind}-eval": partial(self.warm_eval, kind) for kind in last_kinds(arms)}
             made |= {f"{entry_of(ARMS[arm], seed)}-eval": partial(self.arm_eval, ARMS[arm], seed) for arm in arms}
-        made |= {"gradients": self.gradients}
+        ended = {f"{arm}, seed {s}": entry_of(ARMS[arm], s) for s in seeds for arm in arms}
+        ended = {f"before RL, {kind}": f"warm-{kind}" for kind in last_kinds(arms)} | ended
+        made |= {"equations": partial(self.equations, ended), "gradients": self.gradients}
         return made | ({"codi": self.codi, "cot": self.cot, "codi_rl": self.codi_rl} if codi else {})
 
     # -- entries ------------------------------------------------------------------------------------------------------
@@ -144,6 +148,12 @@ class Study:
             return {"evaluations": found}
         found[other] = self.evaluated(f"{name}-{other}", self.out / name, **self.thought(other))
         return {"agreement": self.agreement(name, f"{name}-{other}"), "evaluations": found}
+
+    def equations(self, evaluations: dict[str, str]) -> dict[str, Any]:
+        """What was written on families that RL did not meet."""
+        known = equations_of(self.svamp)
+        files = {name: self.out / "evals" / run / "unseen" / "records.jsonl" for name, run in evaluations.items()}
+        return {name: written(read(file), known) for name, file in files.items()}
 
     def gradients(self) -> dict[str, Any]:
         """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""

@@ -88,7 +88,9 @@ class Results:
         names = [entry_of(kinds[:half], s) for s in seeds for half in (1, 2) for kinds in ARMS.values()]
         before = [f"warm-{kind}-eval" for kind in last_kinds(ARMS)]
         names += [f"{entry_of(kinds, s)}-eval" for s in seeds for kinds in ARMS.values()]
-        self.missing = [n for n in dict.fromkeys(["warm", *before, *names, "gradients", *CODI]) if n not in files]
+        self.missing = [
+            n for n in dict.fromkeys(["warm", *before, *names, "equations", "gradients", *CODI]) if n not in files
+        ]
         self.problems = {s: files.get("problems", {}).get(s, []) for s in SPLITS}
         self.families = {s: files.get("problems", {}).get(f"families of {s}", []) for s in SPLITS}
 
@@ -132,6 +134,7 @@ def summarise(results: Results) -> dict[str, Any]:
     found: dict[str, Any] = {part: {} for part in parts}
     found["training"] = {arm: training(list(by.values())) for arm, by in results.curves.items() if by}
     found["gradients"] = results.files.get("gradients")
+    found["equations"] = equations(results.files.get("equations", {}))
     if "warm-token-eval" not in results.files:
         return found
     samples = results.files["warm-token-eval"]["evaluations"]["own"]["samples"]
@@ -189,6 +192,25 @@ def summarise(results: Results) -> dict[str, Any]:
     return found
 
 
+def equations(evaluations: dict[str, Any]) -> dict[str, Any]:
+    """What was written, by arm: shares by operation, the mean of its seeds, and those of all problems."""
+    by_arm: dict[str, list[Any]] = {}
+    for name, found in evaluations.items():
+        by_arm.setdefault(name.partition(", seed")[0], []).append(found)
+    means: dict[str, Any] = {}
+    for arm, seeds in by_arm.items():
+        means[arm] = {
+            kind: {name: float(np.mean([found[kind][name] for found in seeds])) for name in row}
+            for kind, row in seeds[0].items()
+        }
+        weights = [row["problems"] for row in means[arm].values()]
+        means[arm]["all"] = {
+            name: float(np.average([row[name] for row in means[arm].values()], weights=weights))
+            for name in ("answer", "operations", "numbers", "holds")
+        } | {"problems": sum(weights)}
+    return means
+
+
 def training(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
     """Means over the steps of all seeds, and over the first and last fifth of the steps that all of them have."""
     steps = min(len(run["accuracy"]) for run in runs)
@@ -236,6 +258,13 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
             for kind, row in found["agreement"].items()
         ],
     )
+    rows, kinds = [], [kind for kind in next(iter(found["equations"].values()), {}) if kind != "all"]
+    for arm, row in found["equations"].items():
+        shares = [row["all"][name] for name in ("operations", "numbers", "holds")] + [row[k]["answer"] for k in kinds]
+        rows.append((arm, [f"{100 * x:.1f}" for x in shares]))
+    names = ["right operations", "and their numbers", "equations that hold"]
+    names += [f"right answers: {k} ({next(iter(found['equations'].values()))[k]['problems']:.0f})" for k in kinds]
+    lines += table("written, %", names, rows)
     rows = [
         (f"{kind}, {name}", [f"{r['second']:.2f}", f"{r['alignment']:.2f}"])
         for kind, figures in (found["gradients"] or {}).items()

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 from rl_soft.model import policy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+from smollm2_equations import equations_of, written
 from smollm2_problems import count_alike, to_be_asked, to_learn_from
 from smollm2_report import ARMS, METRICS, SPLITS, Results, last_kinds, report, show, summarise
 
@@ -83,6 +84,22 @@ def test_problems_are_alike_that_share_half_of_their_words():
     learnt = [{"question": "Ann has 3 red pens and 4 blue pens."}]
     asked = ["Bo has 7 red pens and 2 blue pens.", "Ann has 3 red hats, Bo 9.", "How many eggs?"]
     assert count_alike([{"question": text} for text in asked], learnt) == 1
+
+
+def test_a_choice_of_operation_is_told_from_its_numbers_and_its_result(tmp_path):
+    (tmp_path / "SVAMP.json").write_text(json.dumps([
+        {"ID": "a", "Equation": "( 8.0 - 3.0 )"},
+        {"ID": "b", "Equation": "( ( 8.0 - 3.0 ) + 2.0 )"},
+    ]))  # fmt: skip
+    texts = {"a": ["8-3=5", "8-2=6", "8+3=11", "8-3=6", "8"], "b": ["8-3=5\n5+2=7", "8-3=5"]}
+    rows = [
+        {"problem_id": f"unseen/{name}", "sample": i, "text": text, "outcome": "correct" if i == 0 else "wrong"}
+        for name, of in texts.items()
+        for i, text in enumerate(of)
+    ]
+    found = written([*rows, {"problem_id": "unseen/a", "sample": -1}], equations_of(tmp_path))
+    assert found["-"] == {"problems": 1, "answer": 1 / 5, "operations": 3 / 5, "numbers": 2 / 5, "holds": 3 / 5}
+    assert found["two"] == {"problems": 1, "answer": 1 / 2, "operations": 1 / 2, "numbers": 1 / 2, "holds": 1}
 
 
 def tiny_model(folder: Path) -> Path:
