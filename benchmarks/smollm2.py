@@ -58,7 +58,8 @@ class Sizes:
     warm_batch: int = 16
     warm_steps: int = 200
     cool_steps: int = 80  # of the warm start, behind these, while its learning rate falls to zero
-    codi_steps: int = 200
+    codi_batch: int = 8
+    codi_steps: int = 180
     prompts: int = 8
     completions: int = 8
     steps: int = 30  # of one half
@@ -227,6 +228,7 @@ class Study:
         """Values of `codi` and its twin."""
         return {
             "model_name_or_path": str(self.out / "warm" / "model"), "max_steps": self.sizes.codi_steps,
+            "per_device_train_batch_size": self.sizes.codi_batch,
             "validation_problems": 2 * self.sizes.validation, "validation_every": 100, "max_answer_tokens": 6,
             "question_template": "{question}\n", "learning_rate": 5e-4, "bf16": True, "attn_implementation": "eager",
         }  # fmt: skip

@@ -23,7 +23,7 @@ from smollm2_report import ARMS, METRICS, SPLITS, Results, last_kinds, report, s
 SIZES = {
     "unseen": 3, "seen": 3, "validation": 2, "warm_batch": 4, "warm_steps": 2, "cool_steps": 2, "prompts": 2,
     "completions": 2, "steps": 2, "samples": 4, "thoughts": 8, "lora_r": 2,
-    "codi_steps": 2, "gradient_batches": 2,
+    "codi_steps": 2, "codi_batch": 4, "gradient_batches": 2,
 }  # fmt: skip
 CSV = [
     ("Ann has number0 red , and number1 blue pens . How many ?", "{a}.0 4.0", "+ number0 number1"),
