@@ -14,7 +14,8 @@ from typing import Any
 from rl_soft.evaluation.records import GREEDY
 
 EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
-FIGURES = ("answer", "operations", "numbers", "holds")
+ANSWER = re.compile(r"####\s*(\d+)")
+FIGURES = ("answer", "operations", "numbers", "holds", "follows")
 
 
 def equations_of(svamp: Path) -> dict[str, tuple[Counter[str], Counter[float]]]:
@@ -34,7 +35,8 @@ def written(records: list[Any], equations: dict[str, Any]) -> dict[str, dict[str
     """By the operation of a problem (`two` for two of them), over its samples: shares, and how many problems they are.
 
     answer: right ones. operations: the right ones were written. numbers: these, with the right numbers. holds: what is
-    written left of each = has the value that stands right of it.
+    written left of each = has the value that stands right of it. follows: the answer is the last of these values. Of a
+    soft thought its strongest id is written; what the model reads is the mixture.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     ids: dict[str, set[str]] = defaultdict(set)
@@ -48,7 +50,14 @@ def written(records: list[Any], equations: dict[str, Any]) -> dict[str, dict[str
         steps = EQUATION.findall(r["text"])
         same = Counter(sign for _, sign, _, _ in steps) == operations
         given = Counter(float(x) for a, _, b, _ in steps for x in (a, b)) - Counter(float(s[3]) for s in steps[:-1])
-        figures = r["outcome"] == "correct", same, same and given == numbers, bool(steps) and all(map(holds, steps))
+        answer, last = ANSWER.search(r["text"]), steps[-1][3] if steps else None
+        figures = (
+            r["outcome"] == "correct",
+            same,
+            same and given == numbers,
+            bool(steps) and all(map(holds, steps)),
+            answer is not None and answer[1] == last,
+        )
         found[kind].update({"samples": 1} | dict(zip(FIGURES, figures, strict=True)))
     return {
         kind: {"problems": len(ids[kind])} | {name: counts[name] / counts["samples"] for name in FIGURES}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from smollm2_equations import FIGURES
 
 from rl_soft.evaluation import passk
 from rl_soft.evaluation.figures import COLOURS, canvas, clean, png
@@ -205,8 +206,7 @@ def equations(evaluations: dict[str, Any]) -> dict[str, Any]:
         }
         weights = [row["problems"] for row in means[arm].values()]
         means[arm]["all"] = {
-            name: float(np.average([row[name] for row in means[arm].values()], weights=weights))
-            for name in ("answer", "operations", "numbers", "holds")
+            name: float(np.average([row[name] for row in means[arm].values()], weights=weights)) for name in FIGURES
         } | {"problems": sum(weights)}
     return means
 
@@ -260,9 +260,9 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
     )
     rows, kinds = [], [kind for kind in next(iter(found["equations"].values()), {}) if kind != "all"]
     for arm, row in found["equations"].items():
-        shares = [row["all"][name] for name in ("operations", "numbers", "holds")] + [row[k]["answer"] for k in kinds]
+        shares = [row["all"][name] for name in FIGURES[1:]] + [row[k]["answer"] for k in kinds]
         rows.append((arm, [f"{100 * x:.1f}" for x in shares]))
-    names = ["right operations", "and their numbers", "equations that hold"]
+    names = ["right operations", "and their numbers", "equations that hold", "answers that follow"]
     names += [f"right answers: {k} ({next(iter(found['equations'].values()))[k]['problems']:.0f})" for k in kinds]
     lines += table("written, %", names, rows)
     rows = [

@@ -91,15 +91,32 @@ def test_a_choice_of_operation_is_told_from_its_numbers_and_its_result(tmp_path)
         {"ID": "a", "Equation": "( 8.0 - 3.0 )"},
         {"ID": "b", "Equation": "( ( 8.0 - 3.0 ) + 2.0 )"},
     ]))  # fmt: skip
-    texts = {"a": ["8-3=5", "8-2=6", "8+3=11", "8-3=6", "8"], "b": ["8-3=5\n5+2=7", "8-3=5"]}
+    texts = {
+        "a": ["8-3=5\n####5", "8-2=6\n####6", "8+3=11\n####1", "8-3=6\n####5", "8\n####8"],
+        "b": ["8-3=5\n5+2=7", "8-3=5"],
+    }
     rows = [
         {"problem_id": f"unseen/{name}", "sample": i, "text": text, "outcome": "correct" if i == 0 else "wrong"}
         for name, of in texts.items()
         for i, text in enumerate(of)
     ]
     found = written([*rows, {"problem_id": "unseen/a", "sample": -1}], equations_of(tmp_path))
-    assert found["-"] == {"problems": 1, "answer": 1 / 5, "operations": 3 / 5, "numbers": 2 / 5, "holds": 3 / 5}
-    assert found["two"] == {"problems": 1, "answer": 1 / 2, "operations": 1 / 2, "numbers": 1 / 2, "holds": 1}
+    assert found["-"] == {
+        "problems": 1,
+        "answer": 1 / 5,
+        "operations": 3 / 5,
+        "numbers": 2 / 5,
+        "holds": 3 / 5,
+        "follows": 2 / 5,
+    }
+    assert found["two"] == {
+        "problems": 1,
+        "answer": 1 / 2,
+        "operations": 1 / 2,
+        "numbers": 1 / 2,
+        "holds": 1,
+        "follows": 0,
+    }
 
 
 def tiny_model(folder: Path) -> Path:
