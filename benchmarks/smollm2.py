@@ -161,9 +161,8 @@ class Study:
         from smollm2_gradients import measure
 
         start, problems = self.out / "warm" / "model", self.out / "problems" / "rl1.jsonl"
-        return {
-            k: measure(start, problems, self.thought(k), self.out / f"gradients-{k}.pt", self.sizes) for k in KINDS
-        }
+        files = {kind: self.out / f"gradients-{kind}.pt" for kind in ("token", "soft")}
+        return {kind: measure(start, problems, self.thought(kind), file, self.sizes) for kind, file in files.items()}
 
     def codi(self) -> dict[str, Any]:
         """Six Gumbel thoughts in the place of the equations, from the warm start."""
