@@ -319,7 +319,7 @@ def draw(results: Results, found: dict[str, Any]) -> bytes:
         curves = [np.array(curve["accuracy"]) for curve in by_seed.values()]
         width = min(10, *map(len, curves)) if curves else 1
         smooth = [100 * np.convolve(curve, np.ones(width) / width, "valid") for curve in curves]
-        begin = half - width if ARMS[arm][0] != ARMS[arm][1] else 0  # before it, the curve is another arm's
+        begin = max(0, half - width) if ARMS[arm][0] != ARMS[arm][1] else 0  # before it, the curve is another arm's
         shortest = min(map(len, smooth), default=0)
         steps = np.arange(begin, shortest) + width
         for curve in smooth:
