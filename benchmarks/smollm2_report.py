@@ -271,7 +271,8 @@ def show(found: dict[str, Any], missing: list[str]) -> str:
         for name, r in figures.items()
         if isinstance(r, dict)
     ]
-    return "\n".join(lines + table("gradient at the warm start", ["mean square, top1 = 1", "cosine with its mean"], rows))
+    lines += table("gradient at the warm start", ["mean square, top1 = 1", "cosine with its mean"], rows)
+    return "\n".join(lines)
 
 
 def rows_of(found: dict[str, Any], split: str) -> list[tuple[str, list[str]]]:
