@@ -105,9 +105,8 @@ class Study:
             made |= {entry_of(kinds, seed): partial(self.half, kinds, seed) for kinds in halves}
             made |= {f"warm-{kind}-eval": partial(self.warm_eval, kind) for kind in last_kinds(arms)}
             made |= {f"{entry_of(ARMS[arm], seed)}-eval": partial(self.arm_eval, ARMS[arm], seed) for arm in arms}
-        ended = {f"{arm}, seed {s}": entry_of(ARMS[arm], s) for s in seeds for arm in arms}
-        ended = {f"before RL, {kind}": f"warm-{kind}" for kind in last_kinds(arms)} | ended
-        made |= {"equations": partial(self.equations, ended), "gradients": self.gradients}
+        runs = [f"warm-{kind}" for kind in last_kinds(arms)] + [entry_of(ARMS[arm], s) for s in seeds for arm in arms]
+        made |= {f"{run}-equations": partial(self.equations, run) for run in runs} | {"gradients": self.gradients}
         return made | ({"codi": self.codi, "cot": self.cot, "codi_rl": self.codi_rl} if codi else {})
 
     # -- entries ------------------------------------------------------------------------------------------------------
@@ -150,11 +149,9 @@ class Study:
         found[other] = self.evaluated(f"{name}-{other}", self.out / name, **self.thought(other))
         return {"agreement": self.agreement(name, f"{name}-{other}"), "evaluations": found}
 
-    def equations(self, evaluations: dict[str, str]) -> dict[str, Any]:
+    def equations(self, run: str) -> dict[str, Any]:
         """What was written on families that RL did not meet."""
-        known = equations_of(self.svamp)
-        files = {name: self.out / "evals" / run / "unseen" / "records.jsonl" for name, run in evaluations.items()}
-        return {name: written(read(file), known) for name, file in files.items()}
+        return written(read(self.out / "evals" / run / "unseen" / "records.jsonl"), equations_of(self.svamp))
 
     def gradients(self) -> dict[str, Any]:
         """How noisy the gradient of one batch is at the warm start, for soft thoughts and for tokens."""

@@ -72,6 +72,7 @@ class Results:
         files: name of an entry -> its content.
         curves: arm -> seed -> figures by step, of the halves that are there.
         evaluated: arm -> seed -> evaluations by how the arm thinks in it.
+        written: arm, or warm start -> what its completions compute, of the seeds that are there.
     """
 
     def __init__(self, folder: Path, seeds: tuple[int, ...]) -> None:
@@ -89,8 +90,13 @@ class Results:
         names = [entry_of(kinds[:half], s) for s in seeds for half in (1, 2) for kinds in ARMS.values()]
         before = [f"warm-{kind}-eval" for kind in last_kinds(ARMS)]
         names += [f"{entry_of(kinds, s)}-eval" for s in seeds for kinds in ARMS.values()]
+        runs = {f"before RL, {kind}": [f"warm-{kind}"] for kind in last_kinds(ARMS)}
+        runs |= {arm: [entry_of(kinds, s) for s in seeds] for arm, kinds in ARMS.items()}
+        there = {how: [f"{r}-equations" for r in some if f"{r}-equations" in files] for how, some in runs.items()}
+        self.written = {how: [files[name] for name in some] for how, some in there.items() if some}
+        wrote = [f"{r}-equations" for some in runs.values() for r in some]
         self.missing = [
-            n for n in dict.fromkeys(["warm", *before, *names, "equations", "gradients", *CODI]) if n not in files
+            n for n in dict.fromkeys(["warm", *before, *names, *wrote, "gradients", *CODI]) if n not in files
         ]
         self.problems = {s: files.get("problems", {}).get(s, []) for s in SPLITS}
         self.families = {s: files.get("problems", {}).get(f"families of {s}", []) for s in SPLITS}
@@ -135,7 +141,7 @@ def summarise(results: Results) -> dict[str, Any]:
     found: dict[str, Any] = {part: {} for part in parts}
     found["training"] = {arm: training(list(by.values())) for arm, by in results.curves.items() if by}
     found["gradients"] = results.files.get("gradients")
-    found["equations"] = equations(results.files.get("equations", {}))
+    found["equations"] = equations(results.written)
     if "warm-token-eval" not in results.files:
         return found
     samples = results.files["warm-token-eval"]["evaluations"]["own"]["samples"]
@@ -193,11 +199,8 @@ def summarise(results: Results) -> dict[str, Any]:
     return found
 
 
-def equations(evaluations: dict[str, Any]) -> dict[str, Any]:
+def equations(by_arm: dict[str, list[Any]]) -> dict[str, Any]:
     """What was written, by arm: shares by operation, the mean of its seeds, and those of all problems."""
-    by_arm: dict[str, list[Any]] = {}
-    for name, found in evaluations.items():
-        by_arm.setdefault(name.partition(", seed")[0], []).append(found)
     means: dict[str, Any] = {}
     for arm, seeds in by_arm.items():
         means[arm] = {
